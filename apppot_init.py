@@ -48,9 +48,9 @@ FIONREAD = termios.FIONREAD
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096   # include/uapi/linux/mount.h
 SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 0x8914, 0x1, 0x40          # include/uapi/linux/sockios.h, if.h
 MOUNTS = (                           # source, target, type, flags, options
+    ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
     ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
     ("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
-    ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
     ("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "gid=5,mode=0620,ptmxmode=0666"),
     ("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777"),
     ("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755"),
@@ -180,8 +180,8 @@ def mount(source: bytes, target: bytes, kind: bytes, flags: int = 0, options: by
     call("mount", source, target, kind, ctypes.c_ulong(flags), options)
 
 
-def mount_system() -> None:
-    for source, target, kind, flags, options in MOUNTS:
+def mount_system(mounts: Iterable[Tuple[str, str, str, int, str]]) -> None:
+    for source, target, kind, flags, options in mounts:
         os.makedirs(target, exist_ok=True)
         try:
             mount(source.encode(), target.encode(), kind.encode(), flags, options.encode())
@@ -189,9 +189,19 @@ def mount_system() -> None:
             if error.errno != errno.EBUSY:        # the kernel has mounted /dev itself
                 raise Fatal("cannot mount {} on {}: {}".format(kind, target, error.strerror),
                             "the kernel has no {}, or the appliance no such directory".format(kind))
+
+
+def prepare_system() -> None:
+    mount_system(MOUNTS[1:])
     for link_target, link in DEV_LINKS:
         if not os.path.lexists(link):
             os.symlink(link_target, link)
+    # The last that the guest's out-of-memory killer takes; start_command() makes the command no exception.
+    write_score("-1000")
+    # Not to preempt a command at its every write: its pipe fills and is moved in large pieces.
+    os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+    set_hostname()
+    raise_loopback()
 
 
 def set_hostname() -> None:
@@ -544,7 +554,6 @@ def encode_failure(fatal: Fatal) -> bytes:
 
 
 def write_score(score: str) -> None:
-    """The agent is the last that the guest's out-of-memory killer takes; the command is no exception."""
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write(score)
 
@@ -708,11 +717,13 @@ def encode_result(relay: Relay) -> bytes:
     return encode_fields((how, (b"stdin", b"%d" % relay.consumed)))
 
 
-def wait_for_job(channel: Channel) -> Job:
-    base = read_file(BASE_ID).strip()
+def greet(channel: Channel) -> None:
     os.write(channel.fd, MAGIC)
-    channel.send(HELLO, encode_fields(((b"protocol", b"%d" % PROTOCOL), (b"base", base),
+    channel.send(HELLO, encode_fields(((b"protocol", b"%d" % PROTOCOL), (b"base", read_file(BASE_ID).strip()),
                                        (b"agent", VERSION.encode()))))
+
+
+def wait_for_job(channel: Channel) -> Job:
     frames: List[Tuple[int, bytes]] = []
     while not frames:
         frames = channel.receive()
@@ -724,6 +735,8 @@ def wait_for_job(channel: Channel) -> Job:
 
 def run_job(channel: Channel, wakeup: int) -> None:
     try:
+        greet(channel)
+        prepare_system()
         job = wait_for_job(channel)
         account = make_account(job)
         directory = mount_job_directory(job, account)
@@ -744,19 +757,14 @@ def run_job(channel: Channel, wakeup: int) -> None:
 
 def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel spares PID 1 what has no handler
-    mount_system()
-    while os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC) < 3:      # without a console 0 to 2 are free to be mistaken
+    mount_system(MOUNTS[:1])                      # /dev, for the channel: from then on failures can be told
+    while os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) < 3:       # without a console 0 to 2 are free to be mistaken
         pass
     wakeup, to_wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     os.set_blocking(to_wakeup, False)
     signal.set_wakeup_fd(to_wakeup)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    write_score("-1000")
-    # Not to preempt a command at its every write: its pipe fills and is moved in large pieces.
-    os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
-    set_hostname()
-    raise_loopback()
     run_job(Channel(CHANNEL), wakeup)
     while True:                                   # PID 1 must not end; the host ends the machine now
         time.sleep(3600)

@@ -57,12 +57,15 @@ DEFAULT_MEM = "1G"
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
 ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
 SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the COW file
+SCRATCH_PATH_MAX = 200               # absolutize() in arch/um/drivers/cow_user.c has 256 bytes for its directory
 DESCRIPTORS_MIN = 40
 INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
 SPOOL_CHUNK = 1 << 20
 STDIN_WINDOW = 8 << 20
 ACK_STEP = 512 << 10
 WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
+HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run directory; 6.12 and later want it absolute
+KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
 KERNEL_INPUT_FD, KERNEL_OUTPUT_FD = 3, 4
@@ -153,7 +156,7 @@ class Machine(NamedTuple):
     to_guest: int                    # and write end, non-blocking
     console: int                     # read end: what the kernel prints
     lifeline: int                    # write end: closing it ends the guest
-    report: int                      # read end: "exec ERRNO" or "ended STATUS" when the guest has ended by itself
+    report: int                      # read end: "exec ERRNO", "ended STATUS" or "helper" when the guest is gone
     directory: str
 
 
@@ -233,7 +236,7 @@ def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
     return [
         spec.kernel, disk, "root=/dev/ubda{}".format(spec.root.partition or ""), "rw", "mem={}M".format(spec.mem_mib),
         "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD), "uml_dir=.", "umid=" + spec.umid,
-        "hostfs=hostfs", "init=" + AGENT] + list(spec.extra)
+        HOSTFS_ROOT, "init=" + AGENT] + list(spec.extra)
 
 
 def build_job(spec: RunSpec, stdin_is_null: bool, one_output: bool) -> bytes:
@@ -513,6 +516,8 @@ def choose_scratch(candidates: Sequence[str]) -> str:
     for directory in candidates:
         if not os.path.isdir(directory):
             faults.append(directory + " is not a directory")
+        elif len(os.fsencode(os.path.abspath(directory))) > SCRATCH_PATH_MAX:
+            faults.append("{}... is a path of more than {} bytes".format(directory[:30], SCRATCH_PATH_MAX))
         elif not os.access(directory, os.W_OK | os.X_OK):
             faults.append(directory + " is not writable")
         elif free_mib(directory) < SCRATCH_MIN_MIB:
@@ -737,29 +742,43 @@ def ask_mconsole(umid: str, command: bytes) -> None:
             pass
 
 
-def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int) -> Optional[int]:
-    """Wait for the kernel's end (its wait status) or the runner's (None), and stop the guest when the runner is stopped.
+def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int) -> str:
+    """Wait for the kernel's end or the runner's; return what to report. Stop the guest while the runner is stopped.
 
     A stopped runner means a suspended job. The guest is stopped by its mconsole: it then runs nothing, and none of
     its processes is caught by a SIGSTOP that may follow in a state that would panic it.
     """
     runner = os.getppid()
     suspended = False
+    rounds_with_corpse = 0
     poll = select.poll()
     poll.register(lifeline, select.POLLIN)
     poll.register(wakeup, select.POLLIN)
     while True:
         ready = {descriptor for descriptor, _ in poll.poll(WATCH_INTERVAL_S * 1000)}
         if lifeline in ready:
-            return None
+            return ""
         if wakeup in ready:
             os.read(wakeup, 512)
             pid, status = os.waitpid(kernel, os.WNOHANG)
             if pid:
-                return status
+                return "ended {}".format(status)
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
             ask_mconsole(umid, b"stop" if suspended else b"go")
+        rounds_with_corpse = rounds_with_corpse + 1 if has_dead_helper(kernel) else 0
+        if rounds_with_corpse * WATCH_INTERVAL_S >= 1:
+            return "helper"
+
+
+def has_dead_helper(kernel: int) -> bool:
+    """Whether a thread that the kernel started for its own use is dead: it does not notice, and the guest hangs.
+
+    These are the first of its children; later ones are the guest's processes. A kernel that runs may be about to
+    reap its child, one that sleeps is not.
+    """
+    return read_process(kernel)[0] == "S" and any(
+        read_process(child)[0] == "Z" for child in list_children(kernel)[:KERNEL_HELPERS])
 
 
 def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int, report: int) -> None:
@@ -775,8 +794,7 @@ def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int
         kernel = spawn_kernel(spec, argv, keep)
         for number in (1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD):     # so that the runner sees their end when the kernel is gone
             os.close(keep[number])
-        status = watch_kernel(kernel, spec.umid, lifeline, wakeup)
-        message = "" if status is None else "ended {}".format(status)
+        message = watch_kernel(kernel, spec.umid, lifeline, wakeup)
     except OSError as error:
         message = "exec {}".format(error.errno)
     kill_children()
@@ -820,7 +838,8 @@ def start_machine(spec: RunSpec, directory: str, locks: Sequence[int]) -> Iterat
         yield machine
     finally:
         os.close(lifeline)
-        os.waitpid(supervisor, 0)
+        if read_process(supervisor)[1] == os.getpid():
+            os.waitpid(supervisor, 0)
         kill_children()
         for descriptor in (from_guest, to_guest, console, report):
             os.close(descriptor)
@@ -1042,6 +1061,8 @@ class Session:
         signal.set_wakeup_fd(self._to_wakeup)
         for number in FORWARDED_SIGNALS:
             signal.signal(number, lambda received, frame: self._signals.append(received))
+        # By default SIGTSTP does nothing to a process group without a shell, as a batch job's is.
+        signal.signal(signal.SIGTSTP, lambda received, frame: os.kill(os.getpid(), signal.SIGSTOP))
         while self._result is None:
             self._step()
         return self._result
@@ -1160,6 +1181,8 @@ class Session:
 
     def _take_report(self) -> None:
         self._report = os.read(self._machine.report, 4096).decode()
+        if not self._report:                      # the supervisor is dead: what it would have ended is ours now
+            kill_children()
         while self._take_console():               # to its end: nobody is left to write
             pass
 
@@ -1169,6 +1192,8 @@ class Session:
         if what == "exec":
             return Fatal("kernel cannot be executed, {}: {}".format(os.strerror(int(number)), self._spec.kernel),
                          "is it made for this machine, and are its libraries here? `ldd` tells")
+        if what == "helper":
+            return Fatal("a helper process of the kernel was killed", "look for who did, then run the job again")
         if what != "ended":
             return Fatal("the supervisor process of the run was killed", "look for who did, then run the job again")
         return explain_kernel_end(int(number), console, self._spec, self._running)

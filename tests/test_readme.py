@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's transcripts, run as they stand."""
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+TOP = pathlib.Path(__file__).resolve().parent.parent
+TRANSCRIPTS = re.findall(r"^```console\n(.*?)^```", (TOP / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def clone(tmp_path, image, kernel):
+    """What a reader's clone holds after `make image`, and the kernel on PATH as Debian has it."""
+    for name in ("apppot_start.py", "apppot_init.py"):
+        shutil.copy(TOP / name, tmp_path)
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "apppot.img").symlink_to(image)
+    (tmp_path / "linux").symlink_to(kernel)
+    return tmp_path
+
+
+@pytest.mark.parametrize("transcript", TRANSCRIPTS, ids=range(len(TRANSCRIPTS)))
+def test_a_transcript_of_the_readme_is_what_a_reader_sees(transcript, clone):
+    commands = [line[2:] for line in transcript.splitlines() if line.startswith("$ ")]
+    script = "exec 2>&1\n" + "\n".join(f"printf '%s\\n' {quote('$ ' + command)}\n{command}" for command in commands)
+    shown = subprocess.run(["bash", "-c", script], cwd=clone, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                           text=True, timeout=120).stdout
+    assert shown == transcript
+
+
+def quote(text):
+    return "'" + text.replace("'", "'\\''") + "'"
