@@ -39,6 +39,7 @@ IN_IMAGE := python3 bash sudo less procps ca-certificates curl vim-tiny
 AS_ROOT    := $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --map-auto)
 BUILD_DEPS := mmdebstrap:mmdebstrap e2fsprogs:mke2fs mount:mount $(if $(AS_ROOT),uidmap:newuidmap)
 RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml)
+TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs
 TEST_DEPS  := python3-pytest python3-hypothesis
 
 SHELL       := /bin/bash
@@ -59,7 +60,7 @@ ifneq ($(KERNEL),)
 export APPPOT_KERNEL := $(abspath $(KERNEL))
 endif
 
-.PHONY: help demo check image bench deps deps-build deps-run deps-test clean FORCE
+.PHONY: help demo check image bench deps deps-build deps-run deps-tools deps-test clean FORCE
 
 help:
 	@sed -n 's/^## \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -67,7 +68,7 @@ help:
 demo: deps-build deps-run image
 	$(PYTHON) apppot_start.py --image $(IMAGE) sh -c 'uname -a; head -n 1 /etc/os-release'
 
-check: deps-build deps-run deps-test image
+check: deps-build deps-run deps-tools deps-test image
 	$(PYTHON) -m pytest $(PYTESTARGS) tests
 
 bench: deps-build deps-run image
@@ -78,7 +79,7 @@ clean:
 
 # ---- packages ----------------------------------------------------------------------------------------------------
 
-deps: deps-build deps-run deps-test
+deps: deps-build deps-run deps-tools deps-test
 
 # The shell variable `missing` holds package names.
 define install_missing
@@ -96,7 +97,8 @@ endef
 
 deps-build: deps_wanted = $(BUILD_DEPS)
 deps-run:   deps_wanted = $(RUN_DEPS)
-deps-build deps-run:
+deps-tools: deps_wanted = $(TOOL_DEPS)
+deps-build deps-run deps-tools:
 	@missing=
 	for dep in $(deps_wanted); do
 	    command -v "$${dep#*:}" >/dev/null || missing+=" $${dep%:*}"

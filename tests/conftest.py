@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real boots, each on a node of its own: a job directory, a scratch directory, and a look at what is left."""
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+TOP = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOP))
+UNPRIVILEGED = 65534                 # nobody
+DEADLINE_S = 90                      # a boot takes 2 s; this is for a machine that does much else
+
+
+def require(condition, reason):
+    """Skip what this machine cannot do; in CI it has to."""
+    if not condition:
+        (pytest.fail if os.environ.get("APPPOT_REQUIRE_BOOT") == "1" else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session")
+def image():
+    path = pathlib.Path(os.environ.get("APPPOT_IMAGE") or TOP / "build" / "apppot.img")
+    require(path.exists(), f"no image {path}: make image")
+    # A place that the unprivileged tests reach, too; the clone may be in root's home.
+    place = pathlib.Path(tempfile.mkdtemp(prefix="apppot-test-"))
+    place.chmod(0o755)
+    copy = place / "apppot.img"
+    subprocess.run(["cp", "--reflink=auto", "--sparse=always", path, copy], check=True)
+    copy.chmod(0o444)
+    yield copy
+    shutil.rmtree(place)
+
+
+@pytest.fixture(scope="session")
+def kernel():
+    path = os.environ.get("APPPOT_KERNEL") or shutil.which("linux.uml")
+    require(path and os.path.exists(path), "no UML kernel: apt-get install user-mode-linux, or KERNEL=")
+    return pathlib.Path(path)
+
+
+class Node:
+    """A place where jobs run, and what they leave there."""
+
+    def __init__(self, kernel, image, uid):
+        self.root = pathlib.Path(tempfile.mkdtemp(prefix="apppot-test-"))
+        self.kernel, self.image, self.uid = kernel, image, uid
+        self.job, self.scratch = self.root / "job", self.root / "scratch"
+        self.mark = os.urandom(8).hex()
+        self.started = []
+        self.root.chmod(0o755)
+        for directory in (self.job, self.scratch):
+            directory.mkdir()
+            os.chown(directory, uid, -1)
+        shutil.copy(TOP / "apppot_start.py", self.root)
+        (self.root / "linux").symlink_to(kernel)
+        self.environment = {"PATH": os.environ["PATH"], "APPPOT_TMPDIR": str(self.scratch), "APPPOT_TEST": self.mark}
+
+    def argv(self, *words, python=sys.executable, image=None):
+        return [python, str(self.root / "apppot_start.py"), "--image", str(image or self.image), *words]
+
+    def start(self, *words, python=sys.executable, image=None, env=(), wrap=(), **options):
+        """Popen of a run; `env` changes the environment (None removes), `wrap` is a command to run it under."""
+        environment = {**self.environment, **dict(env)}
+        options = {"cwd": self.job, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL,
+                   "start_new_session": True, **options}
+        process = subprocess.Popen(
+            [*wrap, *self.argv(*words, python=python, image=image)], preexec_fn=self.become,
+            env={name: value for name, value in environment.items() if value is not None}, **options)
+        self.started.append(process)
+        return process
+
+    def become(self):
+        if os.getuid() == 0 and self.uid != 0:
+            os.setgroups([])
+            os.setgid(self.uid)
+            os.setuid(self.uid)
+
+    def run(self, *words, input=None, **options):
+        """A whole run; the result has returncode, stdout and stderr in bytes."""
+        if input is not None:
+            options["stdin"] = subprocess.PIPE
+        process = self.start(*words, **options)
+        stdout, stderr = process.communicate(input, timeout=DEADLINE_S)
+        return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+
+    def start_ready(self, script, *options, **more):
+        """Start a shell script in the guest and return when it has said `ready`."""
+        process = self.start(*options, "bash", "-c", "echo ready\n" + script, **more)
+        assert process.stdout.readline() == b"ready\n", process.stderr.read()
+        return process
+
+    def finish(self, process):
+        stdout, stderr = process.communicate(timeout=DEADLINE_S)
+        return process.returncode, stdout, stderr
+
+    def processes(self):
+        """pids of all that runs of this node consist of; they carry its mark in their environment."""
+        found = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                environment = pathlib.Path("/proc", name, "environ").read_bytes()
+                state = pathlib.Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            if f"APPPOT_TEST={self.mark}".encode() in environment.split(b"\0") and state not in "ZX":
+                found.append(int(name))
+        return sorted(found)
+
+    def wait_until_gone(self, seconds=2):
+        deadline = time.monotonic() + seconds
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not self.processes(), [pathlib.Path("/proc", str(pid), "cmdline").read_bytes()
+                                      for pid in self.processes()]
+
+    def assert_nothing_left(self):
+        self.wait_until_gone()
+        assert sorted(os.listdir(self.scratch)) == []
+
+    def close(self):
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream:
+                    stream.close()
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def make_node(kernel, image, uid):
+    node = Node(kernel, image, uid)
+    try:
+        yield node
+        for process in node.started:
+            process.wait(DEADLINE_S)
+        node.assert_nothing_left()
+    finally:
+        node.close()
+
+
+@pytest.fixture
+def node(kernel, image):
+    yield from make_node(kernel, image, os.getuid())
+
+
+@pytest.fixture(params=["root", "user"])
+def any_node(request, kernel, image):
+    """The same as root and as an unprivileged user, where the tests run as root."""
+    if request.param == "root" and os.getuid() != 0:
+        pytest.skip("the tests run as an unprivileged user")
+    yield from make_node(kernel, image, UNPRIVILEGED if request.param == "user" and os.getuid() == 0 else os.getuid())
+
+
+def assert_error(result, *words):
+    """One error line with these words, one hint line, no traceback."""
+    lines = result.stderr.decode().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("apppot: error: ") and lines[1].startswith("apppot: hint: "), lines
+    for word in words:
+        assert str(word) in lines[0], lines
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def writable_copy(node, image, name="own.img"):
+    copy = node.root / name
+    subprocess.run(["cp", "--reflink=auto", "--sparse=always", image, copy], check=True)
+    os.chown(copy, node.uid, -1)
+    copy.chmod(0o644)
+    return copy
+
+
+def write_into(image, source, target):
+    """Put a program into an ext4 image."""
+    subprocess.run(["/sbin/debugfs", "-w", "-f", "-", image], check=True, capture_output=True, input=(
+        f"rm {target}\nwrite {source} {target}\nsif {target} mode 0100755\n").encode())
+
+
+def replace_agent(node, image, text):
+    (node.root / "agent").write_text(text)
+    write_into(image, node.root / "agent", "/usr/sbin/apppot-init")

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How runs end: by signals, suspended on the way, killed, failed; and what is left, which is nothing."""
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import DEADLINE_S, assert_error, make_node, replace_agent, require, wait_for, writable_copy
+
+FORWARDED = ["TERM", "INT", "HUP", "USR1", "USR2", "QUIT", "XCPU"]
+
+
+# --- Signals ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", FORWARDED)
+def test_a_signal_to_the_runner_reaches_the_whole_process_group(node, name):
+    # Both shells trap the signal: the group gets it, not only its leader, which acts when its child has ended.
+    process = node.start_ready(
+        f"trap 'echo leader; exit 33' {name}\n"
+        f"bash -c 'trap \"echo child; exit\" {name}; echo up; while :; do sleep 0.05; done'\n"
+        "while :; do sleep 0.05; done")
+    assert process.stdout.readline() == b"up\n"
+    process.send_signal(getattr(signal, "SIG" + name))
+    assert node.finish(process)[:2] == (33, b"child\nleader\n")
+
+
+def test_an_untrapped_signal_ends_the_command_with_its_number(any_node):
+    process = any_node.start_ready("exec sleep 100")
+    process.send_signal(signal.SIGUSR2)
+    assert any_node.finish(process) == (128 + signal.SIGUSR2, b"", b"")
+
+
+def test_signals_ignored_by_the_caller_are_ignored_by_the_command(node):
+    process = node.start_ready("sleep 1; echo alive", wrap=("nohup",))
+    process.send_signal(signal.SIGHUP)
+    assert node.finish(process)[:2] == (0, b"alive\n")
+
+
+def test_a_command_that_ignores_sigterm_is_ended(node):
+    stubborn = "trap '' TERM; echo deaf; while :; do sleep 0.1; done"
+    for options, terms in ((("--kill-after", "0.5"), 1), (("--kill-after", "0"), 2)):
+        process = node.start_ready(stubborn, *options)
+        assert process.stdout.readline() == b"deaf\n"
+        for _ in range(terms):
+            process.terminate()
+            time.sleep(0.2)          # two signals in one moment are one
+        assert node.finish(process) == (137, b"", b"")
+
+
+def test_a_signal_during_the_boot_ends_it_at_once(node):
+    process = node.start("-v", "sleep", "100")
+    while b"Linux version" not in process.stderr.readline():
+        pass
+    process.terminate()
+    assert node.finish(process)[:2] == (143, b"")
+
+
+def test_a_timeout_ends_the_command_with_124(node):
+    result = node.run("--timeout", "4s", "sh", "-c", "trap 'echo warned; exit 0' TERM; while :; do sleep 0.1; done 2> /dev/null")
+    assert (result.returncode, result.stdout) == (124, b"warned\n")
+    result.stderr = result.stderr.replace(b"Terminated\n", b"")        # the guest's shell, of its sleep
+    assert_error(result, "walltime")
+
+
+def test_sigterm_to_every_process_of_a_run_reaches_only_the_command(node):
+    process = node.start_ready("trap 'echo told; exit 9' TERM; while :; do sleep 0.1; done")
+    signal_all(node, signal.SIGTERM)
+    assert node.finish(process)[:2] == (9, b"told\n")
+
+
+def signal_all(node, number):
+    for pid in node.processes():
+        os.kill(pid, number)
+
+
+# --- Suspend and resume -------------------------------------------------------------------------------------
+
+WORK = "for i in 1 2 3 4 5 6 7 8; do sha256sum data || exit; done | sort | uniq -c | wc -l"
+
+
+def start_work(node):
+    (node.job / "data").write_bytes(os.urandom(20 << 20))
+    return node.start_ready(WORK)
+
+
+def wait_for_state(pids, states):
+    def is_there():
+        return all(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in states for pid in pids)
+    wait_for(is_there)
+
+
+def test_sigtstp_then_sigstop_of_everything_then_sigcont_as_slurm_does(any_node):
+    process = start_work(any_node)
+    process.send_signal(signal.SIGTSTP)
+    time.sleep(1)                    # what Slurm does; there is no event to wait for
+    signal_all(any_node, signal.SIGSTOP)
+    wait_for_state([process.pid], "T")
+    time.sleep(0.5)
+    signal_all(any_node, signal.SIGCONT)
+    assert any_node.finish(process) == (0, b"1\n", b"")
+
+
+def test_sigstop_and_sigcont_of_the_runner_s_group_as_grid_engine_does(any_node):
+    process = start_work(any_node)
+    os.killpg(process.pid, signal.SIGSTOP)
+    wait_for_state([process.pid], "T")
+    time.sleep(1)
+    used = processor_time(any_node)
+    time.sleep(0.5)
+    assert processor_time(any_node) - used < 0.1, "a suspended guest computes"
+    os.killpg(process.pid, signal.SIGCONT)
+    assert any_node.finish(process) == (0, b"1\n", b"")
+
+
+def processor_time(node):
+    """Seconds that all processes of the run have used so far."""
+    fields = [pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in node.processes()]
+    return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture
+def freezer():
+    """A freezer cgroup of version 1 or 2: a directory, the file that freezes it, and the words for that file."""
+    places = (("/sys/fs/cgroup/freezer", "freezer.state", "FROZEN", "THAWED"), ("/sys/fs/cgroup", "cgroup.freeze", "1", "0"))
+    for parent, name, freeze, thaw in places:
+        group = pathlib.Path(parent, f"apppot-test-{os.getpid()}")
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        yield group, group / name, freeze, thaw
+        wait_for(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+        return
+    pytest.skip("no freezer cgroup can be made here")
+
+
+def test_a_frozen_cgroup_goes_on(node, freezer):
+    group, control, freeze, thaw = freezer
+    process = start_work(node)
+    for pid in node.processes():
+        (group / "cgroup.procs").write_text(str(pid))
+    control.write_text(freeze)
+    time.sleep(1)
+    control.write_text(thaw)
+    assert node.finish(process) == (0, b"1\n", b"")
+
+
+# --- Killed -------------------------------------------------------------------------------------------------
+
+def descendants(pid):
+    children = [int(child) for task in os.listdir(f"/proc/{pid}/task")
+                for child in pathlib.Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    return [below for child in children for below in [child, *descendants(child)]]
+
+
+@pytest.mark.parametrize("victim, words", [(0, None), (1, "supervisor"), (2, "guest was killed"), (3, ""), (4, "")])
+def test_after_sigkill_of_any_part_nothing_is_left(any_node, victim, words):
+    """0 is the runner, then its supervisor, the kernel, and the first of the kernel's own children."""
+    process = any_node.start_ready("exec sleep 100")
+    tree = [process.pid, *descendants(process.pid)]
+    os.kill(tree[victim], signal.SIGKILL)
+    any_node.wait_until_gone(2)
+    status, stdout, stderr = any_node.finish(process)
+    if words is None:
+        assert status == -signal.SIGKILL
+    else:
+        assert status == 125 and words in stderr.decode()
+        assert_error(subprocess.CompletedProcess((), status, stdout, stderr))
+    wait_for(lambda: not os.listdir(any_node.scratch))
+
+
+def test_what_a_kill_of_everything_left_the_next_run_removes(node):
+    process = node.start_ready("exec sleep 100")
+    pids = node.processes()
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)               # so that none has time to clean
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    node.finish(process)
+    node.wait_until_gone()
+    assert os.listdir(node.scratch)
+    assert node.run("true").returncode == 0        # the fixture looks that nothing is left
+
+
+def test_a_run_does_not_remove_the_directory_of_another(node):
+    first = node.start_ready("read line; echo still $line", stdin=subprocess.PIPE)
+    assert node.run("true").returncode == 0
+    first.stdin.write(b"here\n")
+    assert node.finish(first) == (0, b"still here\n", b"")
+
+
+# --- Failed -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, words", [
+    ("echo c > /proc/sysrq-trigger", "panic"), ("echo o > /proc/sysrq-trigger; sleep 60", "ended before the command"),
+    ("echo b > /proc/sysrq-trigger; sleep 60", "reboot")])
+def test_a_guest_that_goes_away_is_a_failure(any_node, script, words):
+    result = any_node.run("--root", "sh", "-c", "echo written; " + script)
+    assert result.returncode == 125
+    assert_error(result, words)
+
+
+def test_an_agent_that_fails_says_so(node, image):
+    own = writable_copy(node, image)
+    launcher = ("#!/usr/bin/python3 -IS\nimport sys; sys.path.insert(0, '/usr/lib/apppot')\n"
+                "import apppot_init\n{}\napppot_init.main()\n")
+    replace_agent(node, own, launcher.format("apppot_init.make_account = None"))
+    result = node.run("true", image=own)
+    assert result.returncode == 125
+    assert_error(result, "agent", "TypeError")
+    assert b"Traceback" in node.run("-v", "true", image=own).stderr
+    replace_agent(node, own, launcher.format("raise SystemExit(3)"))
+    result = node.run("true", image=own)
+    assert result.returncode == 125
+    assert_error(result, "panic")
+
+
+def test_an_image_without_the_agent_is_named(node, image):
+    own = writable_copy(node, image)
+    subprocess.run(["/sbin/debugfs", "-w", "-R", "rm /usr/sbin/apppot-init", own], check=True, capture_output=True)
+    result = node.run("true", image=own)
+    assert result.returncode == 125
+    assert_error(result, "no agent", own)
+
+
+def test_a_boot_that_hangs_is_given_up(node, image):
+    own = writable_copy(node, image)
+    replace_agent(node, own, "#!/bin/sh\nsleep 100\n")
+    result = node.run("--boot-timeout", "3", "true", image=own)
+    assert result.returncode == 125
+    assert_error(result, "did not start within 3 s")
+
+
+@pytest.mark.parametrize("kernel_of", ["/bin/true", "/bin/cat", "text", "missing", "directory"])
+def test_a_kernel_that_is_not_uml_is_named(node, kernel_of):
+    (node.root / "text").write_text("#!/bin/sh\nexit 0\n")
+    (node.root / "directory").mkdir()
+    path = kernel_of if kernel_of.startswith("/") else str(node.root / kernel_of)
+    result = node.run("--kernel", path, "true")
+    assert result.returncode == 125 and result.stdout == b""
+    assert_error(result, path)
+
+
+def test_a_kernel_that_lost_its_execute_bit_is_used(node, kernel):
+    copy = node.root / "staged"
+    copy.write_bytes(kernel.read_bytes())
+    assert node.run("--kernel", str(copy), "echo", "up").stdout == b"up\n"
+
+
+# --- Odd nodes ----------------------------------------------------------------------------------------------
+
+def pythons():
+    found = {"this": None}
+    for place in [*map(pathlib.Path, os.environ["PATH"].split(":")), *pathlib.Path.home().glob(".pyenv/versions/*/bin")]:
+        for path in place.glob("python3.*[0-9]"):
+            if path.parent.name != "shims" and os.access(path, os.X_OK):
+                found.setdefault(path.name, str(path))
+    return found
+
+
+@pytest.mark.parametrize("python", [name for name in pythons() if name != "this"])
+def test_every_python_here_runs_it_with_an_empty_environment(kernel, image, python):
+    for node in make_node(kernel, image, os.getuid()):         # as root: other users cannot reach every Python
+        result = node.run("sh", "-c", "cat; exit 5", input=b"in\n", python=pythons()[python], env={"PATH": None})
+        assert (result.returncode, result.stdout, result.stderr) == (5, b"in\n", b"")
+
+
+@pytest.mark.parametrize("environment", [
+    {"HOME": None}, {"HOME": "/no/such"}, {"HOME": "/proc"}, {"TMPDIR": "/no/such"}, {"TMPDIR": "/proc"}, {"TMPDIR": "/tmp/" + "x/" * 400}])
+def test_directories_of_the_environment_that_are_no_use_are_passed_over(any_node, environment):
+    result = any_node.run("echo", "up", env={**environment, "APPPOT_TMPDIR": None})
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"up\n", b"")
+
+
+@pytest.mark.parametrize("limits", ["-n 64", "-v 2000000", "-t 600", "-s unlimited", "-u 2000"])
+def test_limits_that_leave_room_are_no_matter(node, limits):
+    assert node.finish(node.start("echo", "up", wrap=("bash", "-c", f'ulimit {limits}; exec "$@"', "-"))) == (0, b"up\n", b"")
+
+
+@pytest.mark.parametrize("limits, words", [("-v 900000", "address space"), ("-f 500000", "file size"), ("-n 20", "open files")])
+def test_limits_that_leave_no_room_are_named(node, limits, words):
+    status, stdout, stderr = node.finish(node.start("true", wrap=("bash", "-c", f'ulimit {limits}; exec "$@"', "-")))
+    assert status == 125
+    assert_error(subprocess.CompletedProcess((), status, stdout, stderr), words)
+
+
+def mounted(commands):
+    """A wrap that runs the run in a mount namespace changed by `commands`."""
+    return ("unshare", "-m", "sh", "-ec", f'{commands}; exec "$@"', "-")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts need root")
+@pytest.mark.parametrize("options", ["noexec", "size=1m", "ro"])
+def test_a_shared_memory_directory_that_is_no_use_is_passed_over(node, options):
+    wrap = mounted(f"mount -t tmpfs -o {options} none /dev/shm")
+    assert node.finish(node.start("echo", "up", wrap=wrap)) == (0, b"up\n", b"")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts need root")
+@pytest.mark.parametrize("options, words", [("noexec", "noexec"), ("size=100m", "100 MiB free"), ("ro", "cannot be written")])
+def test_no_place_for_the_memory_is_told_with_directory_and_need(node, options, words):
+    wrap = mounted(f"for d in /dev/shm /tmp/.apppot-{node.mark}; do mkdir -p $d; mount -t tmpfs -o {options} none $d; done")
+    process = node.start("true", wrap=wrap, env={"APPPOT_TMPDIR": f"/tmp/.apppot-{node.mark}"})
+    status, stdout, stderr = node.finish(process)
+    os.rmdir(f"/tmp/.apppot-{node.mark}")
+    if status == 0:
+        pytest.skip("this kernel keeps its memory in no directory")
+    assert status == 125
+    assert_error(subprocess.CompletedProcess((), status, stdout, stderr), "/dev/shm", "1.0 GiB", words)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts need root")
+def test_a_scratch_directory_that_fills_up_leaves_nothing(node):
+    wrap = mounted(f"mount -t tmpfs -o size=60m none {node.scratch}")
+    script = "dd if=/dev/zero of=/root/big bs=1M count=200 && sync; ls -A > /dev/null"
+    process = node.start("--root", "sh", "-c", script + f"; echo over", wrap=wrap)
+    status, stdout, stderr = node.finish(process)
+    assert (status, stdout) == (0, b"over\n") or status == 125, stderr
+
+
+def test_a_read_only_current_directory_and_image_are_enough(any_node, image):
+    any_node.job.chmod(0o555)
+    assert any_node.run("sh", "-c", "pwd").stdout.decode() == f"{any_node.job}\n"
+    require(not os.access(image, os.W_OK) or os.getuid() == 0, "the image should be read-only for this test")
+    any_node.job.chmod(0o755)
+
+
+def test_a_stuck_reader_does_not_outlive_a_kill(node):
+    process = node.start_ready("cat /dev/zero")
+    process.terminate()
+    process.stdout.close()
+    assert process.wait(DEADLINE_S) == 143
