@@ -273,6 +273,8 @@ def group_name(gid: int) -> bytes:
 # --- Images -------------------------------------------------------------------------------------------------
 
 def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    if offset >= 1 << 62:                         # a damaged table; seek() would raise
+        return b""
     file.seek(offset)
     return file.read(size)
 

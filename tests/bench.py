@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""What a run costs, as ratios measured in one go: the machines are noisy, so A and B take turns.
+
+Usage: python3 tests/bench.py [--repeat N]; prints a Markdown table and writes it to build/bench.md.
+"""
+import argparse
+import os
+import pathlib
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Callable, Dict, List, Sequence
+
+TOP = pathlib.Path(__file__).resolve().parent.parent
+IMAGE = os.environ.get("APPPOT_IMAGE") or str(TOP / "build" / "apppot.img")
+KERNEL = os.environ.get("APPPOT_KERNEL") or shutil.which("linux.uml") or ""
+RUNNER = [sys.executable, str(TOP / "apppot_start.py"), "--kernel", KERNEL, "--image", IMAGE]
+PHASES = ("kernel started", "agent ", "command started", "result record", "nothing left")
+MIB = 1 << 20
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = time.monotonic()
+    action()
+    return time.monotonic() - start
+
+
+def show(values: Sequence[float], unit: str = "s") -> str:
+    return "{:.2f} {} ({:.2f} to {:.2f})".format(statistics.median(values), unit, min(values), max(values))
+
+
+def verdict(is_met: bool) -> str:
+    return "met" if is_met else "missed"
+
+
+def boot_bare(directory: str) -> None:
+    """The floor: the same kernel and image, init a shell that powers off."""
+    cow = os.path.join(directory, "cow")
+    subprocess.run([KERNEL, "ubd0={},{}".format(cow, IMAGE), "root=/dev/ubda", "rw", "mem=1G", "con=null", "con0=null,fd:1",
+                    "uml_dir=" + directory, "init=/bin/sh", "--", "-c",
+                    # The kernel cuts its command line at blanks outside quotes.
+                    '"mount -n -t proc proc /proc; echo o > /proc/sysrq-trigger; sleep 60"'],
+                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    os.unlink(cow)
+
+
+def time_phases() -> Dict[str, float]:
+    """Seconds from the start of the process to each phase's end, by when its line of -v appears."""
+    start = time.monotonic()
+    process = subprocess.Popen(RUNNER + ["-v", "true"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    ends = {}
+    for line in process.stderr:
+        match = re.match(rb"apppot: [\d.]+ s: (.*)", line)
+        for phase in PHASES:
+            if match and match.group(1).decode().startswith(phase):
+                ends[phase] = time.monotonic() - start
+    process.wait()
+    ends["exit"] = time.monotonic() - start
+    return ends
+
+
+def measure_start(repeat: int) -> List[List[str]]:
+    floors, runs, phases = [], [], []
+    with tempfile.TemporaryDirectory() as directory:
+        for _ in range(repeat):
+            floors.append(seconds(lambda: boot_bare(directory)))
+            runs.append(seconds(lambda: subprocess.run(RUNNER + ["true"], check=True)))
+            phases.append(time_phases())
+    ratio = statistics.median(runs) / statistics.median(floors)
+    rows = [["bare boot of kernel and image, the floor", show(floors), ""],
+            ["`apppot_start.py true`, whole process", show(runs), "{:.2f} of the floor; goal 1.35: {}".format(
+                ratio, verdict(ratio <= 1.35))]]
+    names = ("runner: start to kernel", "kernel, and start of the agent", "agent to command", "`true`, and flushing",
+             "end of the guest", "end of the runner")
+    marks = PHASES + ("exit",)
+    for index, name in enumerate(names):
+        before = [phase[marks[index - 1]] if index else 0.0 for phase in phases]
+        rows.append(["– " + name, show([phase[marks[index]] - start for phase, start in zip(phases, before)]), ""])
+    return rows
+
+
+def mib_per_second(consumer: "subprocess.Popen[bytes]", count_mib: int, feed: bool) -> float:
+    """Speed between the first and the last piece, so that boots do not count."""
+    block = bytes(MIB)
+    if feed:
+        assert consumer.stdin is not None and consumer.stdout is not None
+        consumer.stdout.readline()                # ready
+        start = time.monotonic()
+        for _ in range(count_mib):
+            consumer.stdin.write(block)
+        consumer.stdin.close()
+        consumer.stdout.read()
+    else:
+        assert consumer.stdout is not None
+        consumer.stdout.read(1)
+        start = time.monotonic()
+        while consumer.stdout.read(MIB):
+            pass
+    elapsed = time.monotonic() - start
+    consumer.wait()
+    return count_mib / elapsed
+
+
+def measure_streams(repeat: int) -> List[List[str]]:
+    produce = "dd if=/dev/zero bs=1M count={} status=none"
+    consume = ["sh", "-c", "echo ready; cat > /dev/null"]
+    host, out, into = [], [], []
+    for _ in range(repeat):
+        host.append(mib_per_second(subprocess.Popen(["sh", "-c", produce.format(2000) + " | cat"], stdout=subprocess.PIPE),
+                                   2000, False))
+        out.append(mib_per_second(subprocess.Popen(RUNNER + ["sh", "-c", produce.format(1000)], stdin=subprocess.DEVNULL,
+                                                   stdout=subprocess.PIPE), 1000, False))
+        into.append(mib_per_second(subprocess.Popen(RUNNER + consume, stdin=subprocess.PIPE, stdout=subprocess.PIPE), 1000, True))
+    return [["`dd \\| cat` through a pipe of the host", show(host, "MiB/s"), ""],
+            ["stdout of the guest into a pipe", show(out, "MiB/s"), "goal 100 MB/s: " + verdict(statistics.median(out) >= 96)],
+            ["stdin from a pipe into the guest", show(into, "MiB/s"), "goal 60 MB/s: " + verdict(statistics.median(into) >= 58)]]
+
+
+def measure_many(count: int) -> List[List[str]]:
+    def run_all() -> None:
+        for process in [subprocess.Popen(RUNNER + ["--mem", "256", "true"]) for _ in range(count)]:
+            process.wait()
+    return [["{} runs of `true` at once, per run".format(count), "{:.2f} s".format(seconds(run_all) / count), ""]]
+
+
+def describe_machine() -> str:
+    with open("/proc/cpuinfo") as file:
+        model = re.search(r"model name\s*: (.*)", file.read())
+    version = subprocess.run([KERNEL, "--version"], stdout=subprocess.PIPE).stdout.decode().strip()
+    return "{}, {} cores, Linux {}; guest kernel {}; Python {}".format(
+        model.group(1) if model else platform.machine(), os.cpu_count(), platform.release(), version, platform.python_version())
+
+
+def main(argv: List[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=7, help="measurements of each kind (default 7)")
+    options = parser.parse_args(argv)
+    if not KERNEL or not os.path.exists(IMAGE):
+        print("bench: error: no kernel or no image; `make bench` sees to both", file=sys.stderr)
+        return 2
+    rows = measure_start(options.repeat) + measure_streams(max(1, options.repeat // 2)) + measure_many(16)
+    table = "\n".join(["| what | median (range) | |", "|---|---|---|"] + ["| " + " | ".join(row) + " |" for row in rows])
+    text = "{}\n\n{}\n".format(describe_machine(), table)
+    print(text, end="")
+    (TOP / "build").mkdir(exist_ok=True)
+    (TOP / "build" / "bench.md").write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
