@@ -484,7 +484,7 @@ def become(account: Account) -> None:
 
 class Command(NamedTuple):
     pid: int
-    stdin: Optional[int]             # the agent's ends of the command's pipes
+    stdin: int                       # the agent's ends of the command's pipes
     outputs: Dict[int, int]          # frame type (STDOUT, STDERR) to descriptor
 
 
@@ -494,42 +494,48 @@ def make_pipe() -> Tuple[int, int]:
     return reader, writer
 
 
+def run_command(job: Job, account: Account, directory: bytes, stdio: Tuple[int, int, int]) -> NoReturn:
+    """In the forked child: become the command, or raise Fatal."""
+    os.setsid()
+    for target, source in enumerate(stdio):
+        os.dup2(source, target)
+    write_score("0")
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):            # Python ignores these
+        signal.signal(number, signal.SIG_DFL)
+    for ignored in job.ignored_signals:
+        signal.signal(ignored, signal.SIG_IGN)
+    become(account)
+    os.umask(job.umask)
+    start = os.path.join(directory, job.cwd) if job.cwd else directory
+    try:
+        os.chdir(start)
+    except OSError as error:
+        raise Fatal("cannot start in directory {!r}: {}".format(os.fsdecode(start), error.strerror),
+                    "--cwd names a directory as the guest sees it")
+    argv, program = choose_command(job, account, directory)
+    execute(program, argv, build_environment(job, account, start))
+
+
 def start_command(job: Job, account: Account, directory: bytes) -> Command:
     """Fork and execute; return when the command runs, or raise the Fatal that its start ended with."""
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    stdin, to_stdin = (null, None) if job.stdin_is_null else make_pipe()
+    stdin, to_stdin = make_pipe()
     from_stdout, stdout = make_pipe()
-    from_stderr, stderr = (None, stdout) if job.one_output else make_pipe()
+    from_stderr, stderr = make_pipe()
+    if job.stdin_is_null:
+        os.close(stdin)
+        stdin = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     report, to_agent = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            os.setsid()
-            for source, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
-                os.dup2(source, target)
-            write_score("0")
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):        # Python ignores these
-                signal.signal(number, signal.SIG_DFL)
-            for number in job.ignored_signals:
-                signal.signal(number, signal.SIG_IGN)
-            become(account)
-            os.umask(job.umask)
-            start = os.path.join(directory, job.cwd) if job.cwd else directory
-            try:
-                os.chdir(start)
-            except OSError as error:
-                raise Fatal("cannot start in directory {!r}: {}".format(os.fsdecode(start), error.strerror),
-                            "--cwd names a directory as the guest sees it")
-            environment = build_environment(job, account, start)
-            argv, program = choose_command(job, account, directory)
-            execute(program, argv, environment)
+            run_command(job, account, directory, (stdin, stdout, stdout if job.one_output else stderr))
         except Fatal as fatal:
             os.write(to_agent, encode_failure(fatal))
         except BaseException as error:            # nothing may escape into the agent's own code below
             os.write(to_agent, encode_failure(Fatal("cannot start the command: {!r}".format(error))))
         finally:
             os._exit(125)
-    for descriptor in {stdin, stdout, stderr, to_agent}:
+    for descriptor in (stdin, stdout, stderr, to_agent):
         os.close(descriptor)
     with os.fdopen(report, "rb") as file:         # empty: the close-on-exec end went with a successful exec
         failure = file.read()
@@ -537,13 +543,9 @@ def start_command(job: Job, account: Account, directory: bytes) -> Command:
         os.waitpid(pid, 0)
         fields = decode_fields(failure)
         raise Fatal(fields[b"error"][0].decode(), fields[b"hint"][0].decode(), int(fields[b"status"][0]))
-    outputs = {STDOUT: from_stdout}
-    if from_stderr is not None:
-        outputs[STDERR] = from_stderr
-    for descriptor in [to_stdin] + list(outputs.values()):
-        if descriptor is not None:
-            os.set_blocking(descriptor, False)
-    return Command(pid, to_stdin, outputs)
+    for descriptor in (to_stdin, from_stdout, from_stderr):
+        os.set_blocking(descriptor, False)
+    return Command(pid, to_stdin, {STDOUT: from_stdout, STDERR: from_stderr})
 
 
 def encode_failure(fatal: Fatal) -> bytes:
@@ -565,9 +567,9 @@ class Relay:
 
     def __init__(self, channel: Channel, command: Command, wakeup: int) -> None:
         self._channel, self._pid, self._wakeup = channel, command.pid, wakeup
-        self._stdin = command.stdin
+        self._stdin: Optional[int] = command.stdin
         self._outputs = dict(command.outputs)
-        self._window = {kind: OUTPUT_WINDOW for kind in self._outputs}
+        self._window = dict.fromkeys(self._outputs, OUTPUT_WINDOW)
         self._pending: List[memoryview] = []      # stdin that the command's pipe has no room for yet
         self._stdin_ends = False
         self._delivered = 0                       # bytes of stdin put into the command's pipe

@@ -13,10 +13,10 @@ import argparse
 import collections
 import errno
 import fcntl
+import grp
 import mmap
 import os
 import pwd
-import grp
 import re
 import resource
 import select
@@ -29,8 +29,21 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
-from typing import (BinaryIO, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence,
-                    Set, Tuple)
+from typing import (
+    BinaryIO,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 VERSION = "0.1"
 
@@ -73,7 +86,7 @@ PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged pr
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36               # include/uapi/linux/prctl.h
 ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
-MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length, data
+MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
 MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
 
 FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
@@ -138,6 +151,7 @@ class RunSpec(NamedTuple):
     job_alias: bytes
     cwd: bytes
     as_root: bool
+    umask: int
     ignored_signals: Tuple[int, ...]  # of the caller's, as under nohup: the command ignores them, too
     timeout_s: Optional[float]
     boot_timeout_s: float
@@ -235,17 +249,15 @@ def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
     """argv of the kernel. Paths are relative to the run directory: no length, blank or comma of a path can hurt."""
     return [
         spec.kernel, disk, "root=/dev/ubda{}".format(spec.root.partition or ""), "rw", "mem={}M".format(spec.mem_mib),
-        "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD), "uml_dir=.", "umid=" + spec.umid,
-        HOSTFS_ROOT, "init=" + AGENT] + list(spec.extra)
+        "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD),
+        "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT] + list(spec.extra)
 
 
 def build_job(spec: RunSpec, stdin_is_null: bool, one_output: bool) -> bytes:
     uid, gid = os.getuid(), os.getgid()
-    umask = os.umask(0o077)
-    os.umask(umask)
     fields = [
         (b"job", spec.job_directory), (b"alias", spec.job_alias), (b"cwd", spec.cwd), (b"user", user_name(uid)),
-        (b"uid", b"%d" % uid), (b"root", b"%d" % spec.as_root), (b"umask", b"%d" % umask),
+        (b"uid", b"%d" % uid), (b"root", b"%d" % spec.as_root), (b"umask", b"%d" % spec.umask),
         (b"stdin", b"null" if stdin_is_null else b"pipe"), (b"output", b"one" if one_output else b"two"),
         (b"persistent", b"%d" % spec.persistent)]
     fields += [(b"group", b"%d=%s" % (group, group_name(group)))
@@ -340,7 +352,7 @@ def find_root_device(path: str) -> RootDevice:
             partitions = [] if whole else list(read_gpt(file)) or list(read_mbr(file))
             found = [(0, False, 0, size)] if whole else partitions
             roots = []
-            for number, says_root, start, end in found:
+            for number, says_root, start, _ in found:
                 superblock = read_ext_superblock(file, start)
                 if superblock:
                     roots.append((says_root, superblock[1], RootDevice(number, superblock[0]), start + superblock[1]))
@@ -643,7 +655,11 @@ def try_lock(directory: str) -> Optional[int]:
 def remove_stale_directories(scratch: str) -> None:
     """Remove what runs left that were killed with every process they had: nobody locks it any more."""
     prefix = "{}{}-".format(RUN_PREFIX, os.getuid())
-    for name in os.listdir(scratch):
+    try:
+        names = os.listdir(scratch)
+    except PermissionError:                       # writable but not readable: nothing to find, then
+        return
+    for name in names:
         if name.startswith(prefix):
             path = os.path.join(scratch, name)
             descriptor = try_lock(path)
@@ -662,10 +678,7 @@ def run_directory(spec: RunSpec) -> Iterator[Tuple[str, int]]:
         os.mkdir(path, 0o700)
         lock = try_lock(path)
     try:
-        os.chmod(path, 0o700)                     # whatever the umask
-        for name in ("hostfs", "hostfs/spool"):
-            os.mkdir(os.path.join(path, name))
-            os.chmod(os.path.join(path, name), 0o700)
+        os.makedirs(os.path.join(path, "hostfs/spool"))
         os.symlink(spec.job_directory, os.path.join(os.fsencode(path), b"hostfs/job"))
         yield path, lock
     finally:
@@ -704,6 +717,7 @@ def spawn_kernel(spec: RunSpec, argv: List[str], keep: Dict[int, int]) -> int:
             if os.getppid() != supervisor:
                 os._exit(EXIT_FAILED)
             raise_limits()
+            os.umask(0)                           # the guest has its own; this one would come on top of it on hostfs
             high = {there: fcntl.fcntl(here, fcntl.F_DUPFD, 32) for there, here in keep.items()}
             for there, here in high.items():
                 os.dup2(here, there)
@@ -794,7 +808,7 @@ def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int
     try:
         argv = build_kernel_args(spec, name_disk(spec, directory))
         kernel = spawn_kernel(spec, argv, keep)
-        for number in (1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD):     # so that the runner sees their end when the kernel is gone
+        for number in (1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD):     # so that they end with the kernel
             os.close(keep[number])
         message = watch_kernel(kernel, spec.umid, lifeline, wakeup)
     except OSError as error:
@@ -1256,7 +1270,7 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, running: bool) 
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return Fatal("guest was killed by signal 9", "was the memory that the job asked for used up?")
     if panic and "init failed" in panic.group(1) or "No working init" in console:
-        return Fatal("image has no agent ({}): {}".format(AGENT, spec.image), "`make image` builds an appliance with it")
+        return Fatal("image has no agent ({}): {}".format(AGENT, spec.image), "`make image` builds one with it")
     if panic and "mount root" in panic.group(1):
         return Fatal("guest cannot mount its root file system: " + spec.image,
                      "run with -v to see the guest's console; is the image damaged? `e2fsck -fn` tells")
@@ -1344,7 +1358,7 @@ exit status:
     add("--boot-timeout", default="120", metavar="S", help="give up a guest that does not start (default 120)")
     add("--kill-after", default="10", metavar="S",
         help="kill a command that lives S seconds after SIGTERM; 0: never (default 10)")
-    add("--tmpdir", metavar="DIR", help="temporary files of the run (default: the batch system's, TMPDIR, /tmp, /var/tmp)")
+    add("--tmpdir", metavar="DIR", help="temporary files (default: the batch system's, TMPDIR, /tmp, /var/tmp)")
     add("--dry-run", action="store_true", help="check everything, print the kernel's command line, start nothing")
     add = parser.add_argument_group("information").add_argument
     add("-v", "--verbose", action="store_true", help="show the steps and the guest's console on stderr")
@@ -1362,7 +1376,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     if cow:
         check_cow(cow, image)
     if options.write and not os.access(image, os.W_OK):
-        raise Fatal("image is not writable: " + image, "--write changes the image itself; without it nothing is written")
+        raise Fatal("image is not writable: " + image, "without --write nothing is written")
     kernel = check_kernel(find_part(options.kernel, "APPPOT_KERNEL", KERNEL_NAMES, "kernel", True))
     mem_mib = check_memory(options.mem or os.environ.get("APPPOT_MEM") or DEFAULT_MEM)
     check_limits(mem_mib, os.path.getsize(image))
@@ -1381,6 +1395,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         scratch=choose_scratch(candidates), umid=umid, extra=tuple(options.extra),
         environment=select_environment(dict(os.environb), options.env, options.clean_env),
         job_directory=directory, job_alias=alias, cwd=os.fsencode(options.cwd or ""), as_root=options.root,
+        umask=os.umask(0o077),                    # what the runner makes is nobody else's
         ignored_signals=tuple(n for n in FORWARDED_SIGNALS if signal.getsignal(n) == signal.SIG_IGN),
         timeout_s=timeout_s, boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose)
@@ -1450,6 +1465,8 @@ def run(spec: RunSpec, started: float) -> Result:
 def main(argv: List[str]) -> int:
     started = time.time()
     open_standard_descriptors()
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C is no traceback
     try:
         parser = build_parser()
         words, command = parser.split(argv)

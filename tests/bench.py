@@ -4,6 +4,7 @@
 
 Usage: python3 tests/bench.py [--repeat N]; prints a Markdown table and writes it to build/bench.md.
 """
+
 import argparse
 import os
 import pathlib
@@ -42,11 +43,27 @@ def verdict(is_met: bool) -> str:
 def boot_bare(directory: str) -> None:
     """The floor: the same kernel and image, init a shell that powers off."""
     cow = os.path.join(directory, "cow")
-    subprocess.run([KERNEL, "ubd0={},{}".format(cow, IMAGE), "root=/dev/ubda", "rw", "mem=1G", "con=null", "con0=null,fd:1",
-                    "uml_dir=" + directory, "init=/bin/sh", "--", "-c",
-                    # The kernel cuts its command line at blanks outside quotes.
-                    '"mount -n -t proc proc /proc; echo o > /proc/sysrq-trigger; sleep 60"'],
-                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    subprocess.run(
+        [
+            KERNEL,
+            "ubd0={},{}".format(cow, IMAGE),
+            "root=/dev/ubda",
+            "rw",
+            "mem=1G",
+            "con=null",
+            "con0=null,fd:1",
+            "uml_dir=" + directory,
+            "init=/bin/sh",
+            "--",
+            "-c",
+            # The kernel cuts its command line at blanks outside quotes.
+            '"mount -n -t proc proc /proc; echo o > /proc/sysrq-trigger; sleep 60"',
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
     os.unlink(cow)
 
 
@@ -74,11 +91,22 @@ def measure_start(repeat: int) -> List[List[str]]:
             runs.append(seconds(lambda: subprocess.run(RUNNER + ["true"], check=True)))
             phases.append(time_phases())
     ratio = statistics.median(runs) / statistics.median(floors)
-    rows = [["bare boot of kernel and image, the floor", show(floors), ""],
-            ["`apppot_start.py true`, whole process", show(runs), "{:.2f} of the floor; goal 1.35: {}".format(
-                ratio, verdict(ratio <= 1.35))]]
-    names = ("runner: start to kernel", "kernel, and start of the agent", "agent to command", "`true`, and flushing",
-             "end of the guest", "end of the runner")
+    rows = [
+        ["bare boot of kernel and image, the floor", show(floors), ""],
+        [
+            "`apppot_start.py true`, whole process",
+            show(runs),
+            "{:.2f} of the floor; goal 1.35: {}".format(ratio, verdict(ratio <= 1.35)),
+        ],
+    ]
+    names = (
+        "runner: start to kernel",
+        "kernel, and start of the agent",
+        "agent to command",
+        "`true`, and flushing",
+        "end of the guest",
+        "end of the runner",
+    )
     marks = PHASES + ("exit",)
     for index, name in enumerate(names):
         before = [phase[marks[index - 1]] if index else 0.0 for phase in phases]
@@ -91,7 +119,7 @@ def mib_per_second(consumer: "subprocess.Popen[bytes]", count_mib: int, feed: bo
     block = bytes(MIB)
     if feed:
         assert consumer.stdin is not None and consumer.stdout is not None
-        consumer.stdout.readline()                # ready
+        consumer.stdout.readline()  # ready
         start = time.monotonic()
         for _ in range(count_mib):
             consumer.stdin.write(block)
@@ -113,20 +141,45 @@ def measure_streams(repeat: int) -> List[List[str]]:
     consume = ["sh", "-c", "echo ready; cat > /dev/null"]
     host, out, into = [], [], []
     for _ in range(repeat):
-        host.append(mib_per_second(subprocess.Popen(["sh", "-c", produce.format(2000) + " | cat"], stdout=subprocess.PIPE),
-                                   2000, False))
-        out.append(mib_per_second(subprocess.Popen(RUNNER + ["sh", "-c", produce.format(1000)], stdin=subprocess.DEVNULL,
-                                                   stdout=subprocess.PIPE), 1000, False))
-        into.append(mib_per_second(subprocess.Popen(RUNNER + consume, stdin=subprocess.PIPE, stdout=subprocess.PIPE), 1000, True))
-    return [["`dd \\| cat` through a pipe of the host", show(host, "MiB/s"), ""],
-            ["stdout of the guest into a pipe", show(out, "MiB/s"), "goal 100 MB/s: " + verdict(statistics.median(out) >= 96)],
-            ["stdin from a pipe into the guest", show(into, "MiB/s"), "goal 60 MB/s: " + verdict(statistics.median(into) >= 58)]]
+        host.append(
+            mib_per_second(
+                subprocess.Popen(["sh", "-c", produce.format(2000) + " | cat"], stdout=subprocess.PIPE), 2000, False
+            )
+        )
+        out.append(
+            mib_per_second(
+                subprocess.Popen(
+                    RUNNER + ["sh", "-c", produce.format(1000)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+                ),
+                1000,
+                False,
+            )
+        )
+        into.append(
+            mib_per_second(
+                subprocess.Popen(RUNNER + consume, stdin=subprocess.PIPE, stdout=subprocess.PIPE), 1000, True
+            )
+        )
+    return [
+        ["`dd \\| cat` through a pipe of the host", show(host, "MiB/s"), ""],
+        [
+            "stdout of the guest into a pipe",
+            show(out, "MiB/s"),
+            "goal 100 MB/s: " + verdict(statistics.median(out) >= 96),
+        ],
+        [
+            "stdin from a pipe into the guest",
+            show(into, "MiB/s"),
+            "goal 60 MB/s: " + verdict(statistics.median(into) >= 58),
+        ],
+    ]
 
 
 def measure_many(count: int) -> List[List[str]]:
     def run_all() -> None:
         for process in [subprocess.Popen(RUNNER + ["--mem", "256", "true"]) for _ in range(count)]:
             process.wait()
+
     return [["{} runs of `true` at once, per run".format(count), "{:.2f} s".format(seconds(run_all) / count), ""]]
 
 
@@ -135,7 +188,12 @@ def describe_machine() -> str:
         model = re.search(r"model name\s*: (.*)", file.read())
     version = subprocess.run([KERNEL, "--version"], stdout=subprocess.PIPE).stdout.decode().strip()
     return "{}, {} cores, Linux {}; guest kernel {}; Python {}".format(
-        model.group(1) if model else platform.machine(), os.cpu_count(), platform.release(), version, platform.python_version())
+        model.group(1) if model else platform.machine(),
+        os.cpu_count(),
+        platform.release(),
+        version,
+        platform.python_version(),
+    )
 
 
 def main(argv: List[str]) -> int:
@@ -146,7 +204,9 @@ def main(argv: List[str]) -> int:
         print("bench: error: no kernel or no image; `make bench` sees to both", file=sys.stderr)
         return 2
     rows = measure_start(options.repeat) + measure_streams(max(1, options.repeat // 2)) + measure_many(16)
-    table = "\n".join(["| what | median (range) | |", "|---|---|---|"] + ["| " + " | ".join(row) + " |" for row in rows])
+    table = "\n".join(
+        ["| what | median (range) | |", "|---|---|---|"] + ["| " + " | ".join(row) + " |" for row in rows]
+    )
     text = "{}\n\n{}\n".format(describe_machine(), table)
     print(text, end="")
     (TOP / "build").mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real boots, each on a node of its own: a job directory, a scratch directory, and a look at what is left."""
+
 import os
 import pathlib
 import shutil
@@ -13,8 +14,8 @@ import pytest
 
 TOP = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
-UNPRIVILEGED = 65534                 # nobody
-DEADLINE_S = 90                      # a boot takes 2 s; this is for a machine that does much else
+UNPRIVILEGED = 65534  # nobody
+DEADLINE_S = 90  # a boot takes 2 s; this is for a machine that does much else
 
 
 def require(condition, reason):
@@ -67,15 +68,26 @@ class Node:
     def start(self, *words, python=sys.executable, image=None, env=(), wrap=(), **options):
         """Popen of a run; `env` changes the environment (None removes), `wrap` is a command to run it under."""
         environment = {**self.environment, **dict(env)}
-        options = {"cwd": self.job, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL,
-                   "start_new_session": True, **options}
+        options = {
+            "cwd": self.job,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "stdin": subprocess.DEVNULL,
+            "start_new_session": True,
+            **options,
+        }
         process = subprocess.Popen(
-            [*wrap, *self.argv(*words, python=python, image=image)], preexec_fn=self.become,
-            env={name: value for name, value in environment.items() if value is not None}, **options)
+            [*wrap, *self.argv(*words, python=python, image=image)],
+            preexec_fn=self.become,
+            env={name: value for name, value in environment.items() if value is not None},
+            **options,
+        )
         self.started.append(process)
         return process
 
     def become(self):
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # make may run under nohup
+            signal.signal(number, signal.SIG_DFL)
         if os.getuid() == 0 and self.uid != 0:
             os.setgroups([])
             os.setgid(self.uid)
@@ -116,8 +128,9 @@ class Node:
         deadline = time.monotonic() + seconds
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not self.processes(), [pathlib.Path("/proc", str(pid), "cmdline").read_bytes()
-                                      for pid in self.processes()]
+        assert not self.processes(), [
+            pathlib.Path("/proc", str(pid), "cmdline").read_bytes() for pid in self.processes()
+        ]
 
     def assert_nothing_left(self):
         self.wait_until_gone()
@@ -185,8 +198,12 @@ def writable_copy(node, image, name="own.img"):
 
 def write_into(image, source, target):
     """Put a program into an ext4 image."""
-    subprocess.run(["/sbin/debugfs", "-w", "-f", "-", image], check=True, capture_output=True, input=(
-        f"rm {target}\nwrite {source} {target}\nsif {target} mode 0100755\n").encode())
+    subprocess.run(
+        ["/sbin/debugfs", "-w", "-f", "-", image],
+        check=True,
+        capture_output=True,
+        input=(f"rm {target}\nwrite {source} {target}\nsif {target} mode 0100755\n").encode(),
+    )
 
 
 def replace_agent(node, image, text):

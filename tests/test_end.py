@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How runs end: by signals, suspended on the way, killed, failed; and what is left, which is nothing."""
+
 import os
 import pathlib
 import signal
@@ -14,13 +15,15 @@ FORWARDED = ["TERM", "INT", "HUP", "USR1", "USR2", "QUIT", "XCPU"]
 
 # --- Signals ------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", FORWARDED)
 def test_a_signal_to_the_runner_reaches_the_whole_process_group(node, name):
     # Both shells trap the signal: the group gets it, not only its leader, which acts when its child has ended.
     process = node.start_ready(
         f"trap 'echo leader; exit 33' {name}\n"
         f"bash -c 'trap \"echo child; exit\" {name}; echo up; while :; do sleep 0.05; done'\n"
-        "while :; do sleep 0.05; done")
+        "while :; do sleep 0.05; done"
+    )
     assert process.stdout.readline() == b"up\n"
     process.send_signal(getattr(signal, "SIG" + name))
     assert node.finish(process)[:2] == (33, b"child\nleader\n")
@@ -45,7 +48,7 @@ def test_a_command_that_ignores_sigterm_is_ended(node):
         assert process.stdout.readline() == b"deaf\n"
         for _ in range(terms):
             process.terminate()
-            time.sleep(0.2)          # two signals in one moment are one
+            time.sleep(0.2)  # two signals in one moment are one
         assert node.finish(process) == (137, b"", b"")
 
 
@@ -58,9 +61,11 @@ def test_a_signal_during_the_boot_ends_it_at_once(node):
 
 
 def test_a_timeout_ends_the_command_with_124(node):
-    result = node.run("--timeout", "4s", "sh", "-c", "trap 'echo warned; exit 0' TERM; while :; do sleep 0.1; done 2> /dev/null")
+    result = node.run(
+        "--timeout", "4s", "sh", "-c", "trap 'echo warned; exit 0' TERM; while :; do sleep 0.1; done 2> /dev/null"
+    )
     assert (result.returncode, result.stdout) == (124, b"warned\n")
-    result.stderr = result.stderr.replace(b"Terminated\n", b"")        # the guest's shell, of its sleep
+    result.stderr = result.stderr.replace(b"Terminated\n", b"")  # the guest's shell, of its sleep
     assert_error(result, "walltime")
 
 
@@ -87,14 +92,17 @@ def start_work(node):
 
 def wait_for_state(pids, states):
     def is_there():
-        return all(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in states for pid in pids)
+        return all(
+            pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in states for pid in pids
+        )
+
     wait_for(is_there)
 
 
 def test_sigtstp_then_sigstop_of_everything_then_sigcont_as_slurm_does(any_node):
     process = start_work(any_node)
     process.send_signal(signal.SIGTSTP)
-    time.sleep(1)                    # what Slurm does; there is no event to wait for
+    time.sleep(1)  # what Slurm does; there is no event to wait for
     signal_all(any_node, signal.SIGSTOP)
     wait_for_state([process.pid], "T")
     time.sleep(0.5)
@@ -123,7 +131,10 @@ def processor_time(node):
 @pytest.fixture
 def freezer():
     """A freezer cgroup of version 1 or 2: a directory, the file that freezes it, and the words for that file."""
-    places = (("/sys/fs/cgroup/freezer", "freezer.state", "FROZEN", "THAWED"), ("/sys/fs/cgroup", "cgroup.freeze", "1", "0"))
+    places = (
+        ("/sys/fs/cgroup/freezer", "freezer.state", "FROZEN", "THAWED"),
+        ("/sys/fs/cgroup", "cgroup.freeze", "1", "0"),
+    )
     for parent, name, freeze, thaw in places:
         group = pathlib.Path(parent, f"apppot-test-{os.getpid()}")
         try:
@@ -150,9 +161,13 @@ def test_a_frozen_cgroup_goes_on(node, freezer):
 
 # --- Killed -------------------------------------------------------------------------------------------------
 
+
 def descendants(pid):
-    children = [int(child) for task in os.listdir(f"/proc/{pid}/task")
-                for child in pathlib.Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    children = [
+        int(child)
+        for task in os.listdir(f"/proc/{pid}/task")
+        for child in pathlib.Path(f"/proc/{pid}/task/{task}/children").read_text().split()
+    ]
     return [below for child in children for below in [child, *descendants(child)]]
 
 
@@ -176,13 +191,13 @@ def test_what_a_kill_of_everything_left_the_next_run_removes(node):
     process = node.start_ready("exec sleep 100")
     pids = node.processes()
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)               # so that none has time to clean
+        os.kill(pid, signal.SIGSTOP)  # so that none has time to clean
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     node.finish(process)
     node.wait_until_gone()
     assert os.listdir(node.scratch)
-    assert node.run("true").returncode == 0        # the fixture looks that nothing is left
+    assert node.run("true").returncode == 0  # the fixture looks that nothing is left
 
 
 def test_a_run_does_not_remove_the_directory_of_another(node):
@@ -194,9 +209,15 @@ def test_a_run_does_not_remove_the_directory_of_another(node):
 
 # --- Failed -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("script, words", [
-    ("echo c > /proc/sysrq-trigger", "panic"), ("echo o > /proc/sysrq-trigger; sleep 60", "ended before the command"),
-    ("echo b > /proc/sysrq-trigger; sleep 60", "reboot")])
+
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("echo c > /proc/sysrq-trigger", "panic"),
+        ("echo o > /proc/sysrq-trigger; sleep 60", "ended before the command"),
+        ("echo b > /proc/sysrq-trigger; sleep 60", "reboot"),
+    ],
+)
 def test_a_guest_that_goes_away_is_a_failure(any_node, script, words):
     result = any_node.run("--root", "sh", "-c", "echo written; " + script)
     assert result.returncode == 125
@@ -205,8 +226,10 @@ def test_a_guest_that_goes_away_is_a_failure(any_node, script, words):
 
 def test_an_agent_that_fails_says_so(node, image):
     own = writable_copy(node, image)
-    launcher = ("#!/usr/bin/python3 -IS\nimport sys; sys.path.insert(0, '/usr/lib/apppot')\n"
-                "import apppot_init\n{}\napppot_init.main()\n")
+    launcher = (
+        "#!/usr/bin/python3 -IS\nimport sys; sys.path.insert(0, '/usr/lib/apppot')\n"
+        "import apppot_init\n{}\napppot_init.main()\n"
+    )
     replace_agent(node, own, launcher.format("apppot_init.make_account = None"))
     result = node.run("true", image=own)
     assert result.returncode == 125
@@ -252,9 +275,13 @@ def test_a_kernel_that_lost_its_execute_bit_is_used(node, kernel):
 
 # --- Odd nodes ----------------------------------------------------------------------------------------------
 
+
 def pythons():
     found = {"this": None}
-    for place in [*map(pathlib.Path, os.environ["PATH"].split(":")), *pathlib.Path.home().glob(".pyenv/versions/*/bin")]:
+    for place in [
+        *map(pathlib.Path, os.environ["PATH"].split(":")),
+        *pathlib.Path.home().glob(".pyenv/versions/*/bin"),
+    ]:
         for path in place.glob("python3.*[0-9]"):
             if path.parent.name != "shims" and os.access(path, os.X_OK):
                 found.setdefault(path.name, str(path))
@@ -263,13 +290,22 @@ def pythons():
 
 @pytest.mark.parametrize("python", [name for name in pythons() if name != "this"])
 def test_every_python_here_runs_it_with_an_empty_environment(kernel, image, python):
-    for node in make_node(kernel, image, os.getuid()):         # as root: other users cannot reach every Python
+    for node in make_node(kernel, image, os.getuid()):  # as root: other users cannot reach every Python
         result = node.run("sh", "-c", "cat; exit 5", input=b"in\n", python=pythons()[python], env={"PATH": None})
         assert (result.returncode, result.stdout, result.stderr) == (5, b"in\n", b"")
 
 
-@pytest.mark.parametrize("environment", [
-    {"HOME": None}, {"HOME": "/no/such"}, {"HOME": "/proc"}, {"TMPDIR": "/no/such"}, {"TMPDIR": "/proc"}, {"TMPDIR": "/tmp/" + "x/" * 400}])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"HOME": None},
+        {"HOME": "/no/such"},
+        {"HOME": "/proc"},
+        {"TMPDIR": "/no/such"},
+        {"TMPDIR": "/proc"},
+        {"TMPDIR": "/tmp/" + "x/" * 400},
+    ],
+)
 def test_directories_of_the_environment_that_are_no_use_are_passed_over(any_node, environment):
     result = any_node.run("echo", "up", env={**environment, "APPPOT_TMPDIR": None})
     assert (result.returncode, result.stdout, result.stderr) == (0, b"up\n", b"")
@@ -277,10 +313,16 @@ def test_directories_of_the_environment_that_are_no_use_are_passed_over(any_node
 
 @pytest.mark.parametrize("limits", ["-n 64", "-v 2000000", "-t 600", "-s unlimited", "-u 2000"])
 def test_limits_that_leave_room_are_no_matter(node, limits):
-    assert node.finish(node.start("echo", "up", wrap=("bash", "-c", f'ulimit {limits}; exec "$@"', "-"))) == (0, b"up\n", b"")
+    assert node.finish(node.start("echo", "up", wrap=("bash", "-c", f'ulimit {limits}; exec "$@"', "-"))) == (
+        0,
+        b"up\n",
+        b"",
+    )
 
 
-@pytest.mark.parametrize("limits, words", [("-v 900000", "address space"), ("-f 500000", "file size"), ("-n 20", "open files")])
+@pytest.mark.parametrize(
+    "limits, words", [("-v 900000", "address space"), ("-f 500000", "file size"), ("-n 20", "open files")]
+)
 def test_limits_that_leave_no_room_are_named(node, limits, words):
     status, stdout, stderr = node.finish(node.start("true", wrap=("bash", "-c", f'ulimit {limits}; exec "$@"', "-")))
     assert status == 125
@@ -300,9 +342,13 @@ def test_a_shared_memory_directory_that_is_no_use_is_passed_over(node, options):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounts need root")
-@pytest.mark.parametrize("options, words", [("noexec", "noexec"), ("size=100m", "100 MiB free"), ("ro", "cannot be written")])
+@pytest.mark.parametrize(
+    "options, words", [("noexec", "noexec"), ("size=100m", "100 MiB free"), ("ro", "cannot be written")]
+)
 def test_no_place_for_the_memory_is_told_with_directory_and_need(node, options, words):
-    wrap = mounted(f"for d in /dev/shm /tmp/.apppot-{node.mark}; do mkdir -p $d; mount -t tmpfs -o {options} none $d; done")
+    wrap = mounted(
+        f"for d in /dev/shm /tmp/.apppot-{node.mark}; do mkdir -p $d; mount -t tmpfs -o {options} none $d; done"
+    )
     process = node.start("true", wrap=wrap, env={"APPPOT_TMPDIR": f"/tmp/.apppot-{node.mark}"})
     status, stdout, stderr = node.finish(process)
     os.rmdir(f"/tmp/.apppot-{node.mark}")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's transcripts, run as they stand."""
+
 import pathlib
 import re
 import shutil
@@ -26,9 +27,11 @@ def clone(tmp_path, image, kernel):
 def test_a_transcript_of_the_readme_is_what_a_reader_sees(transcript, clone):
     commands = [line[2:] for line in transcript.splitlines() if line.startswith("$ ")]
     script = "exec 2>&1\n" + "\n".join(
-        f"status=$?; printf '%s\\n' {quote('$ ' + command)}; (exit $status)\n{command}" for command in commands)
-    shown = subprocess.run(["bash", "-c", script], cwd=clone, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                           text=True, timeout=120).stdout
+        f"status=$?; printf '%s\\n' {quote('$ ' + command)}; (exit $status)\n{command}" for command in commands
+    )
+    shown = subprocess.run(
+        ["bash", "-c", script], cwd=clone, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, timeout=120
+    ).stdout
     assert shown == transcript
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command sees and its caller gets: status, streams, arguments, files, identity."""
+
 import hashlib
 import os
 import pty
@@ -50,6 +51,7 @@ def test_commands_that_cannot_run_end_as_in_a_shell(any_node):
 
 # --- Streams ------------------------------------------------------------------------------------------------
 
+
 def digest_of(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -86,8 +88,12 @@ def test_a_gibibyte_of_stdin_arrives(node):
 
 @pytest.mark.parametrize("kind", ["pipe", "file", "here-document", "null", "closed", "socket", "terminal"])
 def test_stdin_of_every_kind_has_its_bytes_and_its_end(node, kind):
-    content = {"null": b"", "closed": b"", "terminal": b"a line typed\nand another\n",
-               "here-document": b"a line of text\n" * 7000}.get(kind, b"some\x00bytes\xff and\nlines\n" * 9999)
+    content = {
+        "null": b"",
+        "closed": b"",
+        "terminal": b"a line typed\nand another\n",
+        "here-document": b"a line of text\n" * 7000,
+    }.get(kind, b"some\x00bytes\xff and\nlines\n" * 9999)
     assert run_with_stdin(node, kind, content) == (0, content + b"end\n", b"")
 
 
@@ -100,7 +106,7 @@ def run_with_stdin(node, kind, content):
         (node.job / "input").write_bytes(content)
         with open(node.job / "input", "rb") as file:
             return node.finish(node.start(*words, stdin=file))
-    if kind == "here-document":      # bash passes it as an unlinked file; shell text, so no odd bytes
+    if kind == "here-document":  # bash passes it as an unlinked file; shell text, so no odd bytes
         script = "exec \"$@\" <<'END'\n" + content.decode() + "END\n"
         return node.finish(node.start(*words, wrap=("bash", "-c", script, "-")))
     if kind == "null":
@@ -138,7 +144,9 @@ def test_a_caller_that_closes_stdout_ends_the_command_with_sigpipe(node):
 
 def test_a_command_that_closes_stdin_ends_its_writer_with_sigpipe(node):
     writer = subprocess.Popen(["yes"], stdout=subprocess.PIPE)
-    process = node.start("sh", "-c", "exec <&-; while [ ! -e ../job/gone ]; do sleep 0.1; done; echo seen", stdin=writer.stdout)
+    process = node.start(
+        "sh", "-c", "exec <&-; while [ ! -e ../job/gone ]; do sleep 0.1; done; echo seen", stdin=writer.stdout
+    )
     writer.stdout.close()
     assert writer.wait(DEADLINE_S) == -13
     (node.job / "gone").touch()
@@ -164,7 +172,9 @@ def test_one_file_for_both_outputs_keeps_their_order(node):
 
 
 def test_a_blocked_stdout_does_not_hold_stderr_back(node):
-    process = node.start("sh", "-c", "head -c 30000000 /dev/zero & while [ ! -e go ]; do sleep 0.1; done; echo free >&2; wait")
+    process = node.start(
+        "sh", "-c", "head -c 30000000 /dev/zero & while [ ! -e go ]; do sleep 0.1; done; echo free >&2; wait"
+    )
     (node.job / "go").touch()
     assert process.stderr.readline() == b"free\n"
     assert len(process.stdout.read()) == 30000000
@@ -178,6 +188,7 @@ def test_output_written_before_a_kill_is_not_lost(node):
 
 # --- Arguments, environment, directories --------------------------------------------------------------------
 
+
 def test_arguments_environment_and_directory_are_byte_exact(any_node):
     words = [b"two words", b"'\"$HOME `id`\\", b"line\nbreak", b"", b"\xff\xfe not UTF-8", b"-v", b"--", b"=", b"*"]
     directory = any_node.job / os.fsdecode(b"d \xe9\n'$x, y")
@@ -185,9 +196,15 @@ def test_arguments_environment_and_directory_are_byte_exact(any_node):
     os.chown(directory, any_node.uid, -1)
     options = ["--env", "NAMED", "--env", os.fsdecode(b"SET=a\nb\xff=c ")]
     result = any_node.run(
-        *options, "sh", "-c", 'printf "%s\\0" "$@" "$NAMED" "$SET" "$SLURM_JOB_ID" "$SECRET" "$PWD"; /bin/pwd', "sh",
-        *map(os.fsdecode, words), cwd=directory, env={"NAMED": "from caller", "SLURM_JOB_ID": "7", "SECRET": "no",
-                                                      "PWD": str(directory)})
+        *options,
+        "sh",
+        "-c",
+        'printf "%s\\0" "$@" "$NAMED" "$SET" "$SLURM_JOB_ID" "$SECRET" "$PWD"; /bin/pwd',
+        "sh",
+        *map(os.fsdecode, words),
+        cwd=directory,
+        env={"NAMED": "from caller", "SLURM_JOB_ID": "7", "SECRET": "no", "PWD": str(directory)},
+    )
     path = os.fsencode(str(directory))
     assert result.stdout.split(b"\0") == words + [b"from caller", b"a\nb\xff=c ", b"7", b"", path, path + b"\n"]
 
@@ -195,11 +212,15 @@ def test_arguments_environment_and_directory_are_byte_exact(any_node):
 def test_an_argument_list_of_120_kib_arrives(node):
     words = [f"argument {i} {'x' * 100}" for i in range(1050)]
     result = node.run("sh", "-c", 'printf "%s\\n" "$@" | sha256sum', "sh", *words)
-    assert result.stdout.split()[0].decode() == hashlib.sha256("".join(word + "\n" for word in words).encode()).hexdigest()
+    assert (
+        result.stdout.split()[0].decode() == hashlib.sha256("".join(word + "\n" for word in words).encode()).hexdigest()
+    )
 
 
 def test_clean_env_passes_nothing_and_cwd_starts_elsewhere(node):
-    result = node.run("--clean-env", "--env", "A=1", "--cwd", "/usr/bin", "sh", "-c", "env; pwd", env={"SLURM_JOB_ID": "7"})
+    result = node.run(
+        "--clean-env", "--env", "A=1", "--cwd", "/usr/bin", "sh", "-c", "env; pwd", env={"SLURM_JOB_ID": "7"}
+    )
     assert b"A=1\n" in result.stdout and b"SLURM" not in result.stdout and result.stdout.endswith(b"/usr/bin\n")
     assert_error(node.run("--cwd", "/no/such", "true"), "/no/such")
 
@@ -209,13 +230,25 @@ def test_files_in_the_job_directory_are_the_caller_s_at_once_and_for_good(any_no
     process = any_node.started[-1]
     wait_for(lambda: (any_node.job / "early").exists() and (any_node.job / "early").read_text() == "early\n")
     process.stdin.close()
-    write_by_mmap = ("import mmap; f = open('mapped', 'w+b'); f.truncate(1 << 20); m = mmap.mmap(f.fileno(), 0); "
-                     "m[:] = b'm' * (1 << 20)")
+    write_by_mmap = (
+        "import mmap; f = open('mapped', 'w+b'); f.truncate(1 << 20); m = mmap.mmap(f.fileno(), 0); "
+        "m[:] = b'm' * (1 << 20)"
+    )
     result = any_node.run("python3", "-c", write_by_mmap + "; open('late', 'w').write('l' * 3000000)")
     assert result.returncode == 0, result.stderr
     assert (any_node.job / "mapped").read_bytes() == b"m" * (1 << 20)
     assert (any_node.job / "late").read_text() == "l" * 3000000
     assert {path.stat().st_uid for path in any_node.job.iterdir()} == {any_node.uid}
+
+
+def test_modes_of_files_in_the_job_directory_are_those_the_command_asked_for(any_node):
+    os.umask(0o027)
+    try:
+        result = any_node.run("sh", "-c", "umask; umask 0; touch a; mkdir b; umask 007; touch c; chmod 4755 c")
+    finally:
+        os.umask(0o022)
+    assert result.stdout == b"0027\n"
+    assert [(any_node.job / name).stat().st_mode & 0o7777 for name in "abc"] == [0o666, 0o777, 0o4755]
 
 
 def test_the_command_is_the_caller_in_the_guest_and_root_on_request(any_node):
@@ -228,15 +261,30 @@ def test_the_command_is_the_caller_in_the_guest_and_root_on_request(any_node):
     assert (any_node.job / "by-root").stat().st_uid == any_node.uid
 
 
-@pytest.mark.parametrize("directory, shown", [
-    ("/", "~/job"), ("/usr", "~/job"), ("/usr/lib", "~/job"), ("/etc", "~/job"), ("/proc", "~/job"), ("/tmp", "/tmp"),
-    ("/home", "/home"), ("/root", "/root"), ("/var/tmp", "/var/tmp")])
+@pytest.mark.parametrize(
+    "directory, shown",
+    [
+        ("/", "~/job"),
+        ("/usr", "~/job"),
+        ("/usr/lib", "~/job"),
+        ("/etc", "~/job"),
+        ("/proc", "~/job"),
+        ("/tmp", "/tmp"),
+        ("/home", "/home"),
+        ("/root", "/root"),
+        ("/var/tmp", "/var/tmp"),
+    ],
+)
 def test_the_job_directory_never_hides_the_system(node, directory, shown):
     if directory == "/root" and os.getuid() != 0:
         pytest.skip("only root may work in /root")
     before = sorted(os.listdir(directory)) if directory != "/proc" else None
-    result = node.run("sh", "-c", 'pwd; echo "$HOME"; ls -d /usr/bin/env; [ $(cat /proc/sys/kernel/hostname) = apppot ]',
-                      cwd=directory)
+    result = node.run(
+        "sh",
+        "-c",
+        'pwd; echo "$HOME"; ls -d /usr/bin/env; [ $(cat /proc/sys/kernel/hostname) = apppot ]',
+        cwd=directory,
+    )
     start, home, program = result.stdout.decode().split()
     assert (start, program, result.returncode) == (shown.replace("~", home), "/usr/bin/env", 0)
     assert directory == "/tmp" or before is None or before == sorted(os.listdir(directory))
@@ -244,8 +292,13 @@ def test_the_job_directory_never_hides_the_system(node, directory, shown):
 
 def test_a_symbolic_link_in_pwd_names_the_directory_as_the_user_does(node):
     (node.root / "link").symlink_to(node.job)
-    result = node.run("sh", "-c", "/bin/pwd; echo here > file; cat " + str(node.job / "file"), cwd=node.root / "link",
-                      env={"PWD": str(node.root / "link")})
+    result = node.run(
+        "sh",
+        "-c",
+        "/bin/pwd; echo here > file; cat " + str(node.job / "file"),
+        cwd=node.root / "link",
+        env={"PWD": str(node.root / "link")},
+    )
     assert result.stdout.decode() == f"{node.root}/link\nhere\n"
 
 
@@ -260,12 +313,13 @@ def test_without_a_command_apppot_run_or_autorun_or_a_shell_runs(node, image):
     assert node.run(image=changed).stdout == b"autorun\n"
     script = node.job / "apppot-run"
     script.write_text("#!/usr/bin/env python3\nprint('run', __file__)\n")
-    for mode in (0o755, 0o644):      # a grid's stage-in loses the execute bit
+    for mode in (0o755, 0o644):  # a grid's stage-in loses the execute bit
         script.chmod(mode)
         assert node.run(image=changed).stdout == f"run {script}\n".encode()
 
 
 # --- Images -------------------------------------------------------------------------------------------------
+
 
 def test_write_and_cow_keep_changes_and_leave_a_clean_file_system(any_node, image):
     own = writable_copy(any_node, image)
@@ -301,14 +355,20 @@ def test_a_whole_disk_image_boots_from_its_linux_partition(node, image, label):
         file.truncate(image.stat().st_size + (80 << 20))
     table = f"label: {label}\nstart=2048, size=20480, type={'c' if label == 'dos' else 'uefi'}\nstart=32768, size={size}, type=linux\n"
     subprocess.run(["/sbin/sfdisk", "-q", disk], input=table.encode(), check=True)
-    subprocess.run(["dd", f"if={image}", f"of={disk}", "bs=1M", "seek=16", "conv=notrunc,sparse", "status=none"], check=True)
-    assert node.run("sh", "-c", f"echo {NONCE}; grep -c ubda2 /proc/partitions", image=disk).stdout.decode() == NONCE + "\n1\n"
+    subprocess.run(
+        ["dd", f"if={image}", f"of={disk}", "bs=1M", "seek=16", "conv=notrunc,sparse", "status=none"], check=True
+    )
+    assert (
+        node.run("sh", "-c", f"echo {NONCE}; grep -c ubda2 /proc/partitions", image=disk).stdout.decode()
+        == NONCE + "\n1\n"
+    )
 
 
 def test_sixteen_runs_at_once_share_one_unchanged_image(any_node, image):
     before = digest_of(image)
-    processes = [any_node.start("--root", "--mem", "256", "sh", "-c", f"echo {i} > /etc/motd; cat /etc/motd")
-                 for i in range(16)]
+    processes = [
+        any_node.start("--root", "--mem", "256", "sh", "-c", f"echo {i} > /etc/motd; cat /etc/motd") for i in range(16)
+    ]
     assert [any_node.finish(process) for process in processes] == [(0, f"{i}\n".encode(), b"") for i in range(16)]
     assert digest_of(image) == before
 
@@ -317,14 +377,21 @@ def test_a_long_and_a_strange_path_are_no_obstacle(node, image):
     strange = node.root / "a, b 'c\": d"
     strange.mkdir()
     own = writable_copy(node, image, "a, b 'c\": d/im age,1.img")
-    assert node.run("echo", NONCE, image=own, cwd=strange, env={"APPPOT_TMPDIR": str(strange)}).stdout.decode() == NONCE + "\n"
+    assert (
+        node.run("echo", NONCE, image=own, cwd=strange, env={"APPPOT_TMPDIR": str(strange)}).stdout.decode()
+        == NONCE + "\n"
+    )
     assert os.listdir(strange) == ["im age,1.img"]
 
 
 def test_an_agent_of_another_protocol_is_refused(node, image):
     own = writable_copy(node, image)
-    replace_agent(node, own, "#!/usr/bin/python3 -IS\nimport sys; sys.path.insert(0, '/usr/lib/apppot')\n"
-                             "import apppot_init; apppot_init.PROTOCOL = 99; apppot_init.main()\n")
+    replace_agent(
+        node,
+        own,
+        "#!/usr/bin/python3 -IS\nimport sys; sys.path.insert(0, '/usr/lib/apppot')\n"
+        "import apppot_init; apppot_init.PROTOCOL = 99; apppot_init.main()\n",
+    )
     result = node.run("true", image=own)
     assert result.returncode == 125
     assert_error(result, "protocol 99")
