@@ -1369,6 +1369,7 @@ exit status:
 
 def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec:
     """Decide everything and check all that can be checked before anything is started."""
+    directory, alias = find_job_directory()
     image, cow = split_image(find_part(options.image, "APPPOT_IMAGE", IMAGE_NAMES, "image", False))
     if cow and options.write:
         raise Fatal("--write with a COW file: " + cow, "leave out one of the two: a COW file given by name is kept")
@@ -1387,7 +1388,6 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     for word in options.extra:
         if not word or re.search(r"\s", word):
             raise Fatal("--extra is not one word: {!r}".format(word), "give --extra once for each argument")
-    directory, alias = find_job_directory()
     timeout_s = parse_seconds(options.timeout, "--timeout") if options.timeout else None
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
@@ -1487,6 +1487,8 @@ def main(argv: List[str]) -> int:
         return result.status
     except Fatal as fatal:
         return report(fatal)
+    except OSError as error:
+        return report(Fatal("{}: {}".format(error.strerror, error.filename), "look at that file or directory"))
 
 
 if __name__ == "__main__":

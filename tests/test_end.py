@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How runs end: by signals, suspended on the way, killed, failed; and what is left, which is nothing."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -77,7 +78,8 @@ def test_sigterm_to_every_process_of_a_run_reaches_only_the_command(node):
 
 def signal_all(node, number):
     for pid in node.processes():
-        os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 # --- Suspend and resume -------------------------------------------------------------------------------------
@@ -85,9 +87,9 @@ def signal_all(node, number):
 WORK = "for i in 1 2 3 4 5 6 7 8; do sha256sum data || exit; done | sort | uniq -c | wc -l"
 
 
-def start_work(node):
+def start_work(node, **options):
     (node.job / "data").write_bytes(os.urandom(20 << 20))
-    return node.start_ready(WORK)
+    return node.start_ready(WORK, **options)
 
 
 def wait_for_state(pids, states):
@@ -150,9 +152,7 @@ def freezer():
 
 def test_a_frozen_cgroup_goes_on(node, freezer):
     group, control, freeze, thaw = freezer
-    process = start_work(node)
-    for pid in node.processes():
-        (group / "cgroup.procs").write_text(str(pid))
+    process = start_work(node, wrap=("sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "-"))
     control.write_text(freeze)
     time.sleep(1)
     control.write_text(thaw)

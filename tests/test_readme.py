@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's transcripts, run as they stand."""
 
+import os
 import pathlib
 import re
 import shutil
@@ -29,10 +30,19 @@ def test_a_transcript_of_the_readme_is_what_a_reader_sees(transcript, clone):
     script = "exec 2>&1\n" + "\n".join(
         f"status=$?; printf '%s\\n' {quote('$ ' + command)}; (exit $status)\n{command}" for command in commands
     )
+    scratch = clone / "scratch"
+    scratch.mkdir()
     shown = subprocess.run(
-        ["bash", "-c", script], cwd=clone, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, timeout=120
+        ["bash", "-c", script],
+        cwd=clone,
+        env={**os.environ, "APPPOT_TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=120,
     ).stdout
     assert shown == transcript
+    assert not os.listdir(scratch)
 
 
 def quote(text):

@@ -278,3 +278,14 @@ def test_a_file_is_python_3_6_and_needs_the_standard_library_only(name):
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {module.split(".")[0] for module in imported} <= set(sys.stdlib_module_names)
+
+
+def test_a_current_directory_that_is_gone_is_told(tmp_path, image):
+    script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
+    result = subprocess.run(
+        ["sh", "-c", script, "-", sys.executable, TOP / "apppot_start.py", "--image", image, "true"],
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert result.returncode == 125
+    assert_error(result, "current directory")
