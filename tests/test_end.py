@@ -164,11 +164,10 @@ def test_a_frozen_cgroup_goes_on(node, freezer):
 
 
 def descendants(pid):
-    children = [
-        int(child)
-        for task in os.listdir(f"/proc/{pid}/task")
-        for child in pathlib.Path(f"/proc/{pid}/task/{task}/children").read_text().split()
-    ]
+    children = []
+    with contextlib.suppress(OSError):             # it has ended meanwhile
+        for task in os.listdir(f"/proc/{pid}/task"):
+            children += map(int, pathlib.Path(f"/proc/{pid}/task/{task}/children").read_text().split())
     return [below for child in children for below in [child, *descendants(child)]]
 
 
