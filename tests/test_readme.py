@@ -19,7 +19,9 @@ def clone(tmp_path, image, kernel):
     for name in ("apppot_start.py", "apppot_init.py"):
         shutil.copy(TOP / name, tmp_path)
     (tmp_path / "build").mkdir()
-    (tmp_path / "build" / "apppot.img").symlink_to(image)
+    own = tmp_path / "build" / "apppot.img"
+    subprocess.run(["cp", "--reflink=auto", "--sparse=always", image, own], check=True)
+    own.chmod(0o644)
     (tmp_path / "linux").symlink_to(kernel)
     return tmp_path
 
