@@ -4,6 +4,7 @@
 import hashlib
 import os
 import pty
+import pwd
 import re
 import shutil
 import socket
@@ -256,7 +257,7 @@ def test_the_command_is_the_caller_in_the_guest_and_root_on_request(any_node):
     result = any_node.run("sh", "-c", script)
     uid, name, home, job, sudo, owner = result.stdout.decode().split("\n")[:-1]
     assert (int(uid), job, sudo, int(owner)) == (any_node.uid, str(any_node.job), "0", any_node.uid), result.stderr
-    assert name == ("root" if any_node.uid == 0 else "nobody") and home.endswith("/" + name)
+    assert name == pwd.getpwuid(any_node.uid).pw_name and home.endswith("/" + name)
     assert any_node.run("--root", "sh", "-c", "id -u; touch by-root; echo $HOME").stdout == b"0\n/root\n"
     assert (any_node.job / "by-root").stat().st_uid == any_node.uid
 
