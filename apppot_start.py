@@ -823,7 +823,7 @@ def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int
 def start_machine(spec: RunSpec, directory: str, locks: Sequence[int]) -> Iterator[Machine]:
     """Fork the supervisor, which starts the kernel; at the end of the context nothing of them is left."""
     call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)              # for what a killed supervisor leaves
-    # Pipes, as the guest's tty writes 2 KiB at a time: a pipe gathers these, a socket wakes its reader for each.
+    # Pipes: the guest's tty writes 2 KiB at a time, and a wide pipe holds many of these for one read.
     from_guest, output_end = make_wide_pipe()
     input_end, to_guest = os.pipe()
     os.set_blocking(to_guest, False)

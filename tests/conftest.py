@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real boots, each on a node of its own: a job directory, a scratch directory, and a look at what is left."""
 
+import glob
 import os
 import pathlib
 import shutil
@@ -179,6 +180,18 @@ def assert_error(result, *words):
     assert len(lines) == 2 and lines[0].startswith("apppot: error: ") and lines[1].startswith("apppot: hint: "), lines
     for word in words:
         assert str(word) in lines[0], lines
+
+
+def mounted(commands):
+    """A wrap that runs the run in a mount namespace changed by `commands`."""
+    return ("unshare", "-m", "sh", "-ec", f'{commands}; exec "$@"', "-")
+
+
+def pythons():
+    """Name and path of every Python 3 in PATH and of pyenv's, which stand behind its shims."""
+    places = [*os.environ["PATH"].split(":"), *glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin"))]
+    paths = [path for place in places for path in sorted(glob.glob(f"{place}/python3.*[0-9]")) if "/shims/" not in path]
+    return {os.path.basename(path): path for path in paths if os.access(path, os.X_OK)}
 
 
 def wait_for(condition):

@@ -132,8 +132,20 @@ def run_with_stdin(node, kind, content):
 def test_a_command_that_never_reads_leaves_its_input_where_it_was(node):
     assert node.finish(node.start("true", stdin=open("/dev/zero", "rb"))) == (0, b"", b"")
     (node.job / "lines").write_text("one\ntwo\nthree\n")
-    loop = 'while read -r line; do "$@" < /dev/stdin; echo "got $line"; done < lines'
+    loop = 'while read -r line; do "$@"; echo "got $line"; done < lines'
     assert node.finish(node.start("true", wrap=("bash", "-c", loop, "-"))) == (0, b"got one\ngot two\ngot three\n", b"")
+
+
+@pytest.mark.parametrize(
+    "script, left", [("cat > /dev/null", 0), ("read line", 2), ("read line; exec <&-", 2), ("sleep 1; cat > /dev/null", 0)]
+)
+@pytest.mark.parametrize("lines", [3, 200000])
+def test_a_command_leaves_a_file_where_it_stopped_reading(node, script, left, lines):
+    """So that the next reader of the caller's script neither misses a line nor sees one again."""
+    content = [f"line {number}\n".encode() for number in range(lines)]
+    (node.job / "lines").write_bytes(b"".join(content))
+    after = b"".join(content[1:]) if left else b""
+    assert node.finish(node.start("sh", "-c", script, wrap=("bash", "-c", '{ "$@"; cat; } < lines', "-"))) == (0, after, b"")
 
 
 def test_a_caller_that_closes_stdout_ends_the_command_with_sigpipe(node):
@@ -343,7 +355,7 @@ def test_who_writes_an_image_has_it_alone(node, image):
     for options in (("--write",), ()):
         result = node.run(*options, "true", image=own)
         assert result.returncode == 125
-        assert_error(result, "in use by process", own)
+        assert_error(result, f"in use by process {holder.pid}:", own)
     holder.stdin.close()
     holder.wait(DEADLINE_S)
 
