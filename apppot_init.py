@@ -573,7 +573,7 @@ class Relay:
         self._pending: List[memoryview] = []      # stdin that the command's pipe has no room for yet
         self._stdin_ends = False
         self._delivered = 0                       # bytes of stdin put into the command's pipe
-        self.consumed = 0                         # of those, what the command has read; counted at its end
+        self._leftover: Optional[int] = None
         self.status: Optional[int] = None         # as from waitpid()
 
     def run(self) -> None:
@@ -639,15 +639,19 @@ class Relay:
 
     def _close_stdin(self) -> None:
         if self._stdin is not None:
-            self.consumed = self._delivered - self._unread()
+            # A reader of our own, for what the command leaves unread at its end; without a writer it hurts nobody.
+            self._leftover = os.open("/proc/self/fd/{}".format(self._stdin), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             os.close(self._stdin)
             self._stdin = None
             self._pending = []
 
-    def _unread(self) -> int:
-        answer = fcntl.ioctl(self._stdin, FIONREAD, b"\0" * 4)      # type: ignore[arg-type]
-        unread: int = struct.unpack("i", answer)[0]
-        return unread
+    @property
+    def consumed(self) -> int:
+        """Of the delivered bytes, what the command has read; to be asked after its end."""
+        if self._leftover is None:
+            return self._delivered
+        unread: int = struct.unpack("i", fcntl.ioctl(self._leftover, FIONREAD, b"\0" * 4))[0]
+        return self._delivered - unread
 
     def _obey(self, kind: int, payload: bytes) -> None:
         if kind == STDIN and self._stdin is not None:

@@ -920,7 +920,10 @@ class OutputWriter(threading.Thread):
         rest = memoryview(content)
         try:
             while rest:
-                rest = rest[os.write(self._descriptor, rest):]
+                try:
+                    rest = rest[os.write(self._descriptor, rest):]
+                except BlockingIOError:           # the caller's descriptor is non-blocking, and stays so
+                    select.select([], [self._descriptor], [])
         except OSError as error:
             self.error = error
             self._session.post(encode_frame(OUTPUT_CLOSED, bytes([self._kind])))
@@ -1431,6 +1434,9 @@ def open_standard_descriptors() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(descriptor, True)
+    # Python has None for a stream that was closed.
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
 def report(fatal: Fatal) -> int:
@@ -1472,14 +1478,14 @@ def main(argv: List[str]) -> int:
         words, command = parser.split(argv)
         options = parser.parse_args(words)
         if options.help:
-            print(parser.format_help(), end="")
+            print(parser.format_help(), end="", flush=True)
             return 0
         if options.version:
-            print("AppPot " + VERSION)
+            print("AppPot " + VERSION, flush=True)
             return 0
         spec = build_spec(options, command)
         if options.dry_run:
-            print(" ".join(shlex.quote(word) for word in build_kernel_args(spec, name_disk(spec, None))))
+            print(" ".join(shlex.quote(word) for word in build_kernel_args(spec, name_disk(spec, None))), flush=True)
             return 0
         result = run(spec, started)
         if result.failure:
@@ -1488,10 +1494,10 @@ def main(argv: List[str]) -> int:
     except Fatal as fatal:
         return report(fatal)
     except OSError as error:
-        return report(Fatal("{}: {}".format(error.strerror, error.filename), "look at that file or directory"))
+        return report(Fatal("{}: {}".format(error.strerror, error.filename or "standard output"),
+                            "look at that file or directory"))
 
 
 if __name__ == "__main__":
     exit_status = main(sys.argv[1:])
-    sys.stdout.flush()
     os._exit(exit_status)                         # a thread may be blocked in read(0); Python would wait for it

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real boots, each on a node of its own: a job directory, a scratch directory, and a look at what is left."""
 
+import contextlib
 import glob
 import os
 import pathlib
@@ -146,7 +147,8 @@ class Node:
                 if stream:
                     stream.close()
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may end meanwhile
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.root, ignore_errors=True)
 
 

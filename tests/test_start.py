@@ -198,6 +198,52 @@ def test_an_image_that_is_none_is_refused_by_name(tmp_path, ext4):
         assert_error(result, path)
 
 
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory):
+    """Small images of every kind with a real file system in them, as bytes."""
+    place = tmp_path_factory.mktemp("disks")
+    (place / "fs").touch(), (place / "table").touch()
+    subprocess.run(["/sbin/mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", place / "fs", "512k"], check=True)
+    found = [(place / "fs").read_bytes()]
+    for table in ("label: dos\nstart=256,type=5\nstart=512,size=1100,type=83", "label: gpt\nstart=512,size=1100"):
+        os.truncate(place / "table", 0)
+        os.truncate(place / "table", 1 << 20)
+        subprocess.run(["/sbin/sfdisk", "-q", place / "table"], input=table.encode(), check=True)
+        content = bytearray((place / "table").read_bytes())
+        content[512 * 512 : 512 * 512 + len(found[0])] = found[0]
+        found.append(bytes(content))
+    return found
+
+
+DAMAGE = st.lists(
+    st.tuples(
+        st.sampled_from([0, 446, 512, 1024, 256 * 512 + 446, 512 * 512 + 1024]),
+        st.integers(0, 200),
+        st.sampled_from([b"\xff", b"\0", b"\x80", b"\x01"]) | st.binary(min_size=1, max_size=1),
+        st.integers(1, 8),
+    ),
+    max_size=6,
+)
+
+
+@given(st.integers(0, 2), DAMAGE, st.integers(0, 1 << 19))
+def test_a_damaged_image_is_read_or_refused_and_nothing_else(disks, tmp_path_factory, kind, damage, cut):
+    content = bytearray(disks[kind])
+    assert apppot_start.find_root_device(write_image(tmp_path_factory, content)).partition == (0, 5, 1)[kind]
+    for place, offset, byte, count in damage:
+        content[place + offset : place + offset + count] = byte * count
+    try:
+        apppot_start.find_root_device(write_image(tmp_path_factory, content[: len(content) - cut]))
+    except apppot_start.Fatal as fatal:
+        assert "damaged.img" in fatal.message and fatal.hint and fatal.status == 125
+
+
+def write_image(factory, content):
+    path = factory.getbasetemp() / "damaged.img"
+    path.write_bytes(content)
+    return str(path)
+
+
 # --- Options ------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +306,7 @@ def test_help_and_version_and_dry_run(image, kernel):
     text = run_runner("--help").stdout.decode()
     for action in apppot_start.build_parser()._actions:
         assert all(option in text for option in action.option_strings)
+    assert all(group in text for group in ("\nappliance:", "\ncommand:", "\nrun:", "\ninformation:", "\nexit status:"))
     assert "SLURM_" in text and max(map(len, text.splitlines())) <= 130
     assert run_runner("-V").stdout.decode() == f"AppPot {apppot_start.VERSION}\n"
     line = run_runner(

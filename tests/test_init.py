@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's pure parts as values: the job it is told, the account it makes, the program it finds."""
+
+import os
+import pwd
+import subprocess
+
+import apppot_init
+import apppot_start
+import pytest
+from conftest import TOP, pythons
+from hypothesis import given
+from hypothesis import strategies as st
+
+VALUES = st.binary(max_size=30).filter(lambda value: b"\0" not in value)
+NAMES = VALUES.filter(lambda name: name and b"=" not in name)
+SPEC = apppot_start.RunSpec(
+    command=(), kernel="/k", image="/i", cow=None, write=False, root=apppot_start.RootDevice(0, ""), mem_mib=64,
+    ram_directory="/", scratch="/", umid="guest", extra=(), environment={}, job_directory=b"/j", job_alias=b"/a",
+    cwd=b"", as_root=False, umask=0o22, ignored_signals=(), timeout_s=None, boot_timeout_s=1, kill_after_s=1,
+    verbose=False,
+)  # fmt: skip
+ACCOUNT = apppot_init.Account(b"ann", os.getuid(), os.getgid(), (), b"/home/ann", b"/bin/bash")
+
+
+def make_job(stdin_is_null=True, one_output=False, **changes):
+    return apppot_init.parse_job(apppot_start.build_job(SPEC._replace(**changes), stdin_is_null, one_output))
+
+
+# --- The job ------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(VALUES), st.dictionaries(NAMES, VALUES), VALUES)
+def test_the_guest_understands_every_job_that_the_host_describes(words, environment, directory):
+    command = tuple(map(os.fsdecode, words))
+    job = make_job(command=command, environment=environment, job_directory=directory, cwd=directory)
+    assert job.argv == tuple(words) and job.environment == environment
+    assert job.job_directory == job.cwd == directory and job.job_alias == b"/a"
+
+
+def test_the_job_tells_who_the_caller_is_and_how_the_streams_are():
+    job = make_job(False, True, as_root=True, umask=0o27, ignored_signals=(1, 2), write=True)
+    assert (job.uid, job.user) == (os.getuid(), os.fsencode(pwd.getpwuid(os.getuid()).pw_name))
+    assert {group.gid for group in job.groups} == {os.getgid(), *os.getgroups()} and job.groups[0].gid == os.getgid()
+    assert (job.umask, job.ignored_signals) == (0o27, (1, 2))
+    assert job.as_root and job.persistent and job.one_output and not job.stdin_is_null
+    job = make_job()
+    assert not (job.as_root or job.persistent or job.one_output) and job.stdin_is_null
+    assert make_job(cow="/c").persistent
+
+
+# --- The account --------------------------------------------------------------------------------------------
+
+ENTRIES = st.tuples(st.sampled_from([b"root", b"ann", b"bob"]), st.integers(0, 3))
+LINES = st.lists(ENTRIES.map(lambda entry: b"%s:x:%d:0::/:/bin/sh" % entry))
+
+
+@given(LINES, st.sampled_from([b"ann", b"eve"]), st.integers(0, 5))
+def test_name_and_number_look_up_the_account_that_was_put_and_others_stay(lines, name, number):
+    line = b"%s:*:%d:9::/home/x:/bin/sh" % (name, number)
+    changed = apppot_init.put_account(b"".join(entry + b"\n" for entry in lines), name, number, line)
+    entries = changed.splitlines()
+    assert changed.endswith(b"\n") and b"" not in entries
+    assert apppot_init.find_account(changed, name) == line.split(b":")
+    assert next(entry for entry in entries if entry.split(b":")[2] == b"%d" % number) == line
+    assert [entry for entry in entries if entry != line] == [e for e in lines if e.split(b":")[0] != name]
+
+
+@pytest.mark.parametrize(
+    "path, directory, below",
+    [
+        (b"/home", b"/home", True), (b"/home/a", b"/home", True), (b"/homes", b"/home", False), (b"/a", b"/", True),
+        (b"/home/a", b"/home/", True), (b"/", b"/home", False),
+    ],
+)  # fmt: skip
+def test_a_path_is_below_a_directory_by_its_parts(path, directory, below):
+    assert apppot_init.is_below(path, directory) is below
+
+
+def test_a_directory_of_the_system_is_not_covered_by_the_job_directory(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "empty").mkdir()
+    expected = {"full": True, "full/file": True, "full/file/below": True, "empty": False, "new": False, "new/er": False}
+    assert {name: apppot_init.covers_system(os.fsencode(tmp_path / name)) for name in expected} == expected
+    for path, covers in ((b"/", True), (b"/usr", True), (b"/proc/x", True), (b"/sys/x/y", True), (b"/tmp", False)):
+        assert apppot_init.covers_system(path) is covers, path
+
+
+# --- The command --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def programs(tmp_path):
+    for name, mode in (("run", 0o755), ("plain", 0o644), ("first/both", 0o644), ("second/both", 0o755)):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("#!/bin/sh -e\n")
+        path.chmod(mode)
+    return os.fsencode(tmp_path)
+
+
+def test_a_program_is_found_as_a_shell_finds_it(programs, monkeypatch):
+    path = programs + b"/first:" + programs + b"/second"
+    assert apppot_init.find_program(b"both", path) == programs + b"/second/both"
+    assert apppot_init.find_program(programs + b"/run", b"") == programs + b"/run"
+    monkeypatch.chdir(os.fsdecode(programs))
+    assert apppot_init.find_program(b"run", b"/none:") == b"./run"  # an empty entry is the current directory
+
+
+@pytest.mark.parametrize(
+    "word, status",
+    [
+        (b"none", 127), (b"./none", 127), (b"", 127), (b"first", 127), (b"./run/x", 127), (b"\xff\n", 127),
+        (b"./first", 126), (b"./plain", 126), (b"plain", 126),
+    ],
+)  # fmt: skip
+def test_what_is_no_program_ends_with_127_or_126_and_its_name(programs, monkeypatch, word, status):
+    monkeypatch.chdir(os.fsdecode(programs))
+    with pytest.raises(apppot_init.Fatal) as caught:
+        apppot_init.find_program(word, b"/none:.")
+    assert caught.value.status == status and repr(os.fsdecode(word)) in caught.value.message and caught.value.hint
+
+
+def test_command_then_apppot_run_then_autorun_then_a_login_shell(tmp_path):
+    home, directory = tmp_path / "home", tmp_path / "job"
+    home.mkdir(), directory.mkdir()
+    account = ACCOUNT._replace(home=os.fsencode(home))
+
+    def chosen(*command):
+        return apppot_init.choose_command(make_job(command=command), account, os.fsencode(directory))
+
+    assert chosen() == ([b"-bash"], b"/bin/bash")
+    for path in (home / "apppot-autorun", directory / "apppot-run"):
+        path.write_text("#!/usr/bin/env  python3 -u\n")
+        path.chmod(0o755)
+        assert chosen() == ([os.fsencode(path)], os.fsencode(path))
+        path.chmod(0o644)
+        if os.getuid() != 0 or not os.access(path, os.X_OK):
+            assert chosen() == ([b"/usr/bin/env", b"python3 -u", os.fsencode(path)], b"/usr/bin/env")
+    assert chosen("ls", "-l") == ([b"ls", b"-l"], b"ls")
+
+
+def test_the_command_s_environment_is_the_account_s_and_what_the_job_asks_for():
+    environment = apppot_init.build_environment(make_job(environment={b"PATH": b"/x", b"A": b"1"}), ACCOUNT, b"/d")
+    assert environment == {
+        b"PATH": b"/x", b"A": b"1", b"HOME": b"/home/ann", b"USER": b"ann", b"LOGNAME": b"ann", b"SHELL": b"/bin/bash",
+        b"PWD": b"/d",
+    }  # fmt: skip
+
+
+def test_a_failure_crosses_the_channel_whatever_it_says():
+    fatal = apppot_init.Fatal("no \0 \udcff é\n", "hint", 126)
+    fields = apppot_start.decode_fields(apppot_init.encode_failure(fatal))
+    assert fields[b"status"] == [b"126"] and fields[b"hint"] == [b"hint"]
+    assert fields[b"error"][0].decode() == "no ? \\udcff é\n"
+
+
+# --- The file -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_every_python_here_imports_the_agent_and_the_runner_alone(python):
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import apppot_init as a, apppot_start; print(a.PROTOCOL)"
+    words = [pythons()[python], "-BIS", "-W", "error", "-c", script, TOP]
+    result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.stdout == b"%d\n" % apppot_start.PROTOCOL
