@@ -17,7 +17,7 @@ import struct
 import sys
 import termios
 import time
-from typing import Dict, Iterable, List, NamedTuple, NoReturn, Optional, Tuple
+from typing import Dict, Iterable, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 VERSION = "0.1"
 
@@ -28,24 +28,36 @@ MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may 
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
-HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
+HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT, SCREEN, STOPPED = 1, 2, 3, 4, 5, 6, 7, 8, 9
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
-JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED = 33, 34, 35, 36, 37, 38
+JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 SPOOLED = 0x80
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
+SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
+WINDOW_SIZE = struct.Struct("4H")    # struct winsize: rows, columns, width and height in pixels
+TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
 
 # --- The guest's own constants ------------------------------------------------------------------------------
 
 CHANNEL = "/dev/ttyS0"
 SPOOL = "/run/apppot/spool"
+PARENT = SPOOL.encode()              # where a directory can be mounted for a moment
 BASE_ID = "/var/lib/apppot/base-id"
 MOVED_HOMES = "/var/lib/apppot/home"  # for a home directory that the job directory would cover
 READ_SIZE = 1 << 18
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
 FIONREAD = termios.FIONREAD
+TERMINAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096   # include/uapi/linux/mount.h
+MS_SHAPE = 32 | 4096 | 8192 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20    # remount, bind, move, propagation: no new mount
+MNT_DETACH = 2
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2                    # include/uapi/linux/prctl.h, seccomp.h
+SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO = 0x7FFF0000, 0x00050000
+BPF_LOAD, BPF_EQUAL, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x45, 0x06   # 32-bit words; linux/bpf_common.h
+SYS_MOUNT, SYS_FSOPEN, AUDIT_ARCH_X86_64 = 165, 430, 0xC000003E
+CAP_SYS_ADMIN = 21
 SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 0x8914, 0x1, 0x40          # include/uapi/linux/sockios.h, if.h
 MOUNTS = (                           # source, target, type, flags, options
     ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
@@ -76,12 +88,21 @@ class Group(NamedTuple):
     name: bytes
 
 
+class Bind(NamedTuple):
+    source: bytes                    # name of a directory below the hostfs root
+    name: bytes                      # of a file in it that is meant; empty: the directory itself
+    target: bytes
+    read_only: bool
+
+
 class Job(NamedTuple):
     """What the runner asks for. Paths and strings are bytes, as the kernel has them."""
     argv: Tuple[bytes, ...]          # empty: apppot-run, apppot-autorun or a login shell
     environment: Dict[bytes, bytes]
-    job_directory: bytes             # absolute path on the host, links resolved
+    job_directory: bytes             # absolute path on the host, links resolved; empty: none
     job_alias: bytes                 # the same as the caller's $PWD names it
+    binds: Tuple[Bind, ...]
+    confined: bool                   # the host sees to it that hostfs leads nowhere else
     cwd: bytes                       # empty: the job directory
     user: bytes
     uid: int
@@ -89,8 +110,10 @@ class Job(NamedTuple):
     as_root: bool
     umask: int
     ignored_signals: Tuple[int, ...]
-    stdin_is_null: bool
-    one_output: bool                 # stdout and stderr are one file on the host: keep their order
+    stdio: bytes                     # of 0, 1, 2 each "n"ull, "p"ipe or "t"erminal; "s": 2 is the same as 1
+    modes: bytes                     # of the caller's terminal; empty: the kernel's
+    window: bytes
+    foreground: bool                 # the command has the terminal from its start
     persistent: bool                 # the root file system outlives the run
 
 
@@ -118,6 +141,11 @@ def decode_fields(payload: bytes) -> Dict[bytes, List[bytes]]:
     return fields
 
 
+def parse_bind(number: int, value: bytes) -> Bind:
+    name, _, target = value[1:].partition(b"/")
+    return Bind(b"bind%d" % number, name, b"/" + target, value[:1] == b"r")
+
+
 def parse_job(payload: bytes) -> Job:
     fields = decode_fields(payload)
 
@@ -131,11 +159,13 @@ def parse_job(payload: bytes) -> Job:
 
     return Job(
         argv=tuple(fields.get(b"arg", [])), environment=dict(pairs(b"env")),
-        job_directory=one(b"job"), job_alias=one(b"alias"), cwd=one(b"cwd"), user=one(b"user"), uid=int(one(b"uid")),
+        job_directory=one(b"job"), job_alias=one(b"alias"),
+        binds=tuple(parse_bind(number, value) for number, value in enumerate(fields.get(b"bind", []))),
+        confined=one(b"confined") == b"1", cwd=one(b"cwd"), user=one(b"user"), uid=int(one(b"uid")),
         groups=tuple(Group(int(gid), name) for gid, name in pairs(b"group")), as_root=one(b"root") == b"1",
         umask=int(one(b"umask")), ignored_signals=tuple(int(number) for number in fields.get(b"ignore", [])),
-        stdin_is_null=one(b"stdin") == b"null", one_output=one(b"output") == b"one",
-        persistent=one(b"persistent") == b"1")
+        stdio=one(b"stdio"), modes=bytes.fromhex(one(b"modes").decode()), window=bytes.fromhex(one(b"window").decode()),
+        foreground=one(b"foreground") == b"1", persistent=one(b"persistent") == b"1")
 
 
 def put_account(table: bytes, name: bytes, number: int, line: bytes) -> bytes:
@@ -198,10 +228,34 @@ def prepare_system() -> None:
             os.symlink(link_target, link)
     # The last that the guest's out-of-memory killer takes; start_command() makes the command no exception.
     write_score("-1000")
-    # Not to preempt a command at its every write: its pipe fills and is moved in large pieces.
-    os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+    prefer_command()
     set_hostname()
     raise_loopback()
+
+
+def prefer_command() -> None:
+    """Not to preempt a command at its every write: its pipe fills and is moved in large pieces."""
+    os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+
+
+def forbid_mounts() -> None:
+    """Take new mounts from every process, this one included: hostfs can be mounted as any directory of the host.
+
+    For a host that cannot confine the kernel. Bind mounts and remounts stay.
+    """
+    refuse = SECCOMP_RET_ERRNO | errno.EPERM
+    program = (                                   # code, jump if true, jump if false, operand; struct seccomp_data
+        (BPF_LOAD, 0, 0, 4), (BPF_EQUAL, 0, 6, AUDIT_ARCH_X86_64),
+        (BPF_LOAD, 0, 0, 0), (BPF_EQUAL, 4, 0, SYS_FSOPEN), (BPF_EQUAL, 0, 2, SYS_MOUNT),
+        (BPF_LOAD, 0, 0, 16 + 8 * 3), (BPF_ANY_BIT, 0, 1, MS_SHAPE),
+        (BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW), (BPF_RETURN, 0, 0, refuse))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))
+    # Helpers that the kernel starts itself, for a core dump say, are no children of ours.
+    with open("/proc/sys/kernel/usermodehelper/bset", "r+") as file:
+        low, high = (int(word) for word in file.read().split())
+        file.seek(0)
+        file.write("{} {}".format(low & ~(1 << CAP_SYS_ADMIN), high))
 
 
 def set_hostname() -> None:
@@ -373,15 +427,19 @@ def make_account(job: Job) -> Account:
     return Account(name, uid, gid, extra, home, shell)
 
 
-def make_mount_point(path: bytes, account: Account) -> None:
-    """mkdir -p; what it makes belongs to the account, which may then make neighbours as it could on the host."""
-    missing = []
+def make_mount_point(path: bytes, account: Account, is_directory: bool = True) -> List[bytes]:
+    """Make what is missing of a path, for the account, which may then make neighbours as it could on the host."""
+    missing: List[bytes] = []
     while not os.path.lexists(path):
-        missing.append(path)
+        missing.insert(0, path)
         path = os.path.dirname(path)
-    for directory in reversed(missing):
+    for directory in missing if is_directory else missing[:-1]:
         os.mkdir(directory, 0o755)
-        os.chown(directory, account.uid, account.gid)
+    if missing and not is_directory:
+        os.close(os.open(missing[-1], os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    for path in missing:
+        os.chown(path, account.uid, account.gid)
+    return missing
 
 
 def covers_system(path: bytes) -> bool:
@@ -395,25 +453,75 @@ def covers_system(path: bytes) -> bool:
     return not os.path.isdir(path) or bool(os.listdir(path))
 
 
-def mount_job_directory(job: Job, account: Account) -> bytes:
-    """Mount the job directory at its path on the host, link ~/job to it; return its path in the guest."""
-    link = os.path.join(account.home, b"job")
-    if os.path.islink(link):
-        os.unlink(link)
-    made_way = is_below(account.home, MOVED_HOMES.encode())
-    if covers_system(job.job_directory) and not made_way:
-        make_mount_point(link, account)
-        mount(b"none", link, b"hostfs", MS_NOSUID | MS_NODEV, b"job")
-        return link
-    make_mount_point(job.job_directory, account)
-    mount(b"none", job.job_directory, b"hostfs", MS_NOSUID | MS_NODEV, b"job")
-    if not os.path.lexists(link):
-        os.symlink(job.job_directory, link)
-    if job.job_alias != job.job_directory and not os.path.lexists(job.job_alias):
-        make_mount_point(job.job_alias, account)
-        mount(job.job_directory, job.job_alias, b"", MS_BIND)
-        return job.job_alias
-    return job.job_directory
+class Places:
+    """The directories and files of the host that are mounted, and what had to be made for that on the host itself."""
+
+    def __init__(self, job: Job, account: Account) -> None:
+        self._account = account
+        self._mounted: List[bytes] = []
+        self._made: List[bytes] = []
+        # Those that the job directory is below of come first, else they would hide it.
+        early = [bind for bind in job.binds if is_below(job.job_directory, bind.target)]
+        late = [bind for bind in job.binds if bind not in early]
+        for bind in sorted(early, key=lambda bind: bind.target.count(b"/")):
+            self._mount(bind)
+        self.job_directory = self._mount_job_directory(job) if job.job_directory else account.home
+        for bind in sorted(late, key=lambda bind: bind.target.count(b"/")):
+            self._mount(bind)
+
+    def _is_on_host(self, path: bytes) -> bool:
+        return any(is_below(path, place) for place in self._mounted)
+
+    def _mount(self, bind: Bind) -> None:
+        target = os.path.realpath(bind.target)    # mount(2) follows links, too
+        try:
+            made = make_mount_point(target, self._account, not bind.name)
+            self._made += [path for path in made if self._is_on_host(path)]
+            flags = MS_NOSUID | MS_NODEV | (MS_RDONLY if bind.read_only else 0)
+            if bind.name:                         # hostfs mounts directories only; the file outlives its directory's
+                mount(b"none", PARENT, b"hostfs", flags, bind.source)
+                mount(os.path.join(PARENT, bind.name), target, b"", MS_BIND)
+                call("umount2", PARENT, MNT_DETACH)
+            else:
+                mount(b"none", target, b"hostfs", flags, bind.source)
+        except OSError as error:
+            raise Fatal("cannot bind to {!r}: {}".format(os.fsdecode(bind.target), os.strerror(error.errno or 0)),
+                        "DST must be free or of the same kind as SRC, and what it is in, writable")
+        self._mounted.append(target)
+
+    def _mount_job_directory(self, job: Job) -> bytes:
+        """Mount it at its path on the host, link ~/job to it; return its path in the guest."""
+        source = Bind(b"job", b"", job.job_directory, False)
+        link = os.path.join(self._account.home, b"job")
+        home_is_ours = not self._is_on_host(link)
+        if home_is_ours and os.path.islink(link):
+            os.unlink(link)
+        made_way = is_below(self._account.home, MOVED_HOMES.encode())
+        if covers_system(job.job_directory) and not made_way and not self._is_on_host(job.job_directory):
+            self._mount(source._replace(target=link))
+            return link
+        self._mount(source)
+        if home_is_ours and not os.path.lexists(link):
+            os.symlink(job.job_directory, link)
+        if job.job_alias != job.job_directory and not os.path.lexists(job.job_alias):
+            make_mount_point(job.job_alias, self._account)
+            mount(job.job_directory, job.job_alias, b"", MS_BIND)
+            return job.job_alias
+        return job.job_directory
+
+    def flush(self) -> None:
+        """write(2) on hostfs goes through at once, but pages that a program changed through mmap(2) do not."""
+        for place in reversed(self._mounted):
+            descriptor = os.open(place, os.O_RDONLY)
+            call("syncfs", descriptor)
+            os.close(descriptor)
+            if place in self._made:
+                call("umount2", place, MNT_DETACH)
+        for path in reversed(self._made):
+            try:
+                os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
+            except OSError:                       # the command has put something there
+                pass
 
 
 # --- The command --------------------------------------------------------------------------------------------
@@ -482,10 +590,41 @@ def become(account: Account) -> None:
     os.setresuid(account.uid, account.uid, account.uid)
 
 
+class Terminal(NamedTuple):
+    """A pseudo-terminal, and the controlling terminal of the agent's session, in which the command is a job."""
+    master: int
+    slave: int                       # kept open, so that the master reaches no end before the command does
+
+
 class Command(NamedTuple):
     pid: int
-    stdin: int                       # the agent's ends of the command's pipes
-    outputs: Dict[int, int]          # frame type (STDOUT, STDERR) to descriptor
+    inputs: Dict[int, int]           # frame type (STDIN, KEYS) to the agent's descriptor
+    outputs: Dict[int, int]          # frame type (STDOUT, STDERR, SCREEN) to descriptor
+    terminal: Optional[Terminal]
+
+
+def leave_pid_1() -> None:
+    """Go on as a child of PID 1: a child of PID 1 itself has no job control, Ctrl-Z does not stop it."""
+    agent = os.fork()
+    while agent:
+        if os.wait()[0] == agent:
+            os._exit(1)                           # a panic, as the end of PID 1 always is
+    prefer_command()
+
+
+def open_terminal(job: Job, account: Account) -> Terminal:
+    leave_pid_1()
+    master, slave = os.openpty()
+    os.setsid()
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    for number in TERMINAL_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)     # they are for the command
+    fcntl.ioctl(master, termios.TIOCSWINSZ, job.window)
+    if job.modes:
+        *flags, characters = TERMINAL_MODES.unpack(job.modes)
+        termios.tcsetattr(slave, termios.TCSANOW, [*flags, [bytes([c]) for c in characters]])
+    os.fchown(slave, account.uid, -1)
+    return Terminal(master, slave)
 
 
 def make_pipe() -> Tuple[int, int]:
@@ -494,13 +633,18 @@ def make_pipe() -> Tuple[int, int]:
     return reader, writer
 
 
-def run_command(job: Job, account: Account, directory: bytes, stdio: Tuple[int, int, int]) -> NoReturn:
+def run_command(job: Job, account: Account, directory: bytes, stdio: Sequence[int]) -> NoReturn:
     """In the forked child: become the command, or raise Fatal."""
-    os.setsid()
+    if b"t" in job.stdio:
+        os.setpgid(0, 0)
+        if job.foreground:
+            os.tcsetpgrp(stdio[job.stdio.index(b"t")], os.getpid())
+    else:
+        os.setsid()
     for target, source in enumerate(stdio):
         os.dup2(source, target)
     write_score("0")
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):            # Python ignores these
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, *TERMINAL_SIGNALS):   # Python and open_terminal() ignore these
         signal.signal(number, signal.SIG_DFL)
     for ignored in job.ignored_signals:
         signal.signal(ignored, signal.SIG_IGN)
@@ -516,26 +660,43 @@ def run_command(job: Job, account: Account, directory: bytes, stdio: Tuple[int, 
     execute(program, argv, build_environment(job, account, start))
 
 
+def connect_stdio(job: Job, account: Account) -> Tuple[List[int], Dict[int, int], Dict[int, int], Optional[Terminal]]:
+    """The command's 0, 1, 2; the agent's ends of them by frame type, inputs and outputs; the terminal."""
+    theirs: List[int] = []
+    inputs, outputs = {}, {}
+    terminal = None
+    if b"t" in job.stdio:
+        terminal = open_terminal(job, account)
+        inputs[KEYS] = outputs[SCREEN] = terminal.master
+    for number, kind in enumerate(job.stdio.decode()):
+        if kind == "t" and terminal:
+            theirs.append(terminal.slave)
+        elif kind == "s":
+            theirs.append(theirs[1])
+        elif kind == "n":
+            theirs.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+        else:
+            reader, writer = make_pipe()
+            theirs.append(writer if number else reader)
+            (outputs if number else inputs)[(STDIN, STDOUT, STDERR)[number]] = reader if number else writer
+    return theirs, inputs, outputs, terminal
+
+
 def start_command(job: Job, account: Account, directory: bytes) -> Command:
     """Fork and execute; return when the command runs, or raise the Fatal that its start ended with."""
-    stdin, to_stdin = make_pipe()
-    from_stdout, stdout = make_pipe()
-    from_stderr, stderr = make_pipe()
-    if job.stdin_is_null:
-        os.close(stdin)
-        stdin = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    theirs, inputs, outputs, terminal = connect_stdio(job, account)
     report, to_agent = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            run_command(job, account, directory, (stdin, stdout, stdout if job.one_output else stderr))
+            run_command(job, account, directory, theirs)
         except Fatal as fatal:
             os.write(to_agent, encode_failure(fatal))
         except BaseException as error:            # nothing may escape into the agent's own code below
             os.write(to_agent, encode_failure(Fatal("cannot start the command: {!r}".format(error))))
         finally:
             os._exit(125)
-    for descriptor in (stdin, stdout, stderr, to_agent):
+    for descriptor in set(theirs) - {terminal.slave if terminal else -1} | {to_agent}:
         os.close(descriptor)
     with os.fdopen(report, "rb") as file:         # empty: the close-on-exec end went with a successful exec
         failure = file.read()
@@ -543,9 +704,9 @@ def start_command(job: Job, account: Account, directory: bytes) -> Command:
         os.waitpid(pid, 0)
         fields = decode_fields(failure)
         raise Fatal(fields[b"error"][0].decode(), fields[b"hint"][0].decode(), int(fields[b"status"][0]))
-    for descriptor in (to_stdin, from_stdout, from_stderr):
+    for descriptor in [*inputs.values(), *outputs.values()]:
         os.set_blocking(descriptor, False)
-    return Command(pid, to_stdin, {STDOUT: from_stdout, STDERR: from_stderr})
+    return Command(pid, inputs, outputs, terminal)
 
 
 def encode_failure(fatal: Fatal) -> bytes:
@@ -562,38 +723,85 @@ def write_score(score: str) -> None:
 
 # --- Relaying -----------------------------------------------------------------------------------------------
 
+class Feed:
+    """What the host sent for the command's stdin or terminal, and there is no room for yet."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.fd: Optional[int] = descriptor
+        self.pending: List[memoryview] = []
+        self.ends = False
+        self.delivered = 0                        # bytes
+        self._leftover: Optional[int] = None
+
+    def write(self) -> int:
+        """Write what there is room for and return how much; BrokenPipeError: nobody reads any more."""
+        written = 0
+        try:
+            while self.pending and self.fd is not None:
+                count = os.write(self.fd, self.pending[0])
+                written += count
+                self.pending[0] = self.pending[0][count:]
+                if not self.pending[0]:
+                    del self.pending[0]
+        except BlockingIOError:
+            pass
+        self.delivered += written
+        return written
+
+    def close_pipe(self) -> None:
+        if self.fd is not None:
+            # A reader of our own, for what the command leaves unread at its end; without a writer it hurts nobody.
+            self._leftover = os.open("/proc/self/fd/{}".format(self.fd), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.close(self.fd)
+            self.fd = None
+            self.pending = []
+
+    @property
+    def consumed(self) -> int:
+        """Of the delivered bytes, what the command has read; to be asked after its end."""
+        if self._leftover is None:
+            return self.delivered
+        unread: int = struct.unpack("i", fcntl.ioctl(self._leftover, FIONREAD, b"\0" * 4))[0]
+        return self.delivered - unread
+
+
 class Relay:
     """Moves bytes between the channel and the command until the command has ended and all it wrote is sent."""
 
     def __init__(self, channel: Channel, command: Command, wakeup: int) -> None:
         self._channel, self._pid, self._wakeup = channel, command.pid, wakeup
-        self._stdin: Optional[int] = command.stdin
+        self._feeds = {kind: Feed(descriptor) for kind, descriptor in command.inputs.items()}
         self._outputs = dict(command.outputs)
-        self._window = dict.fromkeys(self._outputs, OUTPUT_WINDOW)
-        self._pending: List[memoryview] = []      # stdin that the command's pipe has no room for yet
-        self._stdin_ends = False
-        self._delivered = 0                       # bytes of stdin put into the command's pipe
-        self._leftover: Optional[int] = None
+        self._window = {kind: SCREEN_WINDOW if kind == SCREEN else OUTPUT_WINDOW for kind in self._outputs}
+        self._terminal = command.terminal
+        self._front = command.pid                 # the terminal's foreground, while it is in the background itself
         self.status: Optional[int] = None         # as from waitpid()
+
+    @property
+    def stdin_consumed(self) -> int:
+        return self._feeds[STDIN].consumed if STDIN in self._feeds else 0
 
     def run(self) -> None:
         while self.status is None or self._outputs:
             self._poll()
 
     def _poll(self) -> None:
-        poll = select.poll()
-        poll.register(self._channel.fd, select.POLLIN)
-        poll.register(self._wakeup, select.POLLIN)
+        wanted = {self._channel.fd: select.POLLIN, self._wakeup: select.POLLIN}
         for kind, descriptor in self._outputs.items():
             if self._window[kind] > 0:
-                poll.register(descriptor, select.POLLIN)
-        if self._stdin is not None:
-            poll.register(self._stdin, select.POLLOUT if self._pending else 0)
-        ready = {descriptor for descriptor, _ in poll.poll()}
-        for kind in [kind for kind in self._outputs if self._outputs[kind] in ready]:
+                wanted[descriptor] = select.POLLIN
+        for kind, feed in self._feeds.items():
+            if feed.fd is not None and (feed.pending or kind == STDIN):
+                wanted[feed.fd] = wanted.get(feed.fd, 0) | (select.POLLOUT if feed.pending else 0)
+        poll = select.poll()
+        for descriptor, events in wanted.items():
+            poll.register(descriptor, events)
+        ready = dict(poll.poll())
+        for kind in [kind for kind in self._outputs if ready.get(self._outputs[kind], 0) & ~select.POLLOUT]:
             self._forward_output(kind)
-        if self._stdin in ready:
-            self._feed()
+        for kind, feed in self._feeds.items():
+            if feed.fd is not None and ready.get(feed.fd, 0) & ~select.POLLIN:
+                self._feed(kind, feed)
         if self._channel.fd in ready:
             for kind, payload in self._channel.receive():
                 self._obey(kind, payload)
@@ -602,7 +810,12 @@ class Relay:
             self._reap()
 
     def _forward_output(self, kind: int) -> None:
-        content = os.read(self._outputs[kind], READ_SIZE)
+        try:
+            content = os.read(self._outputs[kind], READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:                           # EIO: the terminal has no slave any more
+            content = b""
         if content:
             self._window[kind] -= len(content)
             self._channel.send(kind, content)
@@ -612,62 +825,55 @@ class Relay:
     def _close_output(self, kind: int) -> None:
         if kind in self._outputs:
             os.close(self._outputs.pop(kind))
+            if kind == SCREEN:
+                del self._feeds[KEYS]
+                self._terminal = None
 
-    def _feed(self) -> None:
-        written = 0
+    def _feed(self, kind: int, feed: Feed) -> None:
         try:
-            while self._pending:
-                count = os.write(self._stdin, self._pending[0])     # type: ignore[arg-type]
-                written += count
-                if count < len(self._pending[0]):
-                    self._pending[0] = self._pending[0][count:]
-                    break
-                del self._pending[0]
-            else:
-                if written == 0:                  # ready with nothing to write: the command has closed its stdin
-                    raise BrokenPipeError
-        except BlockingIOError:
-            pass
+            if kind == STDIN and not feed.pending:   # ready with nothing to write: the command has closed its stdin
+                raise BrokenPipeError
+            written = feed.write()
+            if written:
+                self._channel.send(CREDIT, struct.pack("<BI", kind, written))
         except BrokenPipeError:
-            self._close_stdin()
+            feed.close_pipe()
             self._channel.send(STDIN_CLOSED)
-        if written:
-            self._delivered += written
-            self._channel.send(CREDIT, struct.pack("<I", written))
-        if self._stdin_ends and not self._pending:
-            self._close_stdin()
-
-    def _close_stdin(self) -> None:
-        if self._stdin is not None:
-            # A reader of our own, for what the command leaves unread at its end; without a writer it hurts nobody.
-            self._leftover = os.open("/proc/self/fd/{}".format(self._stdin), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            os.close(self._stdin)
-            self._stdin = None
-            self._pending = []
-
-    @property
-    def consumed(self) -> int:
-        """Of the delivered bytes, what the command has read; to be asked after its end."""
-        if self._leftover is None:
-            return self._delivered
-        unread: int = struct.unpack("i", fcntl.ioctl(self._leftover, FIONREAD, b"\0" * 4))[0]
-        return self._delivered - unread
+        if feed.ends and not feed.pending:
+            feed.close_pipe()
 
     def _obey(self, kind: int, payload: bytes) -> None:
-        if kind == STDIN and self._stdin is not None:
-            self._pending.append(memoryview(payload))
+        if kind in (STDIN, KEYS):
+            if kind in self._feeds:
+                self._feeds[kind].pending.append(memoryview(payload))
         elif kind == STDIN_EOF:
-            self._stdin_ends = True
-            if not self._pending:
-                self._close_stdin()
+            feed = self._feeds[STDIN]
+            feed.ends = True
+            if not feed.pending:
+                feed.close_pipe()
         elif kind == SIGNAL:
             self._signal(payload[0])
         elif kind == ACK:
             stream, count = struct.unpack("<BI", payload)
-            if stream in self._window:
-                self._window[stream] += count
+            self._window[stream] += count
         elif kind == OUTPUT_CLOSED:
             self._close_output(payload[0])        # the command's next write gets it SIGPIPE, as on the host
+        elif kind == WINDOW and self._terminal:
+            fcntl.ioctl(self._terminal.master, termios.TIOCSWINSZ, payload)
+        elif kind == FOREGROUND and self._terminal:
+            self._set_foreground(self._terminal.master, payload == b"\1")
+
+    def _set_foreground(self, master: int, to_command: bool) -> None:
+        """Give the terminal to the command, or to the agent: then it is stopped at its next read from it."""
+        front = os.tcgetpgrp(master)
+        is_ours = front == os.getpgrp()
+        if not to_command and not is_ours:
+            self._front = front                   # a job of the guest's shell, perhaps
+        if to_command == is_ours:
+            try:
+                os.tcsetpgrp(master, self._front if to_command else os.getpgrp())
+            except OSError:                       # that group has ended
+                os.tcsetpgrp(master, self._pid)
 
     def _signal(self, number: int) -> None:
         if self.status is not None:
@@ -683,15 +889,25 @@ class Relay:
     def _reap(self) -> None:
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                # Who has a terminal may be stopped from it, and the host's shell wants to know.
+                pid, status = os.waitpid(-1, os.WNOHANG | (os.WUNTRACED if self._terminal else 0))
             except ChildProcessError:
                 return
             if pid == 0:
                 return
-            if pid == self._pid:
+            if pid == self._pid and os.WIFSTOPPED(status):
+                self._channel.send(STOPPED, bytes([os.WSTOPSIG(status)]))
+            elif pid == self._pid:
                 self.status = status
-                self._close_stdin()
-                kill_everything()                 # so that the outputs reach their end: no writer is left
+                self._release_command()
+
+    def _release_command(self) -> None:
+        """Let the outputs reach their end: no writer is left, and what the command has not read is counted."""
+        if STDIN in self._feeds:
+            self._feeds[STDIN].close_pipe()
+        kill_everything()
+        if self._terminal:
+            os.close(self._terminal.slave)
 
 
 def kill_everything() -> None:
@@ -703,15 +919,10 @@ def kill_everything() -> None:
 
 # --- The end ------------------------------------------------------------------------------------------------
 
-def flush_mounts(job_directory: bytes, persistent: bool) -> None:
-    """Leave nothing in the guest that the host would miss when it ends this kernel the moment it hears of the end.
-
-    write(2) on hostfs goes through at once, but pages that a program changed through mmap(2) do not.
-    """
+def flush_mounts(places: Places, persistent: bool) -> None:
+    """Leave nothing in the guest that the host would miss when it ends this kernel the moment it hears of the end."""
     kill_everything()
-    descriptor = os.open(job_directory, os.O_RDONLY)
-    call("syncfs", descriptor)
-    os.close(descriptor)
+    places.flush()
     if persistent:
         call("sync")
         mount(b"none", b"/", b"", MS_REMOUNT | MS_RDONLY)
@@ -720,7 +931,7 @@ def flush_mounts(job_directory: bytes, persistent: bool) -> None:
 def encode_result(relay: Relay) -> bytes:
     status = relay.status or 0
     how = (b"signal", b"%d" % os.WTERMSIG(status)) if os.WIFSIGNALED(status) else (b"exit", b"%d" % (status >> 8))
-    return encode_fields((how, (b"stdin", b"%d" % relay.consumed)))
+    return encode_fields((how, (b"stdin", b"%d" % relay.stdin_consumed)))
 
 
 def greet(channel: Channel) -> None:
@@ -745,12 +956,14 @@ def run_job(channel: Channel, wakeup: int) -> None:
         prepare_system()
         job = wait_for_job(channel)
         account = make_account(job)
-        directory = mount_job_directory(job, account)
-        command = start_command(job, account, directory)
+        places = Places(job, account)
+        if not job.confined:
+            forbid_mounts()
+        command = start_command(job, account, places.job_directory)
         channel.send(STARTED)
         relay = Relay(channel, command, wakeup)
         relay.run()
-        flush_mounts(directory, job.persistent)
+        flush_mounts(places, job.persistent)
         channel.send(RESULT, encode_result(relay))
     except Fatal as fatal:
         channel.send(RESULT, encode_failure(fatal))

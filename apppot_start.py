@@ -26,10 +26,13 @@ import socket
 import stat
 import struct
 import sys
+import termios
 import threading
 import time
+import tty
 from contextlib import ExitStack, contextmanager
 from typing import (
+    Any,
     BinaryIO,
     Callable,
     Deque,
@@ -43,9 +46,11 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    Union,
 )
 
 VERSION = "0.1"
+AnyPath = Union[str, bytes]
 
 # --- What crosses host and guest (apppot_init.py has the same; a test compares them) -------------------------
 
@@ -54,11 +59,14 @@ MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may 
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
-HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
+HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT, SCREEN, STOPPED = 1, 2, 3, 4, 5, 6, 7, 8, 9
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
-JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED = 33, 34, 35, 36, 37, 38
+JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 SPOOLED = 0x80
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
+SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
+WINDOW_SIZE = struct.Struct("4H")    # struct winsize: rows, columns, width and height in pixels
+TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
 
 # --- The runner's own constants -----------------------------------------------------------------------------
 
@@ -70,13 +78,15 @@ DEFAULT_MEM = "1G"
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
 ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
 SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the COW file
-SCRATCH_PATH_MAX = 200               # absolutize() in arch/um/drivers/cow_user.c has 256 bytes for its directory
 DESCRIPTORS_MIN = 40
 INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
 SPOOL_CHUNK = 1 << 20
 STDIN_WINDOW = 8 << 20
+KEYS_WINDOW = 64 << 10
+END_OF_FILE = b"\4"                  # Ctrl-D
 ACK_STEP = 512 << 10
 WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
+MEMFD = ""                           # in place of a directory for the guest's memory: the kernel needs none
 HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run directory; 6.12 and later want it absolute
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
@@ -84,7 +94,14 @@ CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kep
 KERNEL_INPUT_FD, KERNEL_OUTPUT_FD = 3, 4
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36               # include/uapi/linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38      # include/uapi/linux/prctl.h
+# include/uapi/linux/landlock.h; the numbers of the system calls are the same on every machine.
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
+LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
+LANDLOCK_ABI_MIN, LANDLOCK_ABI_TRUNCATE = 2, 3                 # ABI 1 forbids every rename to another directory
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
+READ_ONLY, READ_WRITE = READ_FILE | READ_DIR, (1 << 15) - 1 - EXECUTE
+OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE         # the rights that a rule for a file may have
 ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
 MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
 MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
@@ -102,7 +119,10 @@ BATCH_VARIABLES = re.compile(
 EXT_MAGIC, EXT_64BIT = 0xEF53, 0x80                            # fs/ext4/ext4.h
 LINUX_TYPE, EXTENDED_TYPES, GPT_TYPE = 0x83, (0x05, 0x0F, 0x85), 0xEE
 GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")   # Discoverable Partitions Specification
-COW_MAGIC, COW_HEADER = b"OOOM", struct.Struct(">4sIIQIII")    # arch/um/drivers/cow_user.c, version 3, big-endian
+# arch/um/drivers/cow_user.c, version 3, big-endian: magic, version, mtime and size of the base image, bytes of a
+# sector, alignment, format, path of the base. A bitmap of the sectors follows, then, aligned, the sectors.
+COW_MAGIC, COW_HEADER = b"OOOM", struct.Struct(">4sIIQIII4096s")
+COW_SECTOR, COW_ALIGNMENT = 512, 4096
 OTHER_IMAGES = (                     # offset, magic, what it is, what to do
     (0, b"\x7fELF", "a program", "are image and kernel exchanged?"),
     (0, b"\x1f\x8b", "compressed with gzip", "unpack it: gunzip FILE"),
@@ -133,6 +153,23 @@ class RootDevice(NamedTuple):
     base_id: str                     # UUID of the file system
 
 
+class Bind(NamedTuple):
+    """A file or directory of the host that the guest sees."""
+    source: bytes                    # absolute path, links resolved
+    target: bytes                    # absolute path in the guest
+    read_only: bool
+    is_directory: bool
+
+    @property
+    def directory(self) -> bytes:
+        """What hostfs can mount of it: a directory."""
+        return self.source if self.is_directory else os.path.dirname(self.source)
+
+    @property
+    def name(self) -> bytes:
+        return b"" if self.is_directory else os.path.basename(self.source)
+
+
 class RunSpec(NamedTuple):
     """One run, decided: nothing below parses options or looks at the environment again."""
     command: Tuple[str, ...]
@@ -147,12 +184,14 @@ class RunSpec(NamedTuple):
     umid: str
     extra: Tuple[str, ...]
     environment: Dict[bytes, bytes]
-    job_directory: bytes
+    job_directory: bytes             # empty: none
     job_alias: bytes
+    binds: Tuple[Bind, ...]
     cwd: bytes
     as_root: bool
     umask: int
     ignored_signals: Tuple[int, ...]  # of the caller's, as under nohup: the command ignores them, too
+    terminal: Optional[bool]         # whether the command gets one; None: where the caller has one
     timeout_s: Optional[float]
     boot_timeout_s: float
     kill_after_s: float
@@ -161,6 +200,12 @@ class RunSpec(NamedTuple):
     @property
     def persistent(self) -> bool:
         return self.write or self.cow is not None
+
+
+class Directories(NamedTuple):
+    """The private ones of a run."""
+    run: str                         # with the COW file, the hostfs root and the mconsole
+    ram: str                         # for the file that is the guest's memory; may be the same
 
 
 class Machine(NamedTuple):
@@ -172,6 +217,13 @@ class Machine(NamedTuple):
     lifeline: int                    # write end: closing it ends the guest
     report: int                      # read end: "exec ERRNO", "ended STATUS" or "helper" when the guest is gone
     directory: str
+
+
+class Stdio(NamedTuple):
+    """What the command's standard descriptors are to be."""
+    kinds: bytes                     # of 0, 1, 2 each "n"ull, "p"ipe or "t"erminal; "s": 2 is the same as 1
+    terminal: Optional["Terminal"]
+    at_once: bool                    # the command gets the terminal at its start, not when it first reads from it
 
 
 # --- Pure functions -----------------------------------------------------------------------------------------
@@ -253,15 +305,31 @@ def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
         "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT] + list(spec.extra)
 
 
-def build_job(spec: RunSpec, stdin_is_null: bool, one_output: bool) -> bytes:
+def encode_modes(attributes: List[Any]) -> bytes:
+    """What termios.tcgetattr() returns, as bytes; characters of c_cc may be numbers there."""
+    *flags, characters = attributes
+    return TERMINAL_MODES.pack(*flags, b"".join(c if isinstance(c, bytes) else bytes([c]) for c in characters))
+
+
+def decode_modes(modes: bytes) -> List[Any]:
+    *flags, characters = TERMINAL_MODES.unpack(modes)
+    return [*flags, [bytes([c]) for c in characters]]
+
+
+def build_job(spec: RunSpec, stdio: Stdio) -> bytes:
     uid, gid = os.getuid(), os.getgid()
     fields = [
         (b"job", spec.job_directory), (b"alias", spec.job_alias), (b"cwd", spec.cwd), (b"user", user_name(uid)),
         (b"uid", b"%d" % uid), (b"root", b"%d" % spec.as_root), (b"umask", b"%d" % spec.umask),
-        (b"stdin", b"null" if stdin_is_null else b"pipe"), (b"output", b"one" if one_output else b"two"),
-        (b"persistent", b"%d" % spec.persistent)]
+        (b"stdio", stdio.kinds), (b"confined", b"%d" % (find_landlock() > 0)), (b"persistent", b"%d" % spec.persistent)]
+    if stdio.terminal:
+        # In hexadecimal, as values hold no NUL.
+        fields += [(b"modes", stdio.terminal.modes.hex().encode()), (b"window", stdio.terminal.window.hex().encode()),
+                   (b"foreground", b"%d" % stdio.at_once)]
     fields += [(b"group", b"%d=%s" % (group, group_name(group)))
                for group in [gid] + [group for group in os.getgroups() if group != gid]]
+    # A name holds no slash, and a target begins with one.
+    fields += [(b"bind", (b"r" if bind.read_only else b"w") + bind.name + bind.target) for bind in spec.binds]
     fields += [(b"ignore", b"%d" % number) for number in spec.ignored_signals]
     fields += [(b"env", name + b"=" + value) for name, value in spec.environment.items()]
     fields += [(b"arg", os.fsencode(word)) for word in spec.command]
@@ -394,11 +462,22 @@ def check_cow(cow: str, base: str) -> None:
         raise Fatal("COW file is not writable: " + cow, "check its permissions, or run without a COW file")
     if len(header) < COW_HEADER.size or header[:4] != COW_MAGIC:
         raise Fatal("not a COW file: " + cow, "--image COW:BASE names the COW file first; is the order right?")
-    _, version, mtime, size, _, _, _ = COW_HEADER.unpack(header)
+    version, mtime, size = COW_HEADER.unpack(header)[1:4]
     status = os.stat(base)
     if version == 3 and (mtime != int(status.st_mtime) & 0xFFFFFFFF or size != status.st_size):
         raise Fatal("COW file was made for another base image: {} does not fit {}".format(cow, base),
                     "the base must have the size and time it had then; copies keep the time with cp -p or rsync -t")
+
+
+def create_cow(cow: str, base: str) -> None:
+    """Make a COW file without a sector in it, as the kernel would, which may not make files anywhere it likes."""
+    status = os.stat(base)
+    bitmap = -(-status.st_size // (8 * COW_SECTOR))
+    start = -(-(COW_HEADER.size + bitmap) // COW_ALIGNMENT) * COW_ALIGNMENT
+    with open(cow, "xb") as file:
+        file.write(COW_HEADER.pack(COW_MAGIC, 3, int(status.st_mtime) & 0xFFFFFFFF, status.st_size, COW_SECTOR,
+                                   COW_ALIGNMENT, 0, os.fsencode(os.path.abspath(base))[:4095]))
+        file.truncate(start + status.st_size)
 
 
 def lock_image(path: str, exclusive: bool) -> int:
@@ -514,7 +593,7 @@ def choose_ram_directory(spec_kernel: str, candidates: Sequence[str], mem_mib: i
             return os.path.abspath(directory)
         faults.append("{} {}".format(directory, fault))
     if uses_memfd(spec_kernel):
-        return "/"
+        return MEMFD
     raise Fatal("no room for the guest's memory of {}: {}".format(format_mib(mem_mib), "; ".join(faults)),
                 "name a directory that has it and is not noexec with --tmpdir, or ask for less with --mem")
 
@@ -530,8 +609,6 @@ def choose_scratch(candidates: Sequence[str]) -> str:
     for directory in candidates:
         if not os.path.isdir(directory):
             faults.append(directory + " is not a directory")
-        elif len(os.fsencode(os.path.abspath(directory))) > SCRATCH_PATH_MAX:
-            faults.append("{}... is a path of more than {} bytes".format(directory[:30], SCRATCH_PATH_MAX))
         elif not os.access(directory, os.W_OK | os.X_OK):
             faults.append(directory + " is not writable")
         elif free_mib(directory) < SCRATCH_MIN_MIB:
@@ -577,15 +654,89 @@ def find_job_directory() -> Tuple[bytes, bytes]:
     return directory, os.path.normpath(alias) if known else directory
 
 
+def parse_bind(text: str) -> Bind:
+    """SRC[:DST[:ro]]; colons may be part of a name that exists."""
+    words = text.split(":")
+    for count in range(len(words), 0, -1):
+        source = ":".join(words[:count])
+        if os.path.lexists(source):
+            break
+    else:
+        raise Fatal("--bind names no file or directory: " + (words[0] or repr(text)),
+                    "write --bind SRC[:DST[:ro]], with SRC on this machine")
+    target, mode = words[count:], "rw"
+    if target and "/" not in target[-1]:
+        mode = target.pop()
+    place = os.path.normpath(target[0] if target else os.path.abspath(source))
+    if len(target) > 1 or mode not in ("ro", "rw") or not place.strip("/") or not place.startswith("/"):
+        raise Fatal("--bind has no such place or mode in the guest: " + text,
+                    "write --bind SRC[:DST[:ro]], with DST an absolute path below /")
+    if not os.path.isdir(source) and not os.path.isfile(source):
+        raise Fatal("--bind is neither a file nor a directory: " + source, "is it a link that leads nowhere?")
+    if not os.access(source, os.R_OK | (os.X_OK if os.path.isdir(source) else 0)):
+        raise Fatal("--bind cannot be read: " + source, "check its permissions")
+    return Bind(os.fsencode(os.path.realpath(source)), os.fsencode("/" + place.strip("/")), mode == "ro",
+                os.path.isdir(source))
+
+
 # --- Processes ----------------------------------------------------------------------------------------------
 
-def call_libc(name: str, *arguments: int) -> None:
-    """What the standard library does not offer; best effort, as a Python without ctypes costs comfort only."""
+def call_libc(name: str, *arguments: Union[int, bytes, None]) -> int:
+    """What the standard library does not offer; -1 if it fails or this Python has no ctypes."""
     try:
         import ctypes
-        getattr(ctypes.CDLL(None), name)(*arguments)
+        return int(getattr(ctypes.CDLL(None), name)(*arguments))
     except (ImportError, OSError):
-        pass
+        return -1
+
+
+def find_landlock() -> int:
+    """The version of Landlock's interface that this machine has; 0: none that will do."""
+    abi = call_libc("syscall", LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    return abi if abi >= LANDLOCK_ABI_MIN else 0
+
+
+def confine(rules: Iterable[Tuple[AnyPath, int]]) -> None:
+    """Open to this process, and to what it starts, no files but those of `rules` and below, with these rights."""
+    abi = find_landlock()
+    known = EXECUTE | READ_WRITE if abi >= LANDLOCK_ABI_TRUNCATE else (EXECUTE | READ_WRITE) & ~TRUNCATE
+    ruleset = call_libc("syscall", LANDLOCK_CREATE_RULESET, struct.pack("Q", known), 8, 0)
+    for path, rights in rules:
+        try:
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except FileNotFoundError:                 # nothing to open, then
+            continue
+        meant = known if stat.S_ISDIR(os.fstat(descriptor).st_mode) else known & OF_FILES
+        call_libc("syscall", LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH,
+                  struct.pack("=Qi", rights & meant, descriptor), 0)
+        os.close(descriptor)
+    call_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if call_libc("syscall", LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
+        raise OSError(errno.EPERM, "Landlock")
+
+
+def list_libraries(program: str) -> Tuple[List[str], List[str]]:
+    """The files that the dynamic loader opens for a program, itself included, and the names of those it misses."""
+    with open(program, "rb") as file:
+        interpreter = re.search(br"\0(/[\w./-]*/ld[\w.-]*\.so[\w.]*)\0", file.read(4096))
+    if not interpreter:
+        return [], []                             # linked statically
+    if not os.path.exists(interpreter.group(1)):
+        return [], [interpreter.group(1).decode()]
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
+            os.execve(program, [program], dict(os.environ, LD_TRACE_LOADED_OBJECTS="1"))
+        finally:
+            os._exit(EXIT_FAILED)
+    os.close(writer)
+    with os.fdopen(reader, encoding="utf-8", errors="surrogateescape") as output:
+        text = output.read()
+    os.waitpid(pid, 0)
+    return re.findall(r"(/\S.*) \(0x", text), re.findall(r"(\S+) => not found", text)
 
 
 def list_children(pid: int) -> List[int]:
@@ -631,6 +782,99 @@ def remove_tree(path: str) -> None:
         pass
 
 
+# --- The terminal -------------------------------------------------------------------------------------------
+
+def is_null(descriptor: int) -> bool:
+    status = os.fstat(descriptor)
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev
+
+
+class Terminal:
+    """The caller's terminal: raw while the command has it, and at all other times as it was.
+
+    With -t and no terminal there, whatever stdin and stdout are takes its place.
+    """
+
+    def __init__(self, input_fd: int, output_fd: int) -> None:
+        # Not the caller's own numbers, which lead elsewhere in the supervisor.
+        self.input, self.output = (fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3) for number in (input_fd, output_fd))
+        self.is_real = os.isatty(input_fd)
+        # Shared with the supervisor, which puts the terminal in order if the runner is killed: is it raw, and what
+        # was it before?
+        self._state = mmap.mmap(-1, 1 + TERMINAL_MODES.size)
+
+    @property
+    def is_raw(self) -> bool:
+        return self._state[:1] == b"r"
+
+    @property
+    def modes(self) -> bytes:
+        return encode_modes(termios.tcgetattr(self.input)) if self.is_real else b""
+
+    @property
+    def window(self) -> bytes:
+        if not self.is_real:
+            return WINDOW_SIZE.pack(24, 80, 0, 0)
+        return fcntl.ioctl(self.input, termios.TIOCGWINSZ, bytes(WINDOW_SIZE.size))
+
+    def is_ours(self) -> bool:
+        """Whether this process is in the foreground of the terminal, or no shell has a say in that."""
+        try:
+            return os.tcgetpgrp(self.input) == os.getpgrp()
+        except OSError:
+            return True
+
+    def acquire(self) -> None:
+        """Make it raw; in the background this stops the process until the user brings it to the foreground."""
+        if self.is_real:
+            if not self.is_raw:
+                self._state[1:] = self.modes
+            tty.setraw(self.input, termios.TCSANOW)
+            self._state[:1] = b"r"
+
+    def release(self) -> None:
+        if self.is_raw:
+            try:
+                termios.tcsetattr(self.input, termios.TCSANOW, decode_modes(self._state[1:]))
+            except termios.error:                 # it is gone
+                pass
+            self._state[:1] = b"-"
+
+
+def find_open_for(not_only: int, on_terminal: Sequence[bool]) -> int:
+    """Which of 0, 1, 2 is the terminal, and not open only for the other direction, as `> /dev/tty` makes it."""
+    for number in (0, 1, 2):
+        if on_terminal[number] and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != not_only:
+            return number
+    return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+
+
+@contextmanager
+def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
+    """Decide what 0, 1 and 2 of the command are; leave the terminal as it was found."""
+    on_terminal = [choice is not False and os.isatty(descriptor) for descriptor in (0, 1, 2)]
+    if choice:
+        terminal: Optional[Terminal] = Terminal(0, 1)
+        kinds = b"ttt"
+    elif any(on_terminal):
+        terminal = Terminal(find_open_for(os.O_WRONLY, on_terminal), find_open_for(os.O_RDONLY, on_terminal))
+        kinds = b"".join(b"t" if yes else b"p" for yes in on_terminal)
+    else:
+        terminal = None
+        kinds = b"ppp"
+    if kinds[:1] == b"p" and is_null(0):
+        kinds = b"n" + kinds[1:]
+    if kinds[1:] == b"pp" and os.path.sameopenfile(1, 2):
+        kinds = kinds[:2] + b"s"
+    # Where stdout goes elsewhere, another program of the pipeline may want the keyboard: less, say.
+    at_once = bool(choice) or (on_terminal[1] and terminal is not None and terminal.is_ours())
+    try:
+        yield Stdio(kinds, terminal, at_once)
+    finally:
+        if terminal:
+            terminal.release()
+
+
 # --- The run directory --------------------------------------------------------------------------------------
 
 RUN_PREFIX = "apppot-"
@@ -669,21 +913,48 @@ def remove_stale_directories(scratch: str) -> None:
 
 
 @contextmanager
-def run_directory(spec: RunSpec) -> Iterator[Tuple[str, int]]:
-    """A private directory, and the descriptor that locks it; it is removed at the end by whoever lives."""
-    remove_stale_directories(spec.scratch)
+def private_directory(parent: str) -> Iterator[Tuple[str, int]]:
+    """A directory of this run, and the descriptor that locks it; it is removed at the end by whoever lives."""
+    remove_stale_directories(parent)
     lock = None
     while lock is None:                           # another run may take a new one for stale before it is locked
-        path = os.path.join(spec.scratch, unique_name(RUN_PREFIX))
+        path = os.path.join(parent, unique_name(RUN_PREFIX))
         os.mkdir(path, 0o700)
         lock = try_lock(path)
     try:
-        os.makedirs(os.path.join(path, "hostfs/spool"))
-        os.symlink(spec.job_directory, os.path.join(os.fsencode(path), b"hostfs/job"))
         yield path, lock
     finally:
         remove_tree(path)
         os.close(lock)
+
+
+def fill_run_directory(spec: RunSpec, directory: str) -> None:
+    """What the guest finds under its hostfs root, and the COW file."""
+    os.makedirs(os.path.join(directory, "hostfs/spool"))
+    hostfs = os.path.join(os.fsencode(directory), b"hostfs")
+    if spec.job_directory:
+        os.symlink(spec.job_directory, os.path.join(hostfs, b"job"))
+    for number, bind in enumerate(spec.binds):
+        os.symlink(bind.directory, os.path.join(hostfs, b"bind%d" % number))
+    if not spec.write and not (spec.cow and os.path.exists(spec.cow)):
+        create_cow(spec.cow or os.path.join(directory, "cow"), spec.image)
+
+
+def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, int]]:
+    """Which files of the host the kernel may open, and with which rights: what confines a guest's root."""
+    rules: List[Tuple[AnyPath, int]] = [(directory, READ_WRITE) for directory in directories]
+    rules += [(path, READ_FILE | EXECUTE) for path in [spec.kernel, *list_libraries(spec.kernel)[0]]]
+    rules += [(path, READ_FILE) for path in ("/etc/ld.so.cache", "/proc/cpuinfo")]
+    rules += [(path, READ_FILE | WRITE_FILE) for path in ("/dev/null", "/dev/zero", "/dev/ptmx", "/dev/pts")]
+    rules.append((spec.image, READ_FILE | (WRITE_FILE if spec.write else 0)))
+    if spec.cow:
+        rules.append((spec.cow, READ_FILE | WRITE_FILE))
+    if spec.job_directory:
+        rules.append((spec.job_directory, READ_WRITE))
+    rules += [(bind.source, READ_ONLY if bind.read_only else READ_WRITE) for bind in spec.binds]
+    # A disk or a socket that the user gives to the kernel.
+    words = [word for argument in spec.extra for word in re.split("[=,]", argument) if word.startswith("/")]
+    return rules + [(word, READ_WRITE) for word in words]
 
 
 def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
@@ -704,7 +975,8 @@ def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
 
 # --- The supervisor -----------------------------------------------------------------------------------------
 
-def spawn_kernel(spec: RunSpec, argv: List[str], keep: Dict[int, int]) -> int:
+def spawn_kernel(spec: RunSpec, argv: List[str], ram_directory: str, rules: Sequence[Tuple[AnyPath, int]],
+                 keep: Dict[int, int]) -> int:
     """Fork and execute the kernel in the current directory, with the descriptors `keep` (there to here)."""
     supervisor = os.getpid()
     error_read, error_write = os.pipe()
@@ -722,8 +994,9 @@ def spawn_kernel(spec: RunSpec, argv: List[str], keep: Dict[int, int]) -> int:
             for there, here in high.items():
                 os.dup2(here, there)
                 os.close(here)
-            environment = dict(os.environ, TMPDIR=spec.ram_directory)
-            os.execve(spec.kernel, argv, environment)
+            if rules:
+                confine(rules)
+            os.execve(spec.kernel, argv, dict(os.environ, TMPDIR=ram_directory))
         except OSError as error:
             os.write(error_write, b"%d" % (error.errno or 0))
         finally:
@@ -797,17 +1070,18 @@ def has_dead_helper(kernel: int) -> bool:
         read_process(child)[0] == "Z" for child in list_children(kernel)[:KERNEL_HELPERS])
 
 
-def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int, report: int) -> None:
+def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int, report: int) -> None:
     """The supervisor's life: run the kernel, end it when it should end, leave nothing."""
     wakeup, to_wakeup = os.pipe()
     os.set_blocking(to_wakeup, False)
     signal.set_wakeup_fd(to_wakeup)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    os.chdir(directory)
+    os.chdir(directories.run)
     message = ""
     try:
-        argv = build_kernel_args(spec, name_disk(spec, directory))
-        kernel = spawn_kernel(spec, argv, keep)
+        argv = build_kernel_args(spec, name_disk(spec, directories.run))
+        rules = list_rules(spec, directories) if find_landlock() else []
+        kernel = spawn_kernel(spec, argv, directories.ram, rules, keep)
         for number in (1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD):     # so that they end with the kernel
             os.close(keep[number])
         message = watch_kernel(kernel, spec.umid, lifeline, wakeup)
@@ -815,12 +1089,14 @@ def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int
         message = "exec {}".format(error.errno)
     kill_children()
     os.chdir("/")
-    remove_tree(directory)
+    for directory in directories:
+        remove_tree(directory)
     os.write(report, message.encode())
 
 
 @contextmanager
-def start_machine(spec: RunSpec, directory: str, locks: Sequence[int]) -> Iterator[Machine]:
+def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Directories,
+                  locks: Sequence[int]) -> Iterator[Machine]:
     """Fork the supervisor, which starts the kernel; at the end of the context nothing of them is left."""
     call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)              # for what a killed supervisor leaves
     # Pipes: the guest's tty writes 2 KiB at a time, and a wide pipe holds many of these for one read.
@@ -843,13 +1119,17 @@ def start_machine(spec: RunSpec, directory: str, locks: Sequence[int]) -> Iterat
             keep = {0: null, 1: console_end, 2: console_end,
                     KERNEL_INPUT_FD: input_end, KERNEL_OUTPUT_FD: output_end}
             keep.update({KERNEL_OUTPUT_FD + 1 + index: lock for index, lock in enumerate(locks)})
-            close_all_but(set(keep.values()) | {0, 1, 2, lifeline_end, report_end})
-            supervise(spec, directory, keep, lifeline_end, report_end)
+            ours = {0, 1, 2, lifeline_end, report_end} | ({terminal.input} if terminal else set())
+            close_all_but(set(keep.values()) | ours)
+            supervise(spec, directories, keep, lifeline_end, report_end)
+            if terminal:
+                os.read(lifeline_end, 1)          # returns when the runner is dead, or has done it
+                terminal.release()
         finally:
             os._exit(0)
     for descriptor in (input_end, output_end, console_end, lifeline_end, report_end):
         os.close(descriptor)
-    machine = Machine(supervisor, from_guest, to_guest, console, lifeline, report, directory)
+    machine = Machine(supervisor, from_guest, to_guest, console, lifeline, report, directories.run)
     try:
         yield machine
     finally:
@@ -893,10 +1173,16 @@ class OutputWriter(threading.Thread):
         self._session, self._kind, self._descriptor = session, kind, descriptor
         self._queue: Deque[Optional[bytes]] = collections.deque()
         self._filled = threading.Semaphore(0)
+        self._received = self._written = 0        # pieces
         self.error: Optional[OSError] = None
         self.finished = False
 
+    @property
+    def is_idle(self) -> bool:
+        return self._received == self._written
+
     def put(self, content: Optional[bytes]) -> None:
+        self._received += 1
         self._queue.append(content)
         self._filled.release()
 
@@ -909,6 +1195,7 @@ class OutputWriter(threading.Thread):
                 break
             if self.error is None:
                 self._write(content)
+            self._written += 1
             written += len(content)
             if written >= ACK_STEP or not self._queue:
                 self._session.post(encode_frame(ACK, struct.pack("<BI", self._kind, written)))
@@ -1038,8 +1325,9 @@ class Result(NamedTuple):
 class Session:
     """The runner's side of one run: drives the channel from boot to result, one event at a time."""
 
-    def __init__(self, machine: Machine, spec: RunSpec, say: Callable[[str], None]) -> None:
-        self._machine, self._spec, self._say = machine, spec, say
+    def __init__(self, machine: Machine, spec: RunSpec, stdio: Stdio, show: Callable[[bytes], None],
+                 say: Callable[[str], None]) -> None:
+        self._machine, self._spec, self._stdio, self._show, self._say = machine, spec, stdio, show, say
         self._received = bytearray()
         self._greeted = self._running = False
         self._outbox: Deque[bytes] = collections.deque()
@@ -1058,8 +1346,13 @@ class Session:
         self._terminating = False                 # one SIGTERM was forwarded
         self._told: Optional[Result] = None       # by the guest; the writers may still be at work
         self._result: Optional[Result] = None
-        self._one_output = is_same_file(1, 2)
-        self._writers = {kind: OutputWriter(self, kind, descriptor) for kind, descriptor in ((STDOUT, 1), (STDERR, 2))}
+        outputs = {kind: number for kind, number in ((STDOUT, 1), (STDERR, 2)) if stdio.kinds[number] == ord("p")}
+        if stdio.terminal:
+            outputs[SCREEN] = stdio.terminal.output
+        self._writers = {kind: OutputWriter(self, kind, descriptor) for kind, descriptor in outputs.items()}
+        self._has_terminal = False                # the command, its foreground
+        self._stopped = 0                         # the signal that stopped the command, until this is dealt with
+        self._key_room = KEYS_WINDOW
         self._reader = InputReader(self, os.path.join(machine.directory, "hostfs/spool"))
 
     # Called from other threads.
@@ -1080,10 +1373,11 @@ class Session:
         signal.set_wakeup_fd(self._to_wakeup)
         for number in FORWARDED_SIGNALS:
             signal.signal(number, lambda received, frame: self._signals.append(received))
-        # By default SIGTSTP does nothing to a process group without a shell, as a batch job's is.
-        signal.signal(signal.SIGTSTP, lambda received, frame: os.kill(os.getpid(), signal.SIGSTOP))
+        signal.signal(signal.SIGTSTP, lambda received, frame: self._suspend())
         while self._result is None:
             self._step()
+        if self._stdio.terminal:
+            self._stdio.terminal.release()
         return self._result
 
     def _step(self) -> None:
@@ -1097,6 +1391,9 @@ class Session:
             poll.register(from_guest, select.POLLIN)
             if self._outbox or self._unsent:
                 poll.register(to_guest, select.POLLOUT)
+        terminal = self._stdio.terminal
+        if terminal and self._has_terminal and self._key_room > 0:
+            poll.register(terminal.input, select.POLLIN)
         left = min(self._deadlines.values(), default=time.monotonic() + 3600) - time.monotonic()
         ready = dict(poll.poll(max(0, left) * 1000))
         if self._wakeup in ready:
@@ -1107,6 +1404,8 @@ class Session:
             self._take_console()
         if from_guest in ready:
             self._take_frames()
+        if terminal:
+            self._serve_terminal(terminal, terminal.input in ready)
         if to_guest in ready:
             self._send()
         if self._machine.report in ready:
@@ -1133,7 +1432,7 @@ class Session:
         content = os.read(self._machine.console, 65536)
         self._console = (self._console + content)[-CONSOLE_TAIL:]
         if self._spec.verbose:
-            write_stderr(content)
+            self._show(content)
         return bool(content)
 
     def _take_frames(self) -> None:
@@ -1157,27 +1456,38 @@ class Session:
                            "did something in the appliance write to /dev/ttyS0?")
 
     def _obey(self, kind: int, payload: bytes) -> None:
-        if kind in (STDOUT, STDERR):
+        if kind in self._writers:
             self._writers[kind].put(payload)
         elif kind == CREDIT:
-            self._reader.credit(struct.unpack("<I", payload)[0])
+            stream, count = struct.unpack("<BI", payload)
+            if stream == STDIN:
+                self._reader.credit(count)
+            else:
+                self._key_room += count
+        elif kind == STOPPED:
+            self._stopped = payload[0]
         elif kind == STDIN_CLOSED:
             self._reader.close_input()
         elif kind == HELLO:
             self._greet(decode_fields(payload))
         elif kind == STARTED:
-            self._say("command started")
-            self._running = True
-            self._deadlines.pop("boot", None)
-            for writer in self._writers.values():
-                writer.start()
-            if not is_null(0):
-                self._reader.start()
+            self._begin_relay()
         elif kind == RESULT:
             self._told = self._read_result(decode_fields(payload))
             self._say("result record: status {}".format(self._told.status))
             for writer in self._writers.values():
                 writer.put(None)
+
+    def _begin_relay(self) -> None:
+        self._say("command started")
+        self._running = True
+        self._deadlines.pop("boot", None)
+        for writer in self._writers.values():
+            writer.start()
+        if self._stdio.kinds[:1] == b"p":
+            self._reader.start()
+        if self._stdio.terminal:
+            self._open_terminal(self._stdio.terminal)
 
     def _greet(self, hello: Dict[bytes, List[bytes]]) -> None:
         self._say("agent {} in base {}".format(hello[b"agent"][0].decode(), hello[b"base"][0].decode() or "without id"))
@@ -1185,10 +1495,79 @@ class Session:
             self._fail("appliance has an agent of protocol {}, this runner speaks {}".format(
                 hello[b"protocol"][0].decode(), PROTOCOL), "use the apppot_start.py that belongs to the image")
             return
-        job = build_job(self._spec, is_null(0), self._one_output)
+        job = build_job(self._spec, self._stdio)
         directory = os.path.join(self._machine.directory, "hostfs/spool")
         self.post(encode_frame(JOB | SPOOLED, spool(directory, "job", job)) if len(job) > INLINE_MAX
                   else encode_frame(JOB, job))
+
+    # The terminal. The guest's one belongs to a foreground process group, as any does; while that is the agent's own,
+    # the command is stopped when it reads, and asks that way for the caller's.
+
+    def _open_terminal(self, terminal: Terminal) -> None:
+        for number, handler in ((signal.SIGWINCH, lambda: self.post(encode_frame(WINDOW, terminal.window))),
+                                (signal.SIGCONT, lambda: self._resume(terminal))):
+            signal.signal(number, lambda received, frame, handler=handler: handler())   # type: ignore[misc]
+            signal.siginterrupt(number, False)    # tcsetattr() in the background is to begin again
+        if self._stdio.at_once:
+            self._give_terminal(terminal)
+
+    def _give_terminal(self, terminal: Terminal) -> None:
+        try:
+            terminal.acquire()
+        except termios.error:                     # in the background for ever, without a shell
+            self.post(encode_frame(KEYS, END_OF_FILE))
+        self._has_terminal = True
+        self.post(encode_frame(FOREGROUND, b"\1"))
+
+    def _serve_terminal(self, terminal: Terminal, has_keys: bool) -> None:
+        if has_keys:
+            self._take_keys(terminal)
+        if self._stopped and all(writer.is_idle for writer in self._writers.values()):
+            self._follow_stop(terminal)           # not before all is written: this may stop us, too
+
+    def _take_keys(self, terminal: Terminal) -> None:
+        try:
+            content = os.read(terminal.input, min(self._key_room, INLINE_MAX))
+        except BlockingIOError:
+            return
+        except OSError:                           # it was hung up
+            content = b""
+        if not content:
+            self._key_room = 0
+            content = END_OF_FILE
+        self._key_room -= len(content)
+        self.post(encode_frame(KEYS, content))
+
+    def _follow_stop(self, terminal: Terminal) -> None:
+        """The command was stopped: give it the terminal that it wanted, or stop as it would have on the host."""
+        number, self._stopped = self._stopped, 0
+        if number in (signal.SIGTTIN, signal.SIGTTOU) and not self._has_terminal:
+            self._give_terminal(terminal)
+        else:
+            terminal.release()
+            # As Ctrl-Z here: the whole process group, unless it has no shell that could continue it.
+            handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            os.kill(0, signal.SIGTSTP)
+            signal.signal(signal.SIGTSTP, handler)
+            self._resume(terminal)
+        self.post(encode_frame(SIGNAL, bytes([signal.SIGCONT])))
+
+    def _suspend(self) -> None:
+        # By default SIGTSTP does nothing to a process group without a shell, as a batch job's is.
+        if self._stdio.terminal:
+            self._stdio.terminal.release()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        if self._stdio.terminal:
+            self._resume(self._stdio.terminal)
+
+    def _resume(self, terminal: Terminal) -> None:
+        """Go on after a stop, in the foreground or, as `bg` has it, without the terminal."""
+        if self._has_terminal and terminal.is_ours():
+            terminal.acquire()
+            self.post(encode_frame(WINDOW, terminal.window))
+        elif self._has_terminal:
+            self._has_terminal = False
+            self.post(encode_frame(FOREGROUND, b"\0"))
 
     def _read_result(self, fields: Dict[bytes, List[bytes]]) -> Result:
         if b"error" in fields:
@@ -1259,7 +1638,7 @@ class Session:
         if self._told and (not self._running or all(writer.finished for writer in self._writers.values())):
             self._result = self._told
             for writer in self._writers.values():
-                if writer.error and writer.error.errno != errno.EPIPE:
+                if writer.error and writer.error.errno not in (errno.EPIPE, errno.EIO):     # EIO: terminal hung up
                     self._fail("output of the command cannot be written: " + str(writer.error.strerror),
                                "is the disk full that its output goes to?")
         if self._result and self._timed_out and not self._result.failure:
@@ -1293,15 +1672,6 @@ def write_stderr(content: bytes) -> None:
         os.write(2, content)
     except OSError:
         pass                                      # nobody listens
-
-
-def is_same_file(one: int, other: int) -> bool:
-    return os.path.sameopenfile(one, other)
-
-
-def is_null(descriptor: int) -> bool:
-    status = os.fstat(descriptor)
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev
 
 
 # --- Options ------------------------------------------------------------------------------------------------
@@ -1355,6 +1725,12 @@ exit status:
     add("--env", action="append", default=[], metavar="NAME[=VALUE]",
         help="set a variable, or pass the caller's; repeatable")
     add("--clean-env", action="store_true", help="pass no variable but those of --env")
+    add("-B", "--bind", action="append", default=[], metavar="SRC[:DST[:ro]]",
+        help="show a file or directory of this machine in the guest, at DST or the same path; repeatable")
+    add("--no-job-dir", dest="job_dir", action="store_false", help="do not; the command starts in its home directory")
+    add("-t", dest="terminal", action="store_true", default=None,
+        help="give the command a terminal, whatever the caller has (default: for what is a terminal here)")
+    add("-T", dest="terminal", action="store_false", help="give it pipes, even in a terminal")
     add("--cwd", metavar="DIR", help="start in DIR of the guest; relative to the job directory (default: that itself)")
     add = parser.add_argument_group("run").add_argument
     add("--timeout", metavar="S", help="end the command after S seconds (s, m, h, d may follow) with status 124")
@@ -1372,7 +1748,7 @@ exit status:
 
 def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec:
     """Decide everything and check all that can be checked before anything is started."""
-    directory, alias = find_job_directory()
+    directory, alias = find_job_directory() if options.job_dir else (b"", b"")
     image, cow = split_image(find_part(options.image, "APPPOT_IMAGE", IMAGE_NAMES, "image", False))
     if cow and options.write:
         raise Fatal("--write with a COW file: " + cow, "leave out one of the two: a COW file given by name is kept")
@@ -1397,10 +1773,12 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         mem_mib=mem_mib, ram_directory=choose_ram_directory(kernel, candidates, mem_mib),
         scratch=choose_scratch(candidates), umid=umid, extra=tuple(options.extra),
         environment=select_environment(dict(os.environb), options.env, options.clean_env),
-        job_directory=directory, job_alias=alias, cwd=os.fsencode(options.cwd or ""), as_root=options.root,
+        job_directory=directory, job_alias=alias, binds=tuple(parse_bind(text) for text in options.bind),
+        cwd=os.fsencode(options.cwd or ""), as_root=options.root,
         umask=os.umask(0o077),                    # what the runner makes is nobody else's
         ignored_signals=tuple(n for n in FORWARDED_SIGNALS if signal.getsignal(n) == signal.SIG_IGN),
-        timeout_s=timeout_s, boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
+        terminal=options.terminal, timeout_s=timeout_s,
+        boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose)
 
 
@@ -1447,20 +1825,34 @@ def report(fatal: Fatal) -> int:
 
 
 def run(spec: RunSpec, started: float) -> Result:
+    def show(content: bytes) -> None:
+        is_raw = stdio.terminal is not None and stdio.terminal.is_raw
+        write_stderr(content.replace(b"\n", b"\r\n") if is_raw else content)
+
     def say(text: str) -> None:
         if spec.verbose:
-            write_stderr("apppot: {:.3f} s: {}\n".format(time.time() - started, text).encode())
+            show("apppot: {:.3f} s: {}\n".format(time.time() - started, text).encode())
 
     try:
         with ExitStack() as stack:
+            stdio = stack.enter_context(connect_stdio(spec.terminal))
             locks = [lock_image(spec.image, spec.write)]
             if spec.cow and os.path.exists(spec.cow):          # one that the kernel makes, it locks itself
                 locks.append(lock_image(spec.cow, True))
-            directory, lock = stack.enter_context(run_directory(spec))
-            say("run directory {}, memory {} in {}".format(directory, format_mib(spec.mem_mib), spec.ram_directory))
-            machine = stack.enter_context(start_machine(spec, directory, locks + [lock]))
+            directory, lock = stack.enter_context(private_directory(spec.scratch))
+            locks.append(lock)
+            ram_directory = directory
+            if spec.ram_directory not in (spec.scratch, MEMFD):
+                ram_directory, lock = stack.enter_context(private_directory(spec.ram_directory))
+                locks.append(lock)
+            fill_run_directory(spec, directory)
+            say("run directory {}, memory {} in {}, hostfs {}".format(
+                directory, format_mib(spec.mem_mib), spec.ram_directory or "a memfd",
+                "confined by Landlock" if find_landlock() else "confined by the guest"))
+            machine = stack.enter_context(
+                start_machine(spec, stdio.terminal, Directories(directory, ram_directory), locks))
             say("kernel started")
-            result = Session(machine, spec, say).run()
+            result = Session(machine, spec, stdio, show, say).run()
         say("nothing left")
         return result
     except OSError as error:

@@ -4,6 +4,7 @@
 import os
 import pwd
 import subprocess
+import termios
 
 import apppot_init
 import apppot_start
@@ -17,14 +18,15 @@ NAMES = VALUES.filter(lambda name: name and b"=" not in name)
 SPEC = apppot_start.RunSpec(
     command=(), kernel="/k", image="/i", cow=None, write=False, root=apppot_start.RootDevice(0, ""), mem_mib=64,
     ram_directory="/", scratch="/", umid="guest", extra=(), environment={}, job_directory=b"/j", job_alias=b"/a",
-    cwd=b"", as_root=False, umask=0o22, ignored_signals=(), timeout_s=None, boot_timeout_s=1, kill_after_s=1,
+    binds=(), cwd=b"", as_root=False, umask=0o22, ignored_signals=(), terminal=None, timeout_s=None, boot_timeout_s=1, kill_after_s=1,
     verbose=False,
 )  # fmt: skip
 ACCOUNT = apppot_init.Account(b"ann", os.getuid(), os.getgid(), (), b"/home/ann", b"/bin/bash")
 
 
-def make_job(stdin_is_null=True, one_output=False, **changes):
-    return apppot_init.parse_job(apppot_start.build_job(SPEC._replace(**changes), stdin_is_null, one_output))
+def make_job(stdio=b"npp", **changes):
+    stdio = apppot_start.Stdio(stdio, None, False)
+    return apppot_init.parse_job(apppot_start.build_job(SPEC._replace(**changes), stdio))
 
 
 # --- The job ------------------------------------------------------------------------------------------------
@@ -39,14 +41,42 @@ def test_the_guest_understands_every_job_that_the_host_describes(words, environm
 
 
 def test_the_job_tells_who_the_caller_is_and_how_the_streams_are():
-    job = make_job(False, True, as_root=True, umask=0o27, ignored_signals=(1, 2), write=True)
+    job = make_job(b"pps", as_root=True, umask=0o27, ignored_signals=(1, 2), write=True)
     assert (job.uid, job.user) == (os.getuid(), os.fsencode(pwd.getpwuid(os.getuid()).pw_name))
     assert {group.gid for group in job.groups} == {os.getgid(), *os.getgroups()} and job.groups[0].gid == os.getgid()
     assert (job.umask, job.ignored_signals) == (0o27, (1, 2))
-    assert job.as_root and job.persistent and job.one_output and not job.stdin_is_null
+    assert job.as_root and job.persistent and job.stdio == b"pps"
     job = make_job()
-    assert not (job.as_root or job.persistent or job.one_output) and job.stdin_is_null
+    assert not (job.as_root or job.persistent or job.modes) and job.stdio == b"npp"
     assert make_job(cow="/c").persistent
+
+
+@given(st.lists(st.tuples(VALUES.filter(lambda name: b"/" not in name), VALUES, st.booleans())))
+def test_binds_are_told_with_any_name(binds):
+    told = make_job(
+        binds=tuple(
+            apppot_start.Bind(b"/dir/" + name, b"/" + target, read_only, not name) for name, target, read_only in binds
+        )
+    )
+    assert [(bind.name, bind.target, bind.read_only) for bind in told.binds] == [
+        (name, b"/" + target, read_only) for name, target, read_only in binds
+    ]
+
+
+def test_a_terminal_is_told_with_its_modes_and_size():
+    keyboard, screen = os.openpty()
+    os.write(keyboard, b"")
+    terminal = apppot_start.Terminal(screen, screen)
+    assert apppot_start.decode_modes(terminal.modes) == termios.tcgetattr(screen)
+    job = apppot_init.parse_job(apppot_start.build_job(SPEC, apppot_start.Stdio(b"ttt", terminal, True)))
+    assert (job.modes, job.window, job.foreground) == (terminal.modes, terminal.window, True)
+    before = termios.tcgetattr(screen)
+    terminal.acquire()
+    assert terminal.is_raw and termios.tcgetattr(screen) != before
+    terminal.release()
+    assert not terminal.is_raw and termios.tcgetattr(screen) == before
+    for descriptor in (keyboard, screen, terminal.input, terminal.output):
+        os.close(descriptor)
 
 
 # --- The account --------------------------------------------------------------------------------------------

@@ -53,11 +53,12 @@ def test_fields_survive(fields):
 
 def test_host_and_guest_speak_the_same():
     names = (
-        "VERSION PROTOCOL MAGIC FRAME_MAX HELLO STARTED STDOUT STDERR CREDIT STDIN_CLOSED RESULT JOB STDIN STDIN_EOF "
-        "SIGNAL ACK OUTPUT_CLOSED SPOOLED OUTPUT_WINDOW"
+        "VERSION PROTOCOL MAGIC FRAME_MAX HELLO STARTED STDOUT STDERR CREDIT STDIN_CLOSED RESULT SCREEN STOPPED JOB STDIN "
+        "STDIN_EOF SIGNAL ACK OUTPUT_CLOSED KEYS WINDOW FOREGROUND SPOOLED OUTPUT_WINDOW SCREEN_WINDOW"
     ).split()
     assert [getattr(apppot_start, name) for name in names] == [getattr(apppot_init, name) for name in names]
-    assert apppot_start.FRAME.format == apppot_init.FRAME.format
+    for name in ("FRAME", "WINDOW_SIZE", "TERMINAL_MODES"):
+        assert getattr(apppot_start, name).format == getattr(apppot_init, name).format
     for name in ("encode_fields", "decode_fields"):
         assert inspect.getsource(getattr(apppot_start, name)) == inspect.getsource(getattr(apppot_init, name))
 
