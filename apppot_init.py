@@ -28,7 +28,7 @@ MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may 
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
-HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT, SCREEN, STOPPED = 1, 2, 3, 4, 5, 6, 7, 8, 9
+HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT, SCREEN, STOPPED, RECEIVED = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 SPOOLED = 0x80
@@ -112,7 +112,7 @@ class Job(NamedTuple):
     ignored_signals: Tuple[int, ...]
     stdio: bytes                     # of 0, 1, 2 each "n"ull, "p"ipe or "t"erminal; "s": 2 is the same as 1
     modes: bytes                     # of the caller's terminal; empty: the kernel's
-    window: bytes
+    window: bytes                    # empty: no terminal
     foreground: bool                 # the command has the terminal from its start
     persistent: bool                 # the root file system outlives the run
 
@@ -306,6 +306,7 @@ class Channel:
         piece = os.read(self.fd, READ_SIZE)
         if not piece:
             raise Fatal("the channel to the host is closed")
+        self.send(RECEIVED, struct.pack("<I", len(piece)))
         self._received += piece
         frames = []
         start = 0
@@ -635,7 +636,7 @@ def make_pipe() -> Tuple[int, int]:
 
 def run_command(job: Job, account: Account, directory: bytes, stdio: Sequence[int]) -> NoReturn:
     """In the forked child: become the command, or raise Fatal."""
-    if b"t" in job.stdio:
+    if job.window:
         os.setpgid(0, 0)
         if job.foreground:
             os.tcsetpgrp(stdio[job.stdio.index(b"t")], os.getpid())
@@ -665,7 +666,7 @@ def connect_stdio(job: Job, account: Account) -> Tuple[List[int], Dict[int, int]
     theirs: List[int] = []
     inputs, outputs = {}, {}
     terminal = None
-    if b"t" in job.stdio:
+    if job.window:
         terminal = open_terminal(job, account)
         inputs[KEYS] = outputs[SCREEN] = terminal.master
     for number, kind in enumerate(job.stdio.decode()):

@@ -59,11 +59,12 @@ MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may 
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
-HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT, SCREEN, STOPPED = 1, 2, 3, 4, 5, 6, 7, 8, 9
+HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT, SCREEN, STOPPED, RECEIVED = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 SPOOLED = 0x80
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
+LINE_WINDOW = 3072                   # bytes to the guest that it has not read: from 3968 on UML stops the line for good
 SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
 WINDOW_SIZE = struct.Struct("4H")    # struct winsize: rows, columns, width and height in pixels
 TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
@@ -849,6 +850,15 @@ def find_open_for(not_only: int, on_terminal: Sequence[bool]) -> int:
     return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
 
 
+def find_controlling_terminal() -> Optional[Terminal]:
+    """The one that a program can open as /dev/tty, to ask for a password, though all of 0, 1, 2 lead elsewhere."""
+    try:
+        descriptor = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+    except OSError:
+        return None
+    return Terminal(descriptor, descriptor)
+
+
 @contextmanager
 def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
     """Decide what 0, 1 and 2 of the command are; leave the terminal as it was found."""
@@ -860,7 +870,7 @@ def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
         terminal = Terminal(find_open_for(os.O_WRONLY, on_terminal), find_open_for(os.O_RDONLY, on_terminal))
         kinds = b"".join(b"t" if yes else b"p" for yes in on_terminal)
     else:
-        terminal = None
+        terminal = None if choice is False else find_controlling_terminal()
         kinds = b"ppp"
     if kinds[:1] == b"p" and is_null(0):
         kinds = b"n" + kinds[1:]
@@ -1204,6 +1214,9 @@ class OutputWriter(threading.Thread):
         self._session.wake()
 
     def _write(self, content: bytes) -> None:
+        terminal = self._session.stdio.terminal
+        if self._kind == SCREEN and terminal and terminal.is_real and not terminal.is_raw:
+            content = content.replace(b"\r\n", b"\n")        # that is then this terminal's own work
         rest = memoryview(content)
         try:
             while rest:
@@ -1327,7 +1340,7 @@ class Session:
 
     def __init__(self, machine: Machine, spec: RunSpec, stdio: Stdio, show: Callable[[bytes], None],
                  say: Callable[[str], None]) -> None:
-        self._machine, self._spec, self._stdio, self._show, self._say = machine, spec, stdio, show, say
+        self._machine, self._spec, self.stdio, self._show, self._say = machine, spec, stdio, show, say
         self._received = bytearray()
         self._greeted = self._running = False
         self._outbox: Deque[bytes] = collections.deque()
@@ -1353,6 +1366,7 @@ class Session:
         self._has_terminal = False                # the command, its foreground
         self._stopped = 0                         # the signal that stopped the command, until this is dealt with
         self._key_room = KEYS_WINDOW
+        self._line_room = LINE_WINDOW
         self._reader = InputReader(self, os.path.join(machine.directory, "hostfs/spool"))
 
     # Called from other threads.
@@ -1376,8 +1390,8 @@ class Session:
         signal.signal(signal.SIGTSTP, lambda received, frame: self._suspend())
         while self._result is None:
             self._step()
-        if self._stdio.terminal:
-            self._stdio.terminal.release()
+        if self.stdio.terminal:
+            self.stdio.terminal.release()
         return self._result
 
     def _step(self) -> None:
@@ -1389,9 +1403,9 @@ class Session:
             poll.register(self._machine.console, select.POLLIN)
         if self._channel_open:
             poll.register(from_guest, select.POLLIN)
-            if self._outbox or self._unsent:
+            if (self._outbox or self._unsent) and self._line_room:
                 poll.register(to_guest, select.POLLOUT)
-        terminal = self._stdio.terminal
+        terminal = self.stdio.terminal
         if terminal and self._has_terminal and self._key_room > 0:
             poll.register(terminal.input, select.POLLIN)
         left = min(self._deadlines.values(), default=time.monotonic() + 3600) - time.monotonic()
@@ -1416,10 +1430,10 @@ class Session:
         self._finish_if_done()
 
     def _send(self) -> None:
-        while self._outbox or self._unsent:
+        while (self._outbox or self._unsent) and self._line_room:
             self._unsent = self._unsent or self._outbox.popleft()
             try:
-                sent = os.write(self._machine.to_guest, self._unsent)
+                sent = os.write(self._machine.to_guest, self._unsent[:self._line_room])
             except BlockingIOError:
                 return
             except BrokenPipeError:               # the guest is gone; the report tells how
@@ -1427,6 +1441,7 @@ class Session:
                 self._unsent = b""
                 return
             self._unsent = self._unsent[sent:]
+            self._line_room -= sent
 
     def _take_console(self) -> bool:
         content = os.read(self._machine.console, 65536)
@@ -1464,6 +1479,8 @@ class Session:
                 self._reader.credit(count)
             else:
                 self._key_room += count
+        elif kind == RECEIVED:
+            self._line_room += struct.unpack("<I", payload)[0]
         elif kind == STOPPED:
             self._stopped = payload[0]
         elif kind == STDIN_CLOSED:
@@ -1484,10 +1501,10 @@ class Session:
         self._deadlines.pop("boot", None)
         for writer in self._writers.values():
             writer.start()
-        if self._stdio.kinds[:1] == b"p":
+        if self.stdio.kinds[:1] == b"p":
             self._reader.start()
-        if self._stdio.terminal:
-            self._open_terminal(self._stdio.terminal)
+        if self.stdio.terminal:
+            self._open_terminal(self.stdio.terminal)
 
     def _greet(self, hello: Dict[bytes, List[bytes]]) -> None:
         self._say("agent {} in base {}".format(hello[b"agent"][0].decode(), hello[b"base"][0].decode() or "without id"))
@@ -1495,7 +1512,7 @@ class Session:
             self._fail("appliance has an agent of protocol {}, this runner speaks {}".format(
                 hello[b"protocol"][0].decode(), PROTOCOL), "use the apppot_start.py that belongs to the image")
             return
-        job = build_job(self._spec, self._stdio)
+        job = build_job(self._spec, self.stdio)
         directory = os.path.join(self._machine.directory, "hostfs/spool")
         self.post(encode_frame(JOB | SPOOLED, spool(directory, "job", job)) if len(job) > INLINE_MAX
                   else encode_frame(JOB, job))
@@ -1508,7 +1525,7 @@ class Session:
                                 (signal.SIGCONT, lambda: self._resume(terminal))):
             signal.signal(number, lambda received, frame, handler=handler: handler())   # type: ignore[misc]
             signal.siginterrupt(number, False)    # tcsetattr() in the background is to begin again
-        if self._stdio.at_once:
+        if self.stdio.at_once:
             self._give_terminal(terminal)
 
     def _give_terminal(self, terminal: Terminal) -> None:
@@ -1554,11 +1571,11 @@ class Session:
 
     def _suspend(self) -> None:
         # By default SIGTSTP does nothing to a process group without a shell, as a batch job's is.
-        if self._stdio.terminal:
-            self._stdio.terminal.release()
+        if self.stdio.terminal:
+            self.stdio.terminal.release()
         os.kill(os.getpid(), signal.SIGSTOP)
-        if self._stdio.terminal:
-            self._resume(self._stdio.terminal)
+        if self.stdio.terminal:
+            self._resume(self.stdio.terminal)
 
     def _resume(self, terminal: Terminal) -> None:
         """Go on after a stop, in the foreground or, as `bg` has it, without the terminal."""

@@ -165,7 +165,7 @@ def test_ctrl_z_stops_the_run_and_fg_continues_it(shell):
 def test_a_background_run_that_reads_waits_for_the_foreground(shell):
     command = command_line(shell.node, "bash", "-c", "echo up; read line; echo got $line; tty; exit 3")
     shell.type(command + " &\n")
-    shell.expect(r"up\r+\n")
+    shell.expect(r"up\r\n")
     shell.expect("Stopped")
     shell.type("fg\n")
     shell.expect("exit 3'\r\n")
