@@ -28,7 +28,7 @@ MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may 
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
-HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
+HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT, TERMINATE = 1, 2, 3, 4, 5, 6, 7, 8
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED = 33, 34, 35, 36, 37, 38
 SPOOLED = 0x80
@@ -202,6 +202,8 @@ def prepare_system() -> None:
     os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
     set_hostname()
     raise_loopback()
+    with open("/proc/sys/kernel/ctrl-alt-del", "w") as file:   # send PID 1 a SIGINT; do not reboot at once
+        file.write("0")
 
 
 def set_hostname() -> None:
@@ -598,7 +600,8 @@ class Relay:
             for kind, payload in self._channel.receive():
                 self._obey(kind, payload)
         if self._wakeup in ready:
-            os.read(self._wakeup, 512)
+            if signal.SIGINT in os.read(self._wakeup, 512):    # Ctrl-Alt-Del: the runner ends us as by its own SIGTERM
+                self._channel.send(TERMINATE)
             self._reap()
 
     def _forward_output(self, kind: int) -> None:
@@ -762,7 +765,6 @@ def run_job(channel: Channel, wakeup: int) -> None:
 
 
 def main() -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel spares PID 1 what has no handler
     mount_system(MOUNTS[:1])                      # /dev, for the channel: from then on failures can be told
     while os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) < 3:       # without a console 0 to 2 are free to be mistaken
         pass
@@ -770,7 +772,8 @@ def main() -> NoReturn:
     os.set_blocking(wakeup, False)
     os.set_blocking(to_wakeup, False)
     signal.set_wakeup_fd(to_wakeup)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    for number in (signal.SIGCHLD, signal.SIGINT):
+        signal.signal(number, lambda received, frame: None)
     run_job(Channel(CHANNEL), wakeup)
     while True:                                   # PID 1 must not end; the host ends the machine now
         time.sleep(3600)

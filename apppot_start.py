@@ -37,6 +37,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    Mapping,
     NamedTuple,
     NoReturn,
     Optional,
@@ -54,7 +55,7 @@ MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may 
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
-HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
+HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT, TERMINATE = 1, 2, 3, 4, 5, 6, 7, 8
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED = 33, 34, 35, 36, 37, 38
 SPOOLED = 0x80
@@ -66,12 +67,16 @@ EXIT_TIMEOUT, EXIT_FAILED = 124, 125
 AGENT = "/sbin/apppot-init"
 KERNEL_NAMES = ("linux", "linux.uml")
 IMAGE_NAMES = ("apppot.img",)
-DEFAULT_MEM = "1G"
+DEFAULT_MEM_MIB = 1024
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
 ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
+OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32  # of a job's memory the guest gets 64 MiB and a 32nd less; 40 and a 100th are used
 SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the COW file
 SCRATCH_PATH_MAX = 200               # absolutize() in arch/um/drivers/cow_user.c has 256 bytes for its directory
 DESCRIPTORS_MIN = 40
+SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
+USES_MEMFD = b"create executable memfd"                        # 6.16 and later, whose memory is in no directory
+HAS_SMP, HAS_SECCOMP = b"CONFIG_SMP=y", b"seccomp=<on"         # the latter from the text of `linux --help`
 INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
 SPOOL_CHUNK = 1 << 20
 STDIN_WINDOW = 8 << 20
@@ -133,6 +138,23 @@ class RootDevice(NamedTuple):
     base_id: str                     # UUID of the file system
 
 
+class Amount(NamedTuple):
+    """So much memory (MiB) or so many CPUs, and where that comes from."""
+    value: int
+    source: str
+
+
+class Grants(NamedTuple):
+    """What this job may use. Of several amounts the smallest counts."""
+    systems: Tuple[str, ...]         # the batch systems whose job this is
+    mem: Tuple[Amount, ...]          # what they say
+    cpus: Tuple[Amount, ...]
+    machine: Amount                  # its memory
+    mem_limits: Tuple[Amount, ...]   # what the node enforces
+    cpu_limits: Tuple[Amount, ...]
+    notes: Tuple[str, ...]           # what was ignored
+
+
 class RunSpec(NamedTuple):
     """One run, decided: nothing below parses options or looks at the environment again."""
     command: Tuple[str, ...]
@@ -142,9 +164,11 @@ class RunSpec(NamedTuple):
     write: bool
     root: RootDevice
     mem_mib: int
+    cpus: int
     ram_directory: str
     scratch: str                     # the run directory is made in it
     umid: str
+    umid_link: Optional[str]         # ~/.uml/NAME, where uml_mconsole looks for a guest by its name
     extra: Tuple[str, ...]
     environment: Dict[bytes, bytes]
     job_directory: bytes
@@ -157,6 +181,7 @@ class RunSpec(NamedTuple):
     boot_timeout_s: float
     kill_after_s: float
     verbose: bool
+    notes: Tuple[str, ...]           # for -v: how it was decided
 
     @property
     def persistent(self) -> bool:
@@ -250,7 +275,15 @@ def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
     return [
         spec.kernel, disk, "root=/dev/ubda{}".format(spec.root.partition or ""), "rw", "mem={}M".format(spec.mem_mib),
         "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD),
-        "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT] + list(spec.extra)
+        "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT] + build_cpu_args(spec) + list(spec.extra)
+
+
+def build_cpu_args(spec: RunSpec) -> List[str]:
+    """Several CPUs need the kernel's seccomp mode: "SMP is not supported with PTRACE userspace"."""
+    if spec.cpus == 1:
+        return []
+    chosen = any(word.startswith("seccomp=") for word in spec.extra)
+    return ["ncpus={}".format(spec.cpus)] + ([] if chosen else ["seccomp=on"])
 
 
 def build_job(spec: RunSpec, stdin_is_null: bool, one_output: bool) -> bytes:
@@ -431,18 +464,29 @@ def find_lock_holder(path: str) -> str:
 
 # --- The node -----------------------------------------------------------------------------------------------
 
+def path_directories() -> List[str]:
+    return os.environ.get("PATH", os.defpath).split(os.pathsep)
+
+
+def search(places: Sequence[str], names: Sequence[str]) -> Optional[str]:
+    """The first file of one of these names in one of these directories."""
+    for place in places:
+        for name in names:
+            path = os.path.join(place or ".", name)
+            if os.path.isfile(path):
+                return path
+    return None
+
+
 def find_part(option: Optional[str], variable: str, names: Sequence[str], what: str, on_path: bool) -> str:
     """Explicit option, environment, beside this script, current directory, PATH: the first that is there."""
     given = option or os.environ.get(variable)
     if given:
         return given
     beside = os.path.dirname(os.path.abspath(__file__))
-    places = [beside, os.getcwd()] + (os.environ.get("PATH", os.defpath).split(os.pathsep) if on_path else [])
-    for place in places:
-        for name in names:
-            path = os.path.join(place or ".", name)
-            if os.path.isfile(path):
-                return path
+    path = search([beside, os.getcwd()] + (path_directories() if on_path else []), names)
+    if path:
+        return path
     raise Fatal("no {} found".format(what),
                 "put `{}` beside {}, or name it with --{} or {}".format(names[0], os.path.basename(__file__), what,
                                                                         variable))
@@ -502,27 +546,30 @@ def scratch_candidates(tmpdir: Optional[str]) -> List[str]:
     given = tmpdir or os.environ.get("APPPOT_TMPDIR")
     if given:
         return [given]
-    named = [os.environ.get(name) for name in ("_CONDOR_SCRATCH_DIR", "TMPDIR")]
+    named = [os.environ.get(name) for name in ("_CONDOR_SCRATCH_DIR", "SLURM_TMPDIR", "PBS_JOBFS", "TMPDIR")]
     return [path for path in named if path] + ["/tmp", "/var/tmp"]
 
 
-def choose_ram_directory(spec_kernel: str, candidates: Sequence[str], mem_mib: int) -> str:
+def choose_ram_directory(spec_kernel: Optional[str], candidates: Sequence[str], mem_mib: int) -> str:
     faults = []
-    for directory in ["/dev/shm"] + list(candidates):
+    for directory in [SHARED_MEMORY] + list(candidates):
         fault = find_fault_for_ram(directory, mem_mib)
         if not fault:
             return os.path.abspath(directory)
         faults.append("{} {}".format(directory, fault))
-    if uses_memfd(spec_kernel):
+    if spec_kernel and kernel_holds(spec_kernel, USES_MEMFD):
         return "/"
     raise Fatal("no room for the guest's memory of {}: {}".format(format_mib(mem_mib), "; ".join(faults)),
                 "name a directory that has it and is not noexec with --tmpdir, or ask for less with --mem")
 
 
-def uses_memfd(kernel: str) -> bool:
-    """Whether the kernel needs no directory for its memory: so from 6.16 on, by its own message when that fails."""
+def kernel_holds(kernel: str, text: bytes) -> bool:
+    """Whether a text is in the kernel: a message, or one of the settings that `linux --showconfig` would print.
+
+    Unlike the kernel's own answer this takes no process, and is there when a library of the kernel is not.
+    """
     with open(kernel, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(b"create executable memfd") >= 0
+        return content.find(text) >= 0
 
 
 def choose_scratch(candidates: Sequence[str]) -> str:
@@ -575,6 +622,258 @@ def find_job_directory() -> Tuple[bytes, bytes]:
             return directory, directory
         raise Fatal("current directory cannot be used as job directory: " + str(error.strerror), "cd to another one")
     return directory, os.path.normpath(alias) if known else directory
+
+
+# --- What the job was granted -------------------------------------------------------------------------------
+# Functions of the environment and of `read`, which returns the text of a file, "" of one that cannot be read.
+
+def read_amount(values: Mapping[str, str], name: str, parse: Callable[[str], int], notes: List[str],
+                owner: str = "") -> List[Amount]:
+    """The amount that a variable states, as a list of one; what is none is ignored with a note, never an error."""
+    text = values.get(name, "").strip()
+    if not text:
+        return []
+    source = "{}{}={}".format(owner, name, text[:60])
+    try:
+        value = parse(text)
+    except (ValueError, OverflowError, Fatal):
+        value = 0
+    if value < 1:
+        notes.append(source + " ignored: it is no amount")
+        return []
+    return [Amount(value, source)]
+
+
+def parse_mib(text: str) -> int:
+    return parse_size_mib(text, "")
+
+
+def parse_bytes(text: str) -> int:
+    """MiB of a bare number of bytes, or of a number with its unit."""
+    return int(text) >> 20 if text.isdigit() else parse_size_mib(text, "")
+
+
+def pick_slurm(text: str, node: int) -> int:
+    """The number of one node in Slurm's "16(x2),8": one for each node of the job, runs of equal ones folded."""
+    for word in text.split(","):
+        match = re.match(r"(\d+)(?:\(x(\d+)\))?$", word, re.ASCII)
+        if not match:
+            break
+        number, count = int(match.group(1)), int(match.group(2) or 1)
+        if node < count:
+            return number
+        node -= count
+    raise ValueError(text)
+
+
+def divide(amounts: List[Amount], parts: List[Amount]) -> List[Amount]:
+    return [Amount(max(1, amount.value // part.value), "{} for {}".format(amount.source, part.source))
+            for amount in amounts for part in parts if part.value > 1] or amounts
+
+
+def multiply(amounts: List[Amount], factors: List[Amount]) -> List[Amount]:
+    return [Amount(amount.value * factor.value, "{} times {}".format(amount.source, factor.source))
+            for amount in amounts for factor in factors] or amounts
+
+
+def read_slurm(environment: Mapping[str, str], read: Callable[[str], str], notes: List[str],
+               ) -> Tuple[List[Amount], List[Amount]]:
+    """Memory and CPUs by the OUTPUT ENVIRONMENT VARIABLES of sbatch(1) and srun(1).
+
+    Tasks of one step share what the step has on the node; a batch script has all of it for itself.
+    """
+    number = environment.get("SLURM_NODEID", "")
+    node = int(number) if re.match(r"\d{1,6}$", number, re.ASCII) else 0
+
+    def of_node(text: str) -> int:
+        return pick_slurm(text, node)
+
+    tasks = read_amount(environment, "SLURM_STEP_TASKS_PER_NODE", of_node, notes)
+    cpus = (read_amount(environment, "SLURM_CPUS_PER_TASK", int, notes)
+            or divide(read_amount(environment, "SLURM_CPUS_ON_NODE", int, notes)
+                      or read_amount(environment, "SLURM_JOB_CPUS_PER_NODE", of_node, notes), tasks))
+    mem = divide(read_amount(environment, "SLURM_MEM_PER_NODE", parse_mib, notes), tasks)
+    return mem + multiply(read_amount(environment, "SLURM_MEM_PER_CPU", parse_mib, notes), cpus), cpus
+
+
+def read_pbs(environment: Mapping[str, str], read: Callable[[str], str], notes: List[str],
+             ) -> Tuple[List[Amount], List[Amount]]:
+    """NCPUS is OpenPBS's, PBS_NUM_PPN Torque's; PBS_NCPUS and PBS_RESC_MEM (bytes) many sites'."""
+    cpus = (read_amount(environment, "PBS_NUM_PPN", int, notes) or read_amount(environment, "PBS_NCPUS", int, notes)
+            or (read_amount(environment, "NCPUS", int, notes) if "PBS_JOBID" in environment else []))
+    return read_amount(environment, "PBS_RESC_MEM", parse_bytes, notes), cpus
+
+
+def read_grid_engine(environment: Mapping[str, str], read: Callable[[str], str], notes: List[str],
+                     ) -> Tuple[List[Amount], List[Amount]]:
+    """NSLOTS counts the slots of all hosts. Memory is per slot, as h_vmem and m_mem_free are; few sites export it."""
+    hosts = read_amount(environment, "NHOSTS", int, notes)
+    cpus = divide(read_amount(environment, "NSLOTS", int, notes), hosts)
+    mem = (read_amount(environment, "SGE_HGR_m_mem_free", parse_bytes, notes)
+           or read_amount(environment, "SGE_HGR_h_vmem", parse_bytes, notes))
+    return multiply(mem, cpus), cpus
+
+
+def read_condor(environment: Mapping[str, str], read: Callable[[str], str], notes: List[str],
+                ) -> Tuple[List[Amount], List[Amount]]:
+    """Cpus and Memory (MiB) of the slot, in the machine ad that HTCondor leaves for the job."""
+    path = environment.get("_CONDOR_MACHINE_AD", "")
+    slot = {name.capitalize(): value
+            for name, value in re.findall(r"(?im)^(Cpus|Memory)[ \t]*=(.*)$", read(path) if path else "")}
+    mem, cpus = (read_amount(slot, name, int, notes, "HTCondor's ") for name in ("Memory", "Cpus"))
+    return mem, cpus
+
+
+BATCH_SYSTEMS = (                    # name, variables of which a job has one, what reads the grant
+    ("Slurm", ("SLURM_JOB_ID", "SLURM_JOBID"), read_slurm),
+    ("PBS", ("PBS_JOBID",), read_pbs),
+    ("Grid Engine", ("SGE_TASK_ID",), read_grid_engine),
+    ("HTCondor", ("_CONDOR_MACHINE_AD", "_CONDOR_JOB_AD", "_CONDOR_SLOT"), read_condor),
+)
+
+
+def list_cgroups(membership: str, mounts: str, controller: str) -> List[str]:
+    """Directories of this process's cgroup and those above it, of a controller of version 1 or ("") of version 2."""
+    paths = {name: path for _, names, path in (line.split(":", 2) for line in membership.splitlines()
+                                               if line.count(":") > 1) for name in names.split(",")}
+    for line in mounts.splitlines():
+        words, _, source = line.partition(" - ")
+        root, place = (words.split() + [""] * 5)[3:5]
+        wanted = source.startswith("cgroup ") and controller in source.split()[-1].split(",")
+        if controller in paths and (wanted if controller else source.startswith("cgroup2 ")):
+            below = paths[controller][len(root.rstrip("/")):] if is_below(paths[controller], root) else ""
+            parts = [part for part in below.split("/") if part]
+            return [os.path.join(place, *parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return []
+
+
+def is_below(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def read_cgroup_limits(read: Callable[[str], str], names: Sequence[Tuple[str, str]],
+                       parse: Callable[[str, str], int]) -> List[Amount]:
+    """What `parse` makes, above zero, of the limit files of this cgroup and of all above it."""
+    membership, mounts = read("/proc/self/cgroup"), read("/proc/self/mountinfo")
+    amounts = []
+    for controller, name in names:
+        for directory in list_cgroups(membership, mounts, controller):
+            try:
+                value = parse(read(os.path.join(directory, name)), directory)
+            except ValueError:                    # "max", or no such file: the root has none
+                continue
+            if value > 0:
+                amounts.append(Amount(value, "cgroup's {}".format(name)))
+    return amounts
+
+
+def read_mem_limits(read: Callable[[str], str], machine_mib: int) -> List[Amount]:
+    """MiB. A limit above the machine's memory, as version 1 has it for none, is none."""
+    limits = read_cgroup_limits(
+        read, (("", "memory.max"), ("", "memory.high"), ("memory", "memory.limit_in_bytes")),
+        lambda text, directory: max(1, int(text) >> 20))
+    return [limit for limit in limits if limit.value < machine_mib]
+
+
+def read_cpu_limits(read: Callable[[str], str]) -> List[Amount]:
+    """Whole CPUs of the quotas."""
+    def quota(text: str, directory: str) -> int:
+        words = text.split() + read(os.path.join(directory, "cpu.cfs_period_us")).split()
+        runtime, period = (int(word) for word in words[:2])
+        return max(1, runtime // period) if runtime > 0 and period > 0 else 0
+
+    return read_cgroup_limits(read, (("", "cpu.max"), ("cpu", "cpu.cfs_quota_us")), quota)
+
+
+def find_grants(environment: Mapping[str, str], read: Callable[[str], str], machine_mib: int) -> Grants:
+    notes: List[str] = []
+    systems, mem, cpus = [], [], []
+    for name, signs, read_system in BATCH_SYSTEMS:
+        its_mem, its_cpus = read_system(environment, read, notes)
+        if its_mem or its_cpus or any(sign in environment for sign in signs):
+            systems.append(name)
+        mem += its_mem
+        cpus += its_cpus
+    return Grants(tuple(systems), tuple(mem), tuple(cpus), Amount(machine_mib, "memory of this machine"),
+                  tuple(read_mem_limits(read, machine_mib)), tuple(read_cpu_limits(read)), tuple(notes))
+
+
+def read_node_file(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read(1 << 20)
+    except (OSError, ValueError):                 # ValueError: a NUL in a path of somebody's making
+        return ""
+
+
+def find_own_grants() -> Grants:
+    """What this process was granted; a cpuset shows in its affinity, limits of batch systems on memory in ulimit -v."""
+    grants = find_grants(os.environ, read_node_file, total_memory_mib())
+    affinity = Amount(len(os.sched_getaffinity(0)), "CPU affinity")
+    space = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if grants.systems and space != resource.RLIM_INFINITY:
+        usable = Amount(max(1, (space >> 20) - ADDRESS_SPACE_EXTRA_MIB), "ulimit -v less what the kernel maps")
+        grants = grants._replace(mem_limits=grants.mem_limits + (usable,))
+    return grants._replace(cpu_limits=grants.cpu_limits + (affinity,))
+
+
+def default_mem(grants: Grants) -> Amount:
+    """The guest's memory where nobody asked: that of the job less what AppPot takes, else 1 GiB or all there is."""
+    stated = grants.mem + grants.mem_limits if grants.systems else ()
+    plain = Amount(DEFAULT_MEM_MIB, "default")
+    least = min(grants.mem + grants.mem_limits + (grants.machine,))
+    rest = Amount(max(MEM_MIN_MIB, least.value - OVERHEAD_MIB - least.value // OVERHEAD_SHARE),
+                  least.source + " less overhead")
+    return rest if stated else min(plain, rest)
+
+
+def choose_memory(asked: Optional[str], grants: Grants, kernel: Optional[str], candidates: Sequence[str],
+                  ) -> Tuple[Amount, str]:
+    """The guest's memory and the directory of the file that holds it.
+
+    A grant that has no room there is not used up: better less memory than a slower place or no run at all.
+    """
+    given = asked or os.environ.get("APPPOT_MEM")
+    if given:
+        mem = Amount(check_memory(given), "{}={}".format("--mem" if asked else "APPPOT_MEM", given))
+        return mem, choose_ram_directory(kernel, candidates, mem.value)
+    mem = default_mem(grants)
+    if mem.value <= DEFAULT_MEM_MIB or kernel and kernel_holds(kernel, USES_MEMFD):
+        return mem, choose_ram_directory(kernel, candidates, mem.value)
+    directory = choose_ram_directory(kernel, candidates, DEFAULT_MEM_MIB)
+    room = int(free_mib(directory) * ROOM_SHARE)
+    return (mem if mem.value <= room else
+            Amount(max(DEFAULT_MEM_MIB, room), "room in {}; {}".format(directory, mem.source))), directory
+
+
+def choose_cpus(asked: Optional[str], grants: Grants) -> Amount:
+    given = asked or os.environ.get("APPPOT_CPUS")
+    if given:
+        if not re.match(r"0*[1-9]\d{0,3}$", given, re.ASCII):
+            raise Fatal("{} is not a number of CPUs: {!r}".format("--cpus" if asked else "APPPOT_CPUS", given),
+                        "give a whole number from 1")
+        return Amount(int(given), "{}={}".format("--cpus" if asked else "APPPOT_CPUS", given))
+    return min(grants.cpus + grants.cpu_limits) if grants.cpus else Amount(1, "default")
+
+
+def decide_cpus(asked: Optional[str], grants: Grants, kernel: str) -> Tuple[Amount, Tuple[str, ...]]:
+    """CPUs of the guest and notes on them. More than the kernel can have is an error to nobody: it runs slower."""
+    cpus = choose_cpus(asked, grants)
+    if cpus.value == 1 or kernel_holds(kernel, HAS_SMP):
+        return cpus, ()
+    note = "{} but the guest gets 1 CPU: this kernel has no SMP: {}".format(cpus.source, kernel)
+    if asked or os.environ.get("APPPOT_CPUS"):
+        write_stderr("apppot: warning: {}\n".format(note).encode("utf-8", "backslashreplace"))
+        return Amount(1, "kernel without SMP"), ()
+    return Amount(1, "kernel without SMP"), (note,)
+
+
+def describe_memory(mem: Amount, directory: str) -> str:
+    return "memory {} in {}: {}".format(format_mib(mem.value), directory, mem.source)
+
+
+def describe_cpus(cpus: Amount) -> str:
+    return "{} CPU{}: {}".format(cpus.value, "s" if cpus.value > 1 else "", cpus.source)
 
 
 # --- Processes ----------------------------------------------------------------------------------------------
@@ -684,6 +983,60 @@ def run_directory(spec: RunSpec) -> Iterator[Tuple[str, int]]:
     finally:
         remove_tree(path)
         os.close(lock)
+
+
+def find_umid_link(umid: str) -> Optional[str]:
+    """Where uml_mconsole and its users look for a guest's directory: the kernel's own default for uml_dir=."""
+    home = os.environ.get("HOME", "")
+    return os.path.join(home, ".uml", umid) if home.startswith("/") else None
+
+
+def claim_umid(link: str, target: str) -> None:
+    """Make ~/.uml/NAME lead to this run's directory of the kernel, in place of what a run left that was killed.
+
+    Whether one still runs is seen on its own node only; where nodes share a home, the last to start has the name.
+    """
+    os.makedirs(os.path.dirname(link), 0o700, exist_ok=True)
+    place = os.open(os.path.dirname(link), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        if os.path.lexists(link):
+            holder = os.path.dirname(os.readlink(link)) if os.path.islink(link) else link
+            lock = try_lock(holder) if os.path.islink(link) else None
+            if lock is not None:
+                os.close(lock)
+            elif os.path.isdir(holder):
+                raise Fatal("--id is in use by the run in {}: {}".format(holder, os.path.basename(link)),
+                            "give each run a name of its own; remove {} if none of yours runs".format(link))
+            os.unlink(link)
+        os.symlink(target, link)
+    finally:
+        os.close(place)
+
+
+def release_umid(link: Optional[str], target: str) -> None:
+    try:
+        if link and os.readlink(link) == target:
+            os.unlink(link)
+    except OSError:
+        pass                                      # another run's, or none
+
+
+@contextmanager
+def mconsole_name(spec: RunSpec, directory: str) -> Iterator[str]:
+    """What to give to uml_mconsole: the name, where there is a home directory for the link, else the socket."""
+    target = os.path.join(directory, spec.umid)
+    name = os.path.join(target, "mconsole")
+    try:
+        if spec.umid_link:
+            claim_umid(spec.umid_link, target)
+            name = spec.umid
+    except OSError:
+        pass                                      # a home directory that cannot be written
+    try:
+        yield name
+    finally:
+        release_umid(spec.umid_link, target)
 
 
 def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
@@ -815,6 +1168,7 @@ def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int
         message = "exec {}".format(error.errno)
     kill_children()
     os.chdir("/")
+    release_umid(spec.umid_link, os.path.join(directory, spec.umid))
     remove_tree(directory)
     os.write(report, message.encode())
 
@@ -1163,6 +1517,8 @@ class Session:
             self._reader.credit(struct.unpack("<I", payload)[0])
         elif kind == STDIN_CLOSED:
             self._reader.close_input()
+        elif kind == TERMINATE:                   # Ctrl-Alt-Del by mconsole
+            self._forward_signal(signal.SIGTERM)
         elif kind == HELLO:
             self._greet(decode_fields(payload))
         elif kind == STARTED:
@@ -1336,8 +1692,13 @@ environment of the command:
   --env names it. HOME, USER, LOGNAME, SHELL, PATH and PWD are the guest's.
 
 defaults from the environment:
-  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_TMPDIR; kernel and image are then looked for beside this script
-  (`linux`, `apppot.img`), in the current directory, and the kernel on PATH (`linux`, `linux.uml`).
+  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR; kernel and image are then looked for beside this
+  script (`linux`, `apppot.img`), in the current directory, and the kernel on PATH (`linux`, `linux.uml`).
+
+memory and CPUs:
+  In a job of Slurm, PBS, Grid Engine or HTCondor, what the job was granted: the least of what the batch system's
+  variables, the cgroups, ulimit -v and the CPU affinity say; of the memory 64 MiB and a 32nd less, for AppPot itself.
+  Elsewhere 1 GiB, less where a cgroup allows less, and 1 CPU. -v shows where each comes from.
 
 exit status:
   that of the command, 128+N if signal N killed it; 124 --timeout is over, 125 AppPot failed,
@@ -1346,8 +1707,9 @@ exit status:
     add("--image", "--apppot", metavar="PATH", help="disk image, or COW:BASE to keep the changes in the file COW")
     add("--kernel", "--linux", "--uml", metavar="PATH", help="User-Mode Linux kernel")
     add("--write", action="store_true", help="boot the image itself read-write instead of a throw-away copy-on-write")
-    add("--mem", metavar="NUM", help="memory of the guest in MiB, or with K, M, G, T (default {})".format(DEFAULT_MEM))
-    add("--id", "--umid", dest="umid", metavar="NAME", help="name of the guest for the management console (mconsole)")
+    add("--mem", metavar="NUM", help="memory of the guest in MiB, or with K, M, G, T (default: see below)")
+    add("--cpus", metavar="N", help="CPUs of the guest, where the kernel has SMP (default: see below)")
+    add("--id", "--umid", dest="umid", metavar="NAME", help="name of the guest, for `uml_mconsole NAME`")
     add("-X", "--extra", action="append", default=[], metavar="ARG",
         help="one more argument for the kernel command line; repeatable")
     add = parser.add_argument_group("command").add_argument
@@ -1364,6 +1726,8 @@ exit status:
     add("--tmpdir", metavar="DIR", help="temporary files (default: the batch system's, TMPDIR, /tmp, /var/tmp)")
     add("--dry-run", action="store_true", help="check everything, print the kernel's command line, start nothing")
     add = parser.add_argument_group("information").add_argument
+    add("--doctor", action="store_true", help="tell what a run needs and whether it is here, a line each")
+    add("--boot", action="store_true", help="with --doctor: also boot once")
     add("-v", "--verbose", action="store_true", help="show the steps and the guest's console on stderr")
     add("-V", "--version", action="store_true", help="print the version")
     add("-h", "--help", action="store_true", help="print this text")
@@ -1381,10 +1745,12 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         check_cow(cow, image)
     if options.write and not os.access(image, os.W_OK):
         raise Fatal("image is not writable: " + image, "without --write nothing is written")
-    kernel = check_kernel(find_part(options.kernel, "APPPOT_KERNEL", KERNEL_NAMES, "kernel", True))
-    mem_mib = check_memory(options.mem or os.environ.get("APPPOT_MEM") or DEFAULT_MEM)
-    check_limits(mem_mib, os.path.getsize(image))
+    kernel = find_kernel(options)
     candidates = scratch_candidates(options.tmpdir)
+    grants = find_own_grants()
+    mem, ram_directory = choose_memory(options.mem, grants, kernel, candidates)
+    check_limits(mem.value, os.path.getsize(image))
+    cpus, notes = decide_cpus(options.cpus, grants, kernel)
     umid = options.umid or "guest"
     if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in (".", "..", "hostfs", "cow", "base", "image"):
         raise Fatal("--id is not a name: {!r}".format(umid), "use up to 60 letters, digits and -_.")
@@ -1394,14 +1760,19 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     timeout_s = parse_seconds(options.timeout, "--timeout") if options.timeout else None
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
-        mem_mib=mem_mib, ram_directory=choose_ram_directory(kernel, candidates, mem_mib),
-        scratch=choose_scratch(candidates), umid=umid, extra=tuple(options.extra),
+        mem_mib=mem.value, cpus=cpus.value, ram_directory=ram_directory, scratch=choose_scratch(candidates),
+        umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
         environment=select_environment(dict(os.environb), options.env, options.clean_env),
         job_directory=directory, job_alias=alias, cwd=os.fsencode(options.cwd or ""), as_root=options.root,
         umask=os.umask(0o077),                    # what the runner makes is nobody else's
         ignored_signals=tuple(n for n in FORWARDED_SIGNALS if signal.getsignal(n) == signal.SIG_IGN),
         timeout_s=timeout_s, boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
-        kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose)
+        kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose,
+        notes=grants.notes + notes + (describe_memory(mem, ram_directory), describe_cpus(cpus)))
+
+
+def find_kernel(options: argparse.Namespace) -> str:
+    return check_kernel(find_part(options.kernel, "APPPOT_KERNEL", KERNEL_NAMES, "kernel", True))
 
 
 def split_image(text: str) -> Tuple[str, Optional[str]]:
@@ -1449,7 +1820,8 @@ def report(fatal: Fatal) -> int:
 def run(spec: RunSpec, started: float) -> Result:
     def say(text: str) -> None:
         if spec.verbose:
-            write_stderr("apppot: {:.3f} s: {}\n".format(time.time() - started, text).encode())
+            line = "apppot: {:.3f} s: {}\n".format(time.time() - started, text)
+            write_stderr(line.encode("utf-8", "backslashreplace"))
 
     try:
         with ExitStack() as stack:
@@ -1457,7 +1829,9 @@ def run(spec: RunSpec, started: float) -> Result:
             if spec.cow and os.path.exists(spec.cow):          # one that the kernel makes, it locks itself
                 locks.append(lock_image(spec.cow, True))
             directory, lock = stack.enter_context(run_directory(spec))
-            say("run directory {}, memory {} in {}".format(directory, format_mib(spec.mem_mib), spec.ram_directory))
+            for note in ("run directory " + directory,) + spec.notes:
+                say(note)
+            say("management console: uml_mconsole " + stack.enter_context(mconsole_name(spec, directory)))
             machine = stack.enter_context(start_machine(spec, directory, locks + [lock]))
             say("kernel started")
             result = Session(machine, spec, say).run()
