@@ -64,19 +64,23 @@ OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may 
 # --- The runner's own constants -----------------------------------------------------------------------------
 
 EXIT_TIMEOUT, EXIT_FAILED = 124, 125
-AGENT = "/sbin/apppot-init"
+AGENT, AGENT_MODULE = "/sbin/apppot-init", "/usr/lib/apppot/apppot_init.py"
 KERNEL_NAMES = ("linux", "linux.uml")
 IMAGE_NAMES = ("apppot.img",)
-DEFAULT_MEM_MIB = 1024
+DEFAULT_MEM_MIB, SMALL_MEM_MIB = 1024, 256
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
 ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
-OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32  # of a job's memory the guest gets 64 MiB and a 32nd less; 40 and a 100th are used
+OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32  # the guest gets 64 MiB and a 32nd less than the job: 40 and a 100th are used
 SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the COW file
 SCRATCH_PATH_MAX = 200               # absolutize() in arch/um/drivers/cow_user.c has 256 bytes for its directory
-DESCRIPTORS_MIN = 40
+DESCRIPTORS_MIN, PROCESSES_MIN = 40, 16
 SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
 USES_MEMFD = b"create executable memfd"                        # 6.16 and later, whose memory is in no directory
 HAS_SMP, HAS_SECCOMP = b"CONFIG_SMP=y", b"seccomp=<on"         # the latter from the text of `linux --help`
+KERNEL_FEATURES = (
+    ("SMP", HAS_SMP), ("seccomp mode", HAS_SECCOMP), ("hostfs", b"CONFIG_HOSTFS=y"), ("mconsole", b"CONFIG_MCONSOLE=y"),
+    ("vector network", b"CONFIG_UML_NET_VECTOR=y"), ("slirp network", b"CONFIG_UML_NET_SLIRP=y"))
+NETWORK_HELPERS = ("slirp4netns", "slirp-fullbolt", "slirp")
 INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
 SPOOL_CHUNK = 1 << 20
 STDIN_WINDOW = 8 << 20
@@ -84,12 +88,17 @@ ACK_STEP = 512 << 10
 WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
 HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run directory; 6.12 and later want it absolute
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
+KERNEL_ANSWER_S = 10.0               # for `linux --version`
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
 KERNEL_INPUT_FD, KERNEL_OUTPUT_FD = 3, 4
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36               # include/uapi/linux/prctl.h
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER, PR_SET_NO_NEW_PRIVS = 22, 2, 38
+BPF_RET, SECCOMP_RET_ALLOW = 0x06, 0x7FFF0000                  # include/uapi/linux/bpf_common.h, seccomp.h
+PTRACE_TRACEME, PTRACE_SETOPTIONS, PTRACE_O_TRACESYSGOOD, PTRACE_SYSEMU = 0, 0x4200, 1, 31     # linux/ptrace.h, x86
+PT_INTERP = 3                                                  # include/uapi/linux/elf.h
 ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
 MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
 MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
@@ -105,6 +114,8 @@ BATCH_VARIABLES = re.compile(
     br"NSLOTS|NHOSTS|NQUEUES|PE|QUEUE|RESTARTED|TERM|LANG|LANGUAGE|TZ")
 
 EXT_MAGIC, EXT_64BIT = 0xEF53, 0x80                            # fs/ext4/ext4.h
+EXT_EXTENTS, EXTENT_MAGIC = 0x80000, 0xF30A
+EXT_UNREADABLE = 0x4 | 0x10 | 0x8000 | 0x10000                 # journal to replay, meta_bg, inline data, encryption
 LINUX_TYPE, EXTENDED_TYPES, GPT_TYPE = 0x83, (0x05, 0x0F, 0x85), 0xEE
 GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")   # Discoverable Partitions Specification
 COW_MAGIC, COW_HEADER = b"OOOM", struct.Struct(">4sIIQIII")    # arch/um/drivers/cow_user.c, version 3, big-endian
@@ -374,8 +385,8 @@ def read_mbr(file: BinaryIO) -> Iterator[Tuple[int, bool, int, int]]:
         base, table_at = base or following, following
 
 
-def find_root_device(path: str) -> RootDevice:
-    """Find the root file system in a partition image or, by its partition table, in a whole-disk image."""
+def locate_root(path: str) -> Tuple[RootDevice, int]:
+    """The root file system of a partition image or, by its partition table, of a whole-disk image; its offset in it."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -388,18 +399,137 @@ def find_root_device(path: str) -> RootDevice:
             for number, says_root, start, _ in found:
                 superblock = read_ext_superblock(file, start)
                 if superblock:
-                    roots.append((says_root, superblock[1], RootDevice(number, superblock[0]), start + superblock[1]))
+                    roots.append((says_root, superblock[1], RootDevice(number, superblock[0]), start))
             if not roots:
                 raise explain_no_root(file, path, bool(partitions))
     except OSError as error:
         raise Fatal("image cannot be read, {}: {}".format(error.strerror, path),
                     "--image names a disk image file" if error.errno in (errno.ENOENT, errno.EISDIR) else
                     "check its permissions")
-    _, _, root, end = max(roots)
-    if end > size:
-        raise Fatal("image is truncated: {} has {} of {} bytes".format(path, size, end),
+    _, length, root, start = max(roots)
+    if start + length > size:
+        raise Fatal("image is truncated: {} has {} of {} bytes".format(path, size, start + length),
                     "was the transfer cut off? Copy it again")
-    return root
+    return root, start
+
+
+def find_root_device(path: str) -> RootDevice:
+    return locate_root(path)[0]
+
+
+class ExtReader:
+    """Reads files of an ext2, 3 or 4 file system without mounting it; ValueError where it cannot tell.
+
+    Layout: Documentation/filesystems/ext4. A journal that was not replayed may hold newer directories.
+    """
+
+    def __init__(self, file: BinaryIO, offset: int) -> None:
+        self._file, self._offset = file, offset
+        block = read_at(file, offset + 1024, 1024)
+        self._first, log_size = struct.unpack_from("<II", block, 0x14)
+        self._per_group, = struct.unpack_from("<I", block, 0x28)
+        self._inode_size, = struct.unpack_from("<H", block, 0x58)
+        incompatible, = struct.unpack_from("<I", block, 0x60)
+        if log_size > 6 or not self._per_group or incompatible & EXT_UNREADABLE:
+            raise ValueError("features {:#x}".format(incompatible))
+        self._size = 1024 << log_size
+        self._group_size = struct.unpack_from("<H", block, 0xFE)[0] if incompatible & EXT_64BIT else 32
+
+    def _block(self, number: int) -> bytes:
+        return read_at(self._file, self._offset + number * self._size, self._size)
+
+    def _inode(self, number: int) -> bytes:
+        group, index = divmod(number - 1, self._per_group)
+        start = self._offset + (self._first + 1) * self._size + group * self._group_size
+        descriptor = read_at(self._file, start, self._group_size)
+        table, = struct.unpack_from("<I", descriptor, 8)
+        if self._group_size >= 64:
+            table |= struct.unpack_from("<I", descriptor, 0x28)[0] << 32
+        return read_at(self._file, self._offset + table * self._size + index * self._inode_size, self._inode_size)
+
+    def _extents(self, node: bytes, depth: int = 0) -> Iterator[bytes]:
+        magic, count, _, height = struct.unpack_from("<HHHH", node)
+        if magic != EXTENT_MAGIC or depth > 5:
+            raise ValueError("no extents")
+        for index in range(count):
+            entry = node[12 + 12 * index:24 + 12 * index]
+            if height:
+                low, high = struct.unpack_from("<IH", entry, 4)
+                yield from self._extents(self._block(high << 32 | low), depth + 1)
+            else:
+                length, high, low = struct.unpack_from("<HHI", entry, 4)
+                yield from (self._block((high << 32 | low) + block) for block in range(length & 0x7FFF))
+
+    def _content(self, inode: bytes) -> bytes:
+        """Of a directory, a link or a small file: up to a MiB."""
+        size, = struct.unpack_from("<I", inode, 4)
+        flags, = struct.unpack_from("<I", inode, 0x20)
+        if stat.S_ISLNK(struct.unpack_from("<H", inode)[0]) and size < 60:
+            return inode[0x28:0x28 + size]
+        if flags & EXT_EXTENTS:
+            blocks = self._extents(inode[0x28:0x28 + 60])
+        else:                                     # twelve blocks, and a block of further ones
+            pointers = inode[0x28:0x28 + 48] + self._block(struct.unpack_from("<I", inode, 0x58)[0])
+            blocks = (self._block(number) for number, in struct.iter_unpack("<I", pointers) if number)
+        content = b""
+        while len(content) < min(size, 1 << 20):
+            block = next(blocks, b"")
+            if not block:
+                raise ValueError("a file with too few blocks")
+            content += block
+        return content[:size]
+
+    def _entries(self, directory: bytes) -> Iterator[Tuple[bytes, int]]:
+        content, start = self._content(directory), 0
+        while start + 8 <= len(content):
+            inode, length, name_length = struct.unpack_from("<IHB", content, start)
+            if inode:
+                yield content[start + 8:start + 8 + name_length], inode
+            start += max(length, 8)
+
+    def read(self, path: bytes) -> Optional[bytes]:
+        """The beginning of a file of the image, links followed; None if there is no such file."""
+        names, trail = path.split(b"/"), [2]      # inode 2 is the root
+        for _ in range(200):
+            while names and names[0] in (b"", b"."):
+                del names[0]
+            if not names:
+                return self._content(self._inode(trail[-1]))
+            name = names.pop(0)
+            if name == b"..":
+                trail = trail[:-1] or [2]
+                continue
+            number = dict(self._entries(self._inode(trail[-1]))).get(name)
+            if number is None:
+                return None
+            inode = self._inode(number)
+            if stat.S_ISLNK(struct.unpack_from("<H", inode)[0]):
+                target = self._content(inode)
+                names = target.split(b"/") + names
+                trail = [2] if target.startswith(b"/") else trail
+            else:
+                trail.append(number)
+        raise ValueError("too many links")
+
+
+def find_missing_agent(path: str, offset: int) -> str:
+    """Which file of the agent an image lacks; empty if none. ValueError where that cannot be seen from outside."""
+    with open(path, "rb") as file:
+        try:
+            image = ExtReader(file, offset)
+            launcher = image.read(AGENT.encode())
+            if launcher is None:
+                return AGENT
+            interpreter = re.match(br"#!\s*(/\S+)", launcher)
+            needs = [interpreter.group(1)] if interpreter else []
+            needs += [AGENT_MODULE.encode()] if os.path.dirname(AGENT_MODULE).encode() in launcher else []
+            return next((os.fsdecode(need) for need in needs if image.read(need) is None), "")
+        except struct.error as error:
+            raise ValueError(str(error))
+
+
+def no_agent(what: str, image: str) -> Fatal:
+    return Fatal("image has no agent ({}): {}".format(what, image), "`make image` builds one with it")
 
 
 def explain_no_root(file: BinaryIO, path: str, has_partitions: bool) -> Fatal:
@@ -514,6 +644,55 @@ def check_kernel(path: str) -> str:
     return os.path.abspath(path)
 
 
+def run_kernel(kernel: str, *options: str) -> str:
+    """What the kernel answers to an option such as --version, errors included."""
+    import subprocess
+
+    try:
+        return subprocess.run([kernel] + list(options), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=KERNEL_ANSWER_S).stdout.decode("utf-8", "replace")
+    except OSError as error:
+        raise explain_exec_failure(error.errno or 0, kernel)
+    except subprocess.TimeoutExpired:
+        return ""
+
+
+def explain_exec_failure(number: int, kernel: str) -> Fatal:
+    return Fatal("kernel cannot be executed, {}: {}".format(os.strerror(number), kernel),
+                 "is it made for this machine, and are its libraries here? `ldd` tells")
+
+
+def explain_loader(output: str, kernel: str) -> Optional[Fatal]:
+    """What the dynamic loader says of a kernel that it cannot start."""
+    missing = re.search(r"error while loading shared libraries: ([^:\n]+)", output)
+    version = re.search(r"(\S+): (version `[^']+' not found)", output)
+    what = missing.group(1) if missing else "{}: {}".format(*version.groups()) if version else ""
+    return Fatal("kernel lacks a shared library ({}): {}".format(what, kernel),
+                 "use a kernel that is linked statically, or one made for this system") if what else None
+
+
+def read_kernel_version(kernel: str) -> str:
+    output = run_kernel(kernel, "--version")
+    if not re.match(r"\d+\.\d+\S*$", output.strip()):
+        raise explain_loader(output, kernel) or not_uml(kernel, "answers --version with {!r}".format(output[:60]))
+    return output.strip()
+
+
+def not_uml(kernel: str, how: str) -> Fatal:
+    return Fatal("kernel {}: {}".format(how, kernel),
+                 "is it User-Mode Linux? `{} --version` prints a version; -v shows what it printed".format(
+                     shlex.quote(kernel)))
+
+
+def is_static(kernel: str) -> bool:
+    """Whether it names no dynamic loader in its program headers (elf(5), PT_INTERP)."""
+    with open(kernel, "rb") as file:
+        start, = struct.unpack_from("<Q", read_at(file, 0, 64), 32)
+        size, count = struct.unpack_from("<HH", read_at(file, 0, 64), 54)
+        return all(struct.unpack_from("<I", read_at(file, start + index * size, 56))[0] != PT_INTERP
+                   for index in range(count))
+
+
 def free_mib(directory: str) -> float:
     status = os.statvfs(directory)
     return status.f_bavail * status.f_frsize / 1048576
@@ -540,6 +719,87 @@ def find_fault_for_ram(directory: str, mem_mib: int) -> str:
     finally:
         os.close(descriptor)
     return "" if room >= mem_mib else "has {} free".format(format_mib(room))
+
+
+def try_in_child(attempt: Callable[[], int]) -> str:
+    """Why `attempt`, which returns 0 or an errno, fails in a process of its own; empty if it does not."""
+    pid = os.fork()
+    if pid == 0:
+        result = errno.EPERM
+        try:
+            result = attempt()
+        except OSError as error:
+            result = error.errno or result
+        except ImportError:                       # a Python without ctypes cannot try
+            result = 0
+        finally:
+            os._exit(result)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        return "signal {}".format(os.WTERMSIG(status))
+    return os.strerror(status >> 8) if status else ""
+
+
+def try_ptrace() -> int:
+    """Trace a process as the kernel traces those of the guest: PTRACE_TRACEME, then stop it at its system calls."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def ptrace(request: int, pid: int, value: int) -> None:
+        if libc.ptrace(ctypes.c_long(request), pid, None, ctypes.c_void_p(value)) < 0:
+            raise OSError(ctypes.get_errno(), "ptrace")
+
+    pid = os.fork()
+    if pid == 0:
+        result = errno.EPERM
+        try:
+            call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+            ptrace(PTRACE_TRACEME, 0, 0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os.getppid()
+        except OSError as error:
+            result = error.errno or result
+        finally:
+            os._exit(result)
+    _, status = os.waitpid(pid, 0)
+    if not os.WIFSTOPPED(status):
+        return status >> 8 or errno.EPERM
+    try:
+        ptrace(PTRACE_SETOPTIONS, pid, PTRACE_O_TRACESYSGOOD)
+        ptrace(PTRACE_SYSEMU, pid, 0)
+        _, status = os.waitpid(pid, 0)
+        return 0 if os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGTRAP | 0x80 else errno.EPERM
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def try_seccomp() -> int:
+    """Install a filter, one that allows everything, as a kernel in its seccomp mode does for the guest's processes."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    allow = ctypes.create_string_buffer(struct.pack("=HBBI", BPF_RET, 0, 0, SECCOMP_RET_ALLOW))
+    program = ctypes.create_string_buffer(struct.pack("@HP", 1, ctypes.addressof(allow)))
+    failed = (libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+              or libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_void_p(ctypes.addressof(program)), 0, 0))
+    return ctypes.get_errno() if failed else 0
+
+
+def explain_ptrace(kernel: Optional[str]) -> Optional[Fatal]:
+    """Who forbids this node's processes to trace their children; None if nobody does."""
+    fault = try_in_child(try_ptrace)
+    if not fault:
+        return None
+    scope = read_node_file("/proc/sys/kernel/yama/ptrace_scope").strip()
+    filtered = re.search(r"(?m)^Seccomp:\s*2", read_node_file("/proc/self/status"))
+    culprit = ("Yama (kernel.yama.ptrace_scope={})".format(scope) if scope in ("2", "3") else
+               "a seccomp filter" if filtered else "this node")
+    able = kernel and kernel_holds(kernel, HAS_SECCOMP)
+    return Fatal("ptrace is forbidden by {}: {}".format(culprit, fault),
+                 "this kernel does without it: --extra seccomp=on" if able else
+                 "ask for it to be allowed, or use a kernel of 6.16 or newer with --extra seccomp=on")
 
 
 def scratch_candidates(tmpdir: Optional[str]) -> List[str]:
@@ -600,10 +860,26 @@ def check_limits(mem_mib: int, disk_bytes: int) -> None:
         if hard != resource.RLIM_INFINITY and hard < need:
             raise Fatal("limit of {} is {}, {} are needed".format(what, format_mib(hard >> 20), format_mib(need >> 20)),
                         "raise the limit, or ask for less memory with --mem")
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < DESCRIPTORS_MIN:
         raise Fatal("limit of open files (ulimit -n) is {}, {} are needed".format(hard, DESCRIPTORS_MIN),
                     "raise the limit")
+    if soft < DESCRIPTORS_MIN:                    # this one is the runner's, too
+        resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS_MIN, hard))
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    if hard != resource.RLIM_INFINITY and os.getuid() != 0 and hard < count_own_processes() + PROCESSES_MIN:
+        raise Fatal("limit of processes (ulimit -u) is {}, {} are needed beside those that you have".format(
+            hard, PROCESSES_MIN), "raise the limit, or end some of your processes")
+
+
+def count_own_processes() -> int:
+    count = 0
+    for name in os.listdir("/proc"):
+        try:
+            count += name.isdigit() and os.stat("/proc/" + name).st_uid == os.getuid()
+        except OSError:
+            pass                                  # it has ended meanwhile
+    return count
 
 
 def total_memory_mib() -> int:
@@ -817,33 +1093,52 @@ def find_own_grants() -> Grants:
     return grants._replace(cpu_limits=grants.cpu_limits + (affinity,))
 
 
+def smallest(amounts: Sequence[Amount]) -> Amount:
+    return min(amounts, key=lambda amount: amount.value)       # of equal ones the first
+
+
 def default_mem(grants: Grants) -> Amount:
     """The guest's memory where nobody asked: that of the job less what AppPot takes, else 1 GiB or all there is."""
     stated = grants.mem + grants.mem_limits if grants.systems else ()
     plain = Amount(DEFAULT_MEM_MIB, "default")
-    least = min(grants.mem + grants.mem_limits + (grants.machine,))
+    least = smallest(grants.mem + grants.mem_limits + (grants.machine,))
     rest = Amount(max(MEM_MIN_MIB, least.value - OVERHEAD_MIB - least.value // OVERHEAD_SHARE),
                   least.source + " less overhead")
     return rest if stated else min(plain, rest)
 
 
-def choose_memory(asked: Optional[str], grants: Grants, kernel: Optional[str], candidates: Sequence[str],
-                  ) -> Tuple[Amount, str]:
-    """The guest's memory and the directory of the file that holds it.
+def choose_memory(asked: Optional[str], grants: Grants) -> Tuple[Amount, Tuple[int, ...]]:
+    """The guest's memory, and to what it may be lowered where there is no room for so much.
 
-    A grant that has no room there is not used up: better less memory than a slower place or no run at all.
+    A grant need not be used up: better less of it than a slower place, and better still less than no run at all.
     """
     given = asked or os.environ.get("APPPOT_MEM")
     if given:
         mem = Amount(check_memory(given), "{}={}".format("--mem" if asked else "APPPOT_MEM", given))
-        return mem, choose_ram_directory(kernel, candidates, mem.value)
+        return mem, (mem.value,)
     mem = default_mem(grants)
-    if mem.value <= DEFAULT_MEM_MIB or kernel and kernel_holds(kernel, USES_MEMFD):
-        return mem, choose_ram_directory(kernel, candidates, mem.value)
-    directory = choose_ram_directory(kernel, candidates, DEFAULT_MEM_MIB)
-    room = int(free_mib(directory) * ROOM_SHARE)
-    return (mem if mem.value <= room else
-            Amount(max(DEFAULT_MEM_MIB, room), "room in {}; {}".format(directory, mem.source))), directory
+    floors = (DEFAULT_MEM_MIB, SMALL_MEM_MIB) if grants.systems else (mem.value,)
+    return mem, tuple(min(floor, mem.value) for floor in floors)
+
+
+def place_memory(mem: Amount, floors: Sequence[int], kernel: Optional[str], candidates: Sequence[str],
+                 ) -> Tuple[Amount, str]:
+    """The directory of the file that holds the guest's memory, and how much of it has room there."""
+    if kernel and kernel_holds(kernel, USES_MEMFD):
+        floors = (mem.value,)
+    failure = None
+    for floor in floors:
+        try:
+            directory = choose_ram_directory(kernel, candidates, floor)
+        except Fatal as fatal:
+            failure = failure or fatal
+            continue
+        room = int(free_mib(directory) * ROOM_SHARE)
+        if floor == mem.value or mem.value <= room:
+            return mem, directory
+        return Amount(max(floor, room), "room in {}; {}".format(directory, mem.source)), directory
+    assert failure
+    raise failure
 
 
 def choose_cpus(asked: Optional[str], grants: Grants) -> Amount:
@@ -853,7 +1148,7 @@ def choose_cpus(asked: Optional[str], grants: Grants) -> Amount:
             raise Fatal("{} is not a number of CPUs: {!r}".format("--cpus" if asked else "APPPOT_CPUS", given),
                         "give a whole number from 1")
         return Amount(int(given), "{}={}".format("--cpus" if asked else "APPPOT_CPUS", given))
-    return min(grants.cpus + grants.cpu_limits) if grants.cpus else Amount(1, "default")
+    return smallest(grants.cpus + grants.cpu_limits) if grants.cpus else Amount(1, "default")
 
 
 def decide_cpus(asked: Optional[str], grants: Grants, kernel: str) -> Tuple[Amount, Tuple[str, ...]]:
@@ -1565,8 +1860,7 @@ class Session:
         what, _, number = (self._report or "").partition(" ")
         console = self._console.decode("utf-8", "replace")
         if what == "exec":
-            return Fatal("kernel cannot be executed, {}: {}".format(os.strerror(int(number)), self._spec.kernel),
-                         "is it made for this machine, and are its libraries here? `ldd` tells")
+            return explain_exec_failure(int(number), self._spec.kernel)
         if what == "helper":
             return Fatal("a helper process of the kernel was killed", "look for who did, then run the job again")
         if what != "ended":
@@ -1628,8 +1922,9 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, running: bool) 
     panic = re.search(r"Kernel panic - not syncing: (.*)", console)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return Fatal("guest was killed by signal 9", "was the memory that the job asked for used up?")
-    if panic and "init failed" in panic.group(1) or "No working init" in console:
-        return Fatal("image has no agent ({}): {}".format(AGENT, spec.image), "`make image` builds one with it")
+    no_module = "No module named 'apppot_init'" in console
+    if panic and ("init failed" in panic.group(1) or no_module) or "No working init" in console:
+        return no_agent(AGENT_MODULE if no_module else AGENT, spec.image)
     if panic and "mount root" in panic.group(1):
         return Fatal("guest cannot mount its root file system: " + spec.image,
                      "run with -v to see the guest's console; is the image damaged? `e2fsck -fn` tells")
@@ -1639,9 +1934,8 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, running: bool) 
         return Fatal("guest ended before the command did",
                      "it was powered off or rebooted from inside, or its kernel crashed; -v shows its console")
     how = "signal {}".format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else "status {}".format(status >> 8)
-    return Fatal("kernel ended with {} before the guest was up: {}".format(how, spec.kernel),
-                 "is it User-Mode Linux? `{} --version` prints a version; -v shows what it printed".format(
-                     shlex.quote(spec.kernel)))
+    return (explain_loader(console, spec.kernel) or explain_ptrace(spec.kernel)
+            or not_uml(spec.kernel, "ended with {} before the guest was up".format(how)))
 
 
 def write_stderr(content: bytes) -> None:
@@ -1737,7 +2031,7 @@ exit status:
 def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec:
     """Decide everything and check all that can be checked before anything is started."""
     directory, alias = find_job_directory()
-    image, cow = split_image(find_part(options.image, "APPPOT_IMAGE", IMAGE_NAMES, "image", False))
+    image, cow = find_image(options)
     if cow and options.write:
         raise Fatal("--write with a COW file: " + cow, "leave out one of the two: a COW file given by name is kept")
     root = find_root_device(image)
@@ -1748,7 +2042,8 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     kernel = find_kernel(options)
     candidates = scratch_candidates(options.tmpdir)
     grants = find_own_grants()
-    mem, ram_directory = choose_memory(options.mem, grants, kernel, candidates)
+    mem, floors = choose_memory(options.mem, grants)
+    mem, ram_directory = place_memory(mem, floors, kernel, candidates)
     check_limits(mem.value, os.path.getsize(image))
     cpus, notes = decide_cpus(options.cpus, grants, kernel)
     umid = options.umid or "guest"
@@ -1769,6 +2064,10 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         timeout_s=timeout_s, boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose,
         notes=grants.notes + notes + (describe_memory(mem, ram_directory), describe_cpus(cpus)))
+
+
+def find_image(options: argparse.Namespace) -> Tuple[str, Optional[str]]:
+    return split_image(find_part(options.image, "APPPOT_IMAGE", IMAGE_NAMES, "image", False))
 
 
 def find_kernel(options: argparse.Namespace) -> str:
@@ -1810,9 +2109,11 @@ def open_standard_descriptors() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
+def one_line(text: str) -> bytes:
+    return text.replace("\n", "\\n").encode("utf-8", "backslashreplace")
+
+
 def report(fatal: Fatal) -> int:
-    def one_line(text: str) -> bytes:
-        return text.replace("\n", "\\n").encode("utf-8", "backslashreplace")
     write_stderr(b"apppot: error: %s\napppot: hint: %s\n" % (one_line(fatal.message), one_line(fatal.hint)))
     return fatal.status
 
@@ -1842,6 +2143,181 @@ def run(spec: RunSpec, started: float) -> Result:
                     "is the directory of --tmpdir full or gone?")
 
 
+# --- The doctor ---------------------------------------------------------------------------------------------
+# Each check returns what it found, or raises the Fatal that a run would end with: both ask the same functions.
+
+class Finding(NamedTuple):
+    verdict: str                     # ok, warn; a Fatal is fail
+    what: str
+    advice: str = ""
+
+
+def find_kernel_if_any(options: argparse.Namespace) -> Optional[str]:
+    try:
+        return find_kernel(options)
+    except Fatal:
+        return None
+
+
+def check_python(options: argparse.Namespace) -> Finding:
+    what = "{} {}".format(sys.executable, sys.version.split()[0])
+    try:
+        import ctypes  # noqa: F401
+    except ImportError:
+        return Finding("warn", what + " without ctypes: a killed run may leave processes", "use a complete Python")
+    return Finding("ok", what)
+
+
+def check_kernel_features(options: argparse.Namespace) -> Finding:
+    kernel = find_kernel(options)
+    version = read_kernel_version(kernel)
+    has = {name: kernel_holds(kernel, text) for name, text in KERNEL_FEATURES}
+    what = "{} {}, {}, has {}; no {}".format(
+        kernel, version, "static" if is_static(kernel) else "its shared libraries are here",
+        ", ".join(name for name in has if has[name]) or "nothing",
+        ", ".join(name for name in has if not has[name]) or "lack")
+    if not has["hostfs"]:
+        raise Fatal("kernel has no hostfs: " + kernel, "build it with CONFIG_HOSTFS=y")
+    return Finding("ok", what)
+
+
+def check_ptrace(options: argparse.Namespace) -> Finding:
+    fatal = explain_ptrace(find_kernel_if_any(options))
+    if not fatal:
+        return Finding("ok", "processes can be traced")
+    if any(word in ("seccomp=on", "seccomp=auto") for word in options.extra):
+        return Finding("ok", "not needed in the kernel's seccomp mode; " + fatal.message)
+    raise fatal
+
+
+def check_seccomp(options: argparse.Namespace) -> Finding:
+    fault = try_in_child(try_seccomp)
+    kernel = find_kernel_if_any(options)
+    if not fault:
+        return Finding("ok", "filters can be installed")
+    if kernel and not kernel_holds(kernel, HAS_SECCOMP):
+        return Finding("ok", "filters cannot be installed ({}); this kernel needs none".format(fault))
+    return Finding("warn", "filters cannot be installed: " + fault, "do not use --extra seccomp=on")
+
+
+def check_ram(options: argparse.Namespace) -> Finding:
+    kernel = find_kernel_if_any(options)
+    mem, floors = choose_memory(options.mem, find_own_grants())
+    mem, directory = place_memory(mem, floors, kernel, scratch_candidates(options.tmpdir))
+    what = "{}; {} free there".format(describe_memory(mem, directory)[len("memory "):], format_mib(free_mib(directory)))
+    if directory == SHARED_MEMORY or kernel and kernel_holds(kernel, USES_MEMFD):
+        return Finding("ok", what)
+    return Finding("warn", "{}; {} {}".format(what, SHARED_MEMORY, find_fault_for_ram(SHARED_MEMORY, mem.value)),
+                   "a file on a disk is slow: ask for a {} with room".format(SHARED_MEMORY))
+
+
+def check_cpus(options: argparse.Namespace) -> Finding:
+    cpus = choose_cpus(options.cpus, find_own_grants())
+    kernel = find_kernel_if_any(options)
+    if cpus.value > 1 and kernel and not kernel_holds(kernel, HAS_SMP):
+        return Finding("warn", "1 of {}; this kernel has no SMP".format(describe_cpus(cpus)),
+                       "run several appliances at once, or use a kernel with CONFIG_SMP")
+    return Finding("ok", describe_cpus(cpus))
+
+
+def check_scratch(options: argparse.Namespace) -> Finding:
+    directory = choose_scratch(scratch_candidates(options.tmpdir))
+    return Finding("ok", "{}, {} free".format(directory, format_mib(free_mib(directory))))
+
+
+def check_image(options: argparse.Namespace) -> Finding:
+    image, cow = find_image(options)
+    root = find_root_device(image)
+    if cow:
+        check_cow(cow, image)
+    kind = "partition {} of a disk".format(root.partition) if root.partition else "a file system"
+    return Finding("ok", "{}, {}, base id {}{}".format(image, kind, root.base_id, ", COW file " + cow if cow else ""))
+
+
+def check_agent(options: argparse.Namespace) -> Finding:
+    image, cow = find_image(options)
+    try:
+        missing = find_missing_agent(image, locate_root(image)[1])
+    except ValueError as error:
+        return Finding("warn", "cannot be seen from outside ({})".format(error), "--doctor --boot looks inside")
+    if missing:
+        raise no_agent(missing, image)
+    return Finding("ok", AGENT + " is in the image")
+
+
+def check_network(options: argparse.Namespace) -> Finding:
+    helper = search([os.path.dirname(os.path.abspath(__file__))] + path_directories(), NETWORK_HELPERS)
+    if not helper:
+        return Finding("warn", "no helper is here: the guest has no network", "install " + " or ".join(NETWORK_HELPERS))
+    return Finding("ok", helper)
+
+
+def check_empty(options: argparse.Namespace) -> Finding:
+    found = search([os.path.dirname(os.path.abspath(__file__))] + path_directories(), ["empty"])
+    return Finding("ok", found or "not here and not needed: the built-in carrier does its work")
+
+
+def check_node_limits(options: argparse.Namespace) -> Finding:
+    try:
+        disk_bytes = os.path.getsize(find_image(options)[0])
+    except (Fatal, OSError):
+        disk_bytes = 0
+    check_limits(choose_memory(options.mem, find_own_grants())[0].value, disk_bytes)
+    limits = [(what, resource.getrlimit(which)[1]) for what, which in (
+        ("open files", resource.RLIMIT_NOFILE), ("processes", resource.RLIMIT_NPROC))]
+    return Finding("ok", ", ".join("{} {}".format("any number of" if hard == resource.RLIM_INFINITY else hard, what)
+                                   for what, hard in limits))
+
+
+def check_batch(options: argparse.Namespace) -> Finding:
+    grants = find_own_grants()
+    amounts = ["{} ({})".format(format_mib(mem.value), mem.source) for mem in grants.mem + grants.mem_limits]
+    amounts += [describe_cpus(cpus) for cpus in grants.cpus + grants.cpu_limits]
+    what = "{}: {}".format(" in ".join(grants.systems[::-1]) or "no job of a batch system", "; ".join(amounts))
+    if grants.notes:
+        return Finding("warn", "; ".join((what,) + grants.notes), "correct these variables, or give --mem and --cpus")
+    return Finding("ok", what)
+
+
+def check_boot(options: argparse.Namespace) -> Finding:
+    started = time.time()
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)                              # the caller's input is none of ours
+    result = run(build_spec(options, ("true",)), started)
+    if result.failure:
+        raise result.failure
+    if result.status:
+        raise Fatal("`true` in the appliance ended with status {}".format(result.status), "is the image damaged?")
+    return Finding("ok", "ran `true` in the appliance, {:.1f} s from start to end".format(time.time() - started))
+
+
+CHECKS = (
+    ("python", check_python), ("kernel", check_kernel_features), ("ptrace", check_ptrace), ("seccomp", check_seccomp),
+    ("memory", check_ram), ("cpus", check_cpus), ("scratch", check_scratch), ("image", check_image),
+    ("agent", check_agent), ("network", check_network), ("empty", check_empty), ("limits", check_node_limits),
+    ("batch", check_batch))
+
+
+def examine(options: argparse.Namespace, command: Tuple[str, ...]) -> int:
+    """Print a line for each check; 0 if none failed."""
+    if not options.doctor or command:
+        raise Fatal("--doctor and --boot run no command: {}".format(" ".join(command)) if command else
+                    "--boot without --doctor", "`--doctor` looks at this node, `--doctor --boot` boots once, too")
+    status = 0
+    for name, check in CHECKS + ((("boot", check_boot),) if options.boot else ()):
+        try:
+            finding = check(options)
+        except Fatal as fatal:
+            finding = Finding("fail", fatal.message, fatal.hint)
+        except (OSError, struct.error) as error:
+            finding = Finding("fail", str(error), "look at that file or directory")
+        advice = "; do: " + finding.advice if finding.advice else ""
+        line = "{:5} {:8} {}{}".format(finding.verdict, name, finding.what, advice)
+        print(one_line(line).decode(), flush=True)
+        status = EXIT_FAILED if finding.verdict == "fail" else status
+    return status
+
+
 def main(argv: List[str]) -> int:
     started = time.time()
     open_standard_descriptors()
@@ -1851,12 +2327,11 @@ def main(argv: List[str]) -> int:
         parser = build_parser()
         words, command = parser.split(argv)
         options = parser.parse_args(words)
-        if options.help:
-            print(parser.format_help(), end="", flush=True)
+        if options.help or options.version:
+            print(parser.format_help() if options.help else "AppPot {}\n".format(VERSION), end="", flush=True)
             return 0
-        if options.version:
-            print("AppPot " + VERSION, flush=True)
-            return 0
+        if options.doctor or options.boot:
+            return examine(options, command)
         spec = build_spec(options, command)
         if options.dry_run:
             print(" ".join(shlex.quote(word) for word in build_kernel_args(spec, name_disk(spec, None))), flush=True)
