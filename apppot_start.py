@@ -644,53 +644,67 @@ def check_kernel(path: str) -> str:
     return os.path.abspath(path)
 
 
-def run_kernel(kernel: str, *options: str) -> str:
-    """What the kernel answers to an option such as --version, errors included."""
+def ask_version(kernel: str) -> str:
+    """What the kernel answers to --version, or how it ends instead."""
     import subprocess
 
     try:
-        return subprocess.run([kernel] + list(options), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=KERNEL_ANSWER_S).stdout.decode("utf-8", "replace")
+        answer = subprocess.run([kernel, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, timeout=KERNEL_ANSWER_S)
     except OSError as error:
         raise explain_exec_failure(error.errno or 0, kernel)
     except subprocess.TimeoutExpired:
-        return ""
+        return "nothing within {:g} s".format(KERNEL_ANSWER_S)
+    died = "died of signal {}".format(-answer.returncode) if answer.returncode < 0 else ""
+    return answer.stdout.decode("utf-8", "replace").strip() + died
+
+
+def read_loader(kernel: str) -> str:
+    """The dynamic loader that an executable asks for (elf(5), PT_INTERP); empty if it is linked statically."""
+    with open(kernel, "rb") as file:
+        header = read_at(file, 0, 64)
+        start, = struct.unpack_from("<Q", header, 32)
+        size, count = struct.unpack_from("<HH", header, 54)
+        for index in range(count):
+            kind, offset, length = struct.unpack_from("<I4xQ16xQ", read_at(file, start + index * size, 56))
+            if kind == PT_INTERP:
+                return os.fsdecode(read_at(file, offset, min(length, 4096)).rstrip(b"\0"))
+    return ""
 
 
 def explain_exec_failure(number: int, kernel: str) -> Fatal:
+    loader = read_loader(kernel) if number == errno.ENOENT else ""
+    if loader and not os.path.exists(loader):
+        return no_library(loader, kernel)
     return Fatal("kernel cannot be executed, {}: {}".format(os.strerror(number), kernel),
                  "is it made for this machine, and are its libraries here? `ldd` tells")
+
+
+def no_library(what: str, kernel: str) -> Fatal:
+    return Fatal("kernel lacks a shared library ({}): {}".format(what, kernel),
+                 "use a kernel that is linked statically, or one made for this system")
 
 
 def explain_loader(output: str, kernel: str) -> Optional[Fatal]:
     """What the dynamic loader says of a kernel that it cannot start."""
     missing = re.search(r"error while loading shared libraries: ([^:\n]+)", output)
     version = re.search(r"(\S+): (version `[^']+' not found)", output)
-    what = missing.group(1) if missing else "{}: {}".format(*version.groups()) if version else ""
-    return Fatal("kernel lacks a shared library ({}): {}".format(what, kernel),
-                 "use a kernel that is linked statically, or one made for this system") if what else None
+    if missing:
+        return no_library(missing.group(1), kernel)
+    return no_library("{}: {}".format(*version.groups()), kernel) if version else None
 
 
 def read_kernel_version(kernel: str) -> str:
-    output = run_kernel(kernel, "--version")
-    if not re.match(r"\d+\.\d+\S*$", output.strip()):
-        raise explain_loader(output, kernel) or not_uml(kernel, "answers --version with {!r}".format(output[:60]))
-    return output.strip()
+    answer = ask_version(kernel)
+    if not re.match(r"\d+\.\d+\S*$", answer):
+        raise explain_loader(answer, kernel) or not_uml(kernel, "answers --version with {!r}".format(answer[:60]))
+    return answer
 
 
 def not_uml(kernel: str, how: str) -> Fatal:
     return Fatal("kernel {}: {}".format(how, kernel),
                  "is it User-Mode Linux? `{} --version` prints a version; -v shows what it printed".format(
                      shlex.quote(kernel)))
-
-
-def is_static(kernel: str) -> bool:
-    """Whether it names no dynamic loader in its program headers (elf(5), PT_INTERP)."""
-    with open(kernel, "rb") as file:
-        start, = struct.unpack_from("<Q", read_at(file, 0, 64), 32)
-        size, count = struct.unpack_from("<HH", read_at(file, 0, 64), 54)
-        return all(struct.unpack_from("<I", read_at(file, start + index * size, 56))[0] != PT_INTERP
-                   for index in range(count))
 
 
 def free_mib(directory: str) -> float:
@@ -2173,7 +2187,7 @@ def check_kernel_features(options: argparse.Namespace) -> Finding:
     version = read_kernel_version(kernel)
     has = {name: kernel_holds(kernel, text) for name, text in KERNEL_FEATURES}
     what = "{} {}, {}, has {}; no {}".format(
-        kernel, version, "static" if is_static(kernel) else "its shared libraries are here",
+        kernel, version, "with its shared libraries" if read_loader(kernel) else "static",
         ", ".join(name for name in has if has[name]) or "nothing",
         ", ".join(name for name in has if not has[name]) or "lack")
     if not has["hostfs"]:
