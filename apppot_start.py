@@ -175,11 +175,9 @@ class RunSpec(NamedTuple):
     write: bool
     root: RootDevice
     mem_mib: int
-    cpus: int
     ram_directory: str
     scratch: str                     # the run directory is made in it
     umid: str
-    umid_link: Optional[str]         # ~/.uml/NAME, where uml_mconsole looks for a guest by its name
     extra: Tuple[str, ...]
     environment: Dict[bytes, bytes]
     job_directory: bytes
@@ -192,7 +190,9 @@ class RunSpec(NamedTuple):
     boot_timeout_s: float
     kill_after_s: float
     verbose: bool
-    notes: Tuple[str, ...]           # for -v: how it was decided
+    cpus: int = 1
+    umid_link: Optional[str] = None  # ~/.uml/NAME, where uml_mconsole looks for a guest by its name
+    notes: Tuple[str, ...] = ()      # for -v: how it was decided
 
     @property
     def persistent(self) -> bool:
@@ -1305,8 +1305,10 @@ def claim_umid(link: str, target: str) -> None:
 
     Whether one still runs is seen on its own node only; where nodes share a home, the last to start has the name.
     """
-    os.makedirs(os.path.dirname(link), 0o700, exist_ok=True)
-    place = os.open(os.path.dirname(link), os.O_RDONLY | os.O_DIRECTORY)
+    place_name = os.path.dirname(link)
+    if not os.path.isdir(place_name):
+        os.mkdir(place_name, 0o700)               # but no home directory that does not exist
+    place = os.open(place_name, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(place, fcntl.LOCK_EX)
         if os.path.lexists(link):
