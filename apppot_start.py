@@ -70,7 +70,7 @@ IMAGE_NAMES = ("apppot.img",)
 DEFAULT_MEM_MIB, SMALL_MEM_MIB = 1024, 256
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
 ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
-OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32  # the guest gets 64 MiB and a 32nd less than the job: 40 and a 100th are used
+OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32  # the guest gets 64 MiB and a 32nd less than the job; 40 and a 100th are used
 SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the COW file
 SCRATCH_PATH_MAX = 200               # absolutize() in arch/um/drivers/cow_user.c has 256 bytes for its directory
 DESCRIPTORS_MIN, PROCESSES_MIN = 40, 16
@@ -2256,6 +2256,8 @@ def check_agent(options: argparse.Namespace) -> Finding:
         missing = find_missing_agent(image, locate_root(image)[1])
     except ValueError as error:
         return Finding("warn", "cannot be seen from outside ({})".format(error), "--doctor --boot looks inside")
+    if missing and cow:
+        return Finding("warn", "{} is not in the base image; in the COW file?".format(missing), "--doctor --boot tells")
     if missing:
         raise no_agent(missing, image)
     return Finding("ok", AGENT + " is in the image")
