@@ -2350,6 +2350,7 @@ def main(argv: List[str]) -> int:
     open_standard_descriptors()
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C is no traceback
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)              # a caller may ignore it; children are then not waited for
     try:
         parser = build_parser()
         words, command = parser.split(argv)

@@ -229,6 +229,12 @@ def test_too_few_processes_are_named(any_node):
     assert_error(result, "ulimit -u")
 
 
+def test_a_caller_that_ignores_the_end_of_children_is_no_matter(node):
+    ignore = "import os, signal, sys; signal.signal(17, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    result = node.run("--doctor", "--boot", wrap=(sys.executable, "-c", ignore))
+    assert "fail" not in {verdict for verdict, _ in read_findings(result).values()}
+
+
 def test_helpers_are_found_beside_the_runner(node):
     for name in ("slirp4netns", "empty"):
         (node.root / name).write_text("")
