@@ -267,6 +267,10 @@ def format_mib(mib: float) -> str:
     return "{:.1f} GiB".format(mib / 1024) if mib >= 1024 else "{:.0f} MiB".format(mib)
 
 
+def one_line(text: str) -> bytes:
+    return text.replace("\n", "\\n").encode("utf-8", "backslashreplace")
+
+
 def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: bool) -> Dict[bytes, bytes]:
     """What of the caller's environment goes into the guest: the batch system's variables and what --env names."""
     chosen = {} if clean else {name: value for name, value in caller.items() if BATCH_VARIABLES.fullmatch(name)}
@@ -1173,7 +1177,7 @@ def decide_cpus(asked: Optional[str], grants: Grants, kernel: str) -> Tuple[Amou
         return cpus, ()
     note = "{} but the guest gets 1 CPU: this kernel has no SMP: {}".format(cpus.source, kernel)
     if asked or os.environ.get("APPPOT_CPUS"):
-        write_stderr("apppot: warning: {}\n".format(note).encode("utf-8", "backslashreplace"))
+        write_stderr(one_line("apppot: warning: " + note) + b"\n")
         return Amount(1, "kernel without SMP"), ()
     return Amount(1, "kernel without SMP"), (note,)
 
@@ -2132,10 +2136,6 @@ def open_standard_descriptors() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
-def one_line(text: str) -> bytes:
-    return text.replace("\n", "\\n").encode("utf-8", "backslashreplace")
-
-
 def report(fatal: Fatal) -> int:
     write_stderr(b"apppot: error: %s\napppot: hint: %s\n" % (one_line(fatal.message), one_line(fatal.hint)))
     return fatal.status
@@ -2144,8 +2144,7 @@ def report(fatal: Fatal) -> int:
 def run(spec: RunSpec, started: float) -> Result:
     def say(text: str) -> None:
         if spec.verbose:
-            line = "apppot: {:.3f} s: {}\n".format(time.time() - started, text)
-            write_stderr(line.encode("utf-8", "backslashreplace"))
+            write_stderr(one_line("apppot: {:.3f} s: {}".format(time.time() - started, text)) + b"\n")
 
     try:
         with ExitStack() as stack:
@@ -2299,8 +2298,8 @@ def check_node_limits(options: argparse.Namespace) -> Finding:
 def check_batch(options: argparse.Namespace) -> Finding:
     grants = find_own_grants()
     amounts = ["{} ({})".format(format_mib(mem.value), mem.source) for mem in grants.mem + grants.mem_limits]
-    amounts += [describe_cpus(cpus) for cpus in grants.cpus + grants.cpu_limits]
-    what = "{}: {}".format(" in ".join(grants.systems[::-1]) or "no job of a batch system", "; ".join(amounts))
+    amounts += ["{} CPUs ({})".format(cpus.value, cpus.source) for cpus in grants.cpus + grants.cpu_limits]
+    what = "{}; limits: {}".format(" and ".join(grants.systems) or "no job of a batch system", ", ".join(amounts))
     if grants.notes:
         return Finding("warn", "; ".join((what,) + grants.notes), "correct these variables, or give --mem and --cpus")
     return Finding("ok", what)
@@ -2350,7 +2349,7 @@ def main(argv: List[str]) -> int:
     open_standard_descriptors()
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C is no traceback
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)              # a caller may ignore it; children are then not waited for
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)              # where a caller ignores it, nobody can be waited for
     try:
         parser = build_parser()
         words, command = parser.split(argv)
