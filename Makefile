@@ -39,7 +39,7 @@ IN_IMAGE := python3 bash sudo less procps ca-certificates curl vim-tiny
 AS_ROOT    := $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --map-auto)
 BUILD_DEPS := mmdebstrap:mmdebstrap e2fsprogs:mke2fs mount:mount $(if $(AS_ROOT),uidmap:newuidmap)
 RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml)
-TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs
+TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole
 TEST_DEPS  := python3-pytest python3-hypothesis
 
 SHELL       := /bin/bash

@@ -28,7 +28,8 @@ MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may 
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
-HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT, SCREEN, STOPPED, RECEIVED = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
+HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
+SCREEN, STOPPED, RECEIVED, TERMINATE = 8, 9, 10, 11
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 SPOOLED = 0x80
@@ -231,6 +232,8 @@ def prepare_system() -> None:
     prefer_command()
     set_hostname()
     raise_loopback()
+    with open("/proc/sys/kernel/ctrl-alt-del", "w") as file:   # send PID 1 a SIGINT; do not reboot at once
+        file.write("0")
 
 
 def prefer_command() -> None:
@@ -807,7 +810,8 @@ class Relay:
             for kind, payload in self._channel.receive():
                 self._obey(kind, payload)
         if self._wakeup in ready:
-            os.read(self._wakeup, 512)
+            if signal.SIGINT in os.read(self._wakeup, 512):    # Ctrl-Alt-Del: the runner ends us as by its own SIGTERM
+                self._channel.send(TERMINATE)
             self._reap()
 
     def _forward_output(self, kind: int) -> None:
@@ -976,7 +980,6 @@ def run_job(channel: Channel, wakeup: int) -> None:
 
 
 def main() -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel spares PID 1 what has no handler
     mount_system(MOUNTS[:1])                      # /dev, for the channel: from then on failures can be told
     while os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) < 3:       # without a console 0 to 2 are free to be mistaken
         pass
@@ -984,7 +987,8 @@ def main() -> NoReturn:
     os.set_blocking(wakeup, False)
     os.set_blocking(to_wakeup, False)
     signal.set_wakeup_fd(to_wakeup)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    for number in (signal.SIGCHLD, signal.SIGINT):
+        signal.signal(number, lambda received, frame: None)
     run_job(Channel(CHANNEL), wakeup)
     while True:                                   # PID 1 must not end; the host ends the machine now
         time.sleep(3600)

@@ -40,6 +40,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    Mapping,
     NamedTuple,
     NoReturn,
     Optional,
@@ -59,7 +60,8 @@ MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may 
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
-HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT, SCREEN, STOPPED, RECEIVED = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
+HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
+SCREEN, STOPPED, RECEIVED, TERMINATE = 8, 9, 10, 11
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 SPOOLED = 0x80
@@ -72,14 +74,22 @@ TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, 
 # --- The runner's own constants -----------------------------------------------------------------------------
 
 EXIT_TIMEOUT, EXIT_FAILED = 124, 125
-AGENT = "/sbin/apppot-init"
+AGENT, AGENT_MODULE = "/sbin/apppot-init", "/usr/lib/apppot/apppot_init.py"
 KERNEL_NAMES = ("linux", "linux.uml")
 IMAGE_NAMES = ("apppot.img",)
-DEFAULT_MEM = "1G"
+DEFAULT_MEM_MIB, SMALL_MEM_MIB = 1024, 256
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
 ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
+OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32  # the guest gets 64 MiB and a 32nd less than the job; 40 and a 100th are used
 SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the COW file
-DESCRIPTORS_MIN = 40
+DESCRIPTORS_MIN, PROCESSES_MIN = 40, 16
+SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
+USES_MEMFD = b"create executable memfd"                        # 6.16 and later, whose memory is in no directory
+HAS_SMP, HAS_SECCOMP = b"CONFIG_SMP=y", b"seccomp=<on"         # the latter from the text of `linux --help`
+KERNEL_FEATURES = (
+    ("SMP", HAS_SMP), ("seccomp mode", HAS_SECCOMP), ("hostfs", b"CONFIG_HOSTFS=y"), ("mconsole", b"CONFIG_MCONSOLE=y"),
+    ("vector network", b"CONFIG_UML_NET_VECTOR=y"), ("slirp network", b"CONFIG_UML_NET_SLIRP=y"))
+NETWORK_HELPERS = ("slirp4netns", "slirp-fullbolt", "slirp")
 INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
 SPOOL_CHUNK = 1 << 20
 STDIN_WINDOW = 8 << 20
@@ -90,6 +100,7 @@ WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the run
 MEMFD = ""                           # in place of a directory for the guest's memory: the kernel needs none
 HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run directory; 6.12 and later want it absolute
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
+KERNEL_ANSWER_S = 10.0               # for `linux --version`
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
 KERNEL_INPUT_FD, KERNEL_OUTPUT_FD = 3, 4
@@ -103,6 +114,10 @@ LANDLOCK_ABI_MIN, LANDLOCK_ABI_TRUNCATE = 2, 3                 # ABI 1 forbids e
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
 READ_ONLY, READ_WRITE = READ_FILE | READ_DIR, (1 << 15) - 1 - EXECUTE
 OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE         # the rights that a rule for a file may have
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+BPF_RET, SECCOMP_RET_ALLOW = 0x06, 0x7FFF0000                  # include/uapi/linux/bpf_common.h, seccomp.h
+PTRACE_TRACEME, PTRACE_SETOPTIONS, PTRACE_O_TRACESYSGOOD, PTRACE_SYSEMU = 0, 0x4200, 1, 31     # linux/ptrace.h, x86
+PT_INTERP = 3                                                  # include/uapi/linux/elf.h
 ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
 MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
 MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
@@ -118,6 +133,8 @@ BATCH_VARIABLES = re.compile(
     br"NSLOTS|NHOSTS|NQUEUES|PE|QUEUE|RESTARTED|TERM|LANG|LANGUAGE|TZ")
 
 EXT_MAGIC, EXT_64BIT = 0xEF53, 0x80                            # fs/ext4/ext4.h
+EXT_EXTENTS, EXTENT_MAGIC = 0x80000, 0xF30A
+EXT_UNREADABLE = 0x4 | 0x10 | 0x8000 | 0x10000                 # journal to replay, meta_bg, inline data, encryption
 LINUX_TYPE, EXTENDED_TYPES, GPT_TYPE = 0x83, (0x05, 0x0F, 0x85), 0xEE
 GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")   # Discoverable Partitions Specification
 # arch/um/drivers/cow_user.c, version 3, big-endian: magic, version, mtime and size of the base image, bytes of a
@@ -171,6 +188,23 @@ class Bind(NamedTuple):
         return b"" if self.is_directory else os.path.basename(self.source)
 
 
+class Amount(NamedTuple):
+    """So much memory (MiB) or so many CPUs, and where that comes from."""
+    value: int
+    source: str
+
+
+class Grants(NamedTuple):
+    """What this job may use. Of several amounts the smallest counts."""
+    systems: Tuple[str, ...]         # the batch systems whose job this is
+    mem: Tuple[Amount, ...]          # what they say
+    cpus: Tuple[Amount, ...]
+    machine: Amount                  # its memory
+    mem_limits: Tuple[Amount, ...]   # what the node enforces
+    cpu_limits: Tuple[Amount, ...]
+    notes: Tuple[str, ...]           # what was ignored
+
+
 class RunSpec(NamedTuple):
     """One run, decided: nothing below parses options or looks at the environment again."""
     command: Tuple[str, ...]
@@ -197,6 +231,9 @@ class RunSpec(NamedTuple):
     boot_timeout_s: float
     kill_after_s: float
     verbose: bool
+    cpus: int = 1
+    umid_link: Optional[str] = None  # ~/.uml/NAME, where uml_mconsole looks for a guest by its name
+    notes: Tuple[str, ...] = ()      # for -v: how it was decided
 
     @property
     def persistent(self) -> bool:
@@ -284,6 +321,10 @@ def format_mib(mib: float) -> str:
     return "{:.1f} GiB".format(mib / 1024) if mib >= 1024 else "{:.0f} MiB".format(mib)
 
 
+def one_line(text: str) -> bytes:
+    return text.replace("\n", "\\n").encode("utf-8", "backslashreplace")
+
+
 def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: bool) -> Dict[bytes, bytes]:
     """What of the caller's environment goes into the guest: the batch system's variables and what --env names."""
     chosen = {} if clean else {name: value for name, value in caller.items() if BATCH_VARIABLES.fullmatch(name)}
@@ -303,7 +344,15 @@ def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
     return [
         spec.kernel, disk, "root=/dev/ubda{}".format(spec.root.partition or ""), "rw", "mem={}M".format(spec.mem_mib),
         "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD),
-        "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT] + list(spec.extra)
+        "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT] + build_cpu_args(spec) + list(spec.extra)
+
+
+def build_cpu_args(spec: RunSpec) -> List[str]:
+    """Several CPUs need the kernel's seccomp mode: "SMP is not supported with PTRACE userspace"."""
+    if spec.cpus == 1:
+        return []
+    chosen = any(word.startswith("seccomp=") for word in spec.extra)
+    return ["ncpus={}".format(spec.cpus)] + ([] if chosen else ["seccomp=on"])
 
 
 def encode_modes(attributes: List[Any]) -> bytes:
@@ -410,8 +459,8 @@ def read_mbr(file: BinaryIO) -> Iterator[Tuple[int, bool, int, int]]:
         base, table_at = base or following, following
 
 
-def find_root_device(path: str) -> RootDevice:
-    """Find the root file system in a partition image or, by its partition table, in a whole-disk image."""
+def locate_root(path: str) -> Tuple[RootDevice, int]:
+    """The root file system of a partition image or, by its partition table, of a whole-disk image; its offset in it."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -424,18 +473,137 @@ def find_root_device(path: str) -> RootDevice:
             for number, says_root, start, _ in found:
                 superblock = read_ext_superblock(file, start)
                 if superblock:
-                    roots.append((says_root, superblock[1], RootDevice(number, superblock[0]), start + superblock[1]))
+                    roots.append((says_root, superblock[1], RootDevice(number, superblock[0]), start))
             if not roots:
                 raise explain_no_root(file, path, bool(partitions))
     except OSError as error:
         raise Fatal("image cannot be read, {}: {}".format(error.strerror, path),
                     "--image names a disk image file" if error.errno in (errno.ENOENT, errno.EISDIR) else
                     "check its permissions")
-    _, _, root, end = max(roots)
-    if end > size:
-        raise Fatal("image is truncated: {} has {} of {} bytes".format(path, size, end),
+    _, length, root, start = max(roots)
+    if start + length > size:
+        raise Fatal("image is truncated: {} has {} of {} bytes".format(path, size, start + length),
                     "was the transfer cut off? Copy it again")
-    return root
+    return root, start
+
+
+def find_root_device(path: str) -> RootDevice:
+    return locate_root(path)[0]
+
+
+class ExtReader:
+    """Reads files of an ext2, 3 or 4 file system without mounting it; ValueError where it cannot tell.
+
+    Layout: Documentation/filesystems/ext4. A journal that was not replayed may hold newer directories.
+    """
+
+    def __init__(self, file: BinaryIO, offset: int) -> None:
+        self._file, self._offset = file, offset
+        block = read_at(file, offset + 1024, 1024)
+        self._first, log_size = struct.unpack_from("<II", block, 0x14)
+        self._per_group, = struct.unpack_from("<I", block, 0x28)
+        self._inode_size, = struct.unpack_from("<H", block, 0x58)
+        incompatible, = struct.unpack_from("<I", block, 0x60)
+        if log_size > 6 or not self._per_group or incompatible & EXT_UNREADABLE:
+            raise ValueError("features {:#x}".format(incompatible))
+        self._size = 1024 << log_size
+        self._group_size = struct.unpack_from("<H", block, 0xFE)[0] if incompatible & EXT_64BIT else 32
+
+    def _block(self, number: int) -> bytes:
+        return read_at(self._file, self._offset + number * self._size, self._size)
+
+    def _inode(self, number: int) -> bytes:
+        group, index = divmod(number - 1, self._per_group)
+        start = self._offset + (self._first + 1) * self._size + group * self._group_size
+        descriptor = read_at(self._file, start, self._group_size)
+        table, = struct.unpack_from("<I", descriptor, 8)
+        if self._group_size >= 64:
+            table |= struct.unpack_from("<I", descriptor, 0x28)[0] << 32
+        return read_at(self._file, self._offset + table * self._size + index * self._inode_size, self._inode_size)
+
+    def _extents(self, node: bytes, depth: int = 0) -> Iterator[bytes]:
+        magic, count, _, height = struct.unpack_from("<HHHH", node)
+        if magic != EXTENT_MAGIC or depth > 5:
+            raise ValueError("no extents")
+        for index in range(count):
+            entry = node[12 + 12 * index:24 + 12 * index]
+            if height:
+                low, high = struct.unpack_from("<IH", entry, 4)
+                yield from self._extents(self._block(high << 32 | low), depth + 1)
+            else:
+                length, high, low = struct.unpack_from("<HHI", entry, 4)
+                yield from (self._block((high << 32 | low) + block) for block in range(length & 0x7FFF))
+
+    def _content(self, inode: bytes) -> bytes:
+        """Of a directory, a link or a small file: up to a MiB."""
+        size, = struct.unpack_from("<I", inode, 4)
+        flags, = struct.unpack_from("<I", inode, 0x20)
+        if stat.S_ISLNK(struct.unpack_from("<H", inode)[0]) and size < 60:
+            return inode[0x28:0x28 + size]
+        if flags & EXT_EXTENTS:
+            blocks = self._extents(inode[0x28:0x28 + 60])
+        else:                                     # twelve blocks, and a block of further ones
+            pointers = inode[0x28:0x28 + 48] + self._block(struct.unpack_from("<I", inode, 0x58)[0])
+            blocks = (self._block(number) for number, in struct.iter_unpack("<I", pointers) if number)
+        content = b""
+        while len(content) < min(size, 1 << 20):
+            block = next(blocks, b"")
+            if not block:
+                raise ValueError("a file with too few blocks")
+            content += block
+        return content[:size]
+
+    def _entries(self, directory: bytes) -> Iterator[Tuple[bytes, int]]:
+        content, start = self._content(directory), 0
+        while start + 8 <= len(content):
+            inode, length, name_length = struct.unpack_from("<IHB", content, start)
+            if inode:
+                yield content[start + 8:start + 8 + name_length], inode
+            start += max(length, 8)
+
+    def read(self, path: bytes) -> Optional[bytes]:
+        """The beginning of a file of the image, links followed; None if there is no such file."""
+        names, trail = path.split(b"/"), [2]      # inode 2 is the root
+        for _ in range(200):
+            while names and names[0] in (b"", b"."):
+                del names[0]
+            if not names:
+                return self._content(self._inode(trail[-1]))
+            name = names.pop(0)
+            if name == b"..":
+                trail = trail[:-1] or [2]
+                continue
+            number = dict(self._entries(self._inode(trail[-1]))).get(name)
+            if number is None:
+                return None
+            inode = self._inode(number)
+            if stat.S_ISLNK(struct.unpack_from("<H", inode)[0]):
+                target = self._content(inode)
+                names = target.split(b"/") + names
+                trail = [2] if target.startswith(b"/") else trail
+            else:
+                trail.append(number)
+        raise ValueError("too many links")
+
+
+def find_missing_agent(path: str, offset: int) -> str:
+    """Which file of the agent an image lacks; empty if none. ValueError where that cannot be seen from outside."""
+    with open(path, "rb") as file:
+        try:
+            image = ExtReader(file, offset)
+            launcher = image.read(AGENT.encode())
+            if launcher is None:
+                return AGENT
+            interpreter = re.match(br"#!\s*(/\S+)", launcher)
+            needs = [interpreter.group(1)] if interpreter else []
+            needs += [AGENT_MODULE.encode()] if os.path.dirname(AGENT_MODULE).encode() in launcher else []
+            return next((os.fsdecode(need) for need in needs if image.read(need) is None), "")
+        except struct.error as error:
+            raise ValueError(str(error))
+
+
+def no_agent(what: str, image: str) -> Fatal:
+    return Fatal("image has no agent ({}): {}".format(what, image), "`make image` builds one with it")
 
 
 def explain_no_root(file: BinaryIO, path: str, has_partitions: bool) -> Fatal:
@@ -511,18 +679,29 @@ def find_lock_holder(path: str) -> str:
 
 # --- The node -----------------------------------------------------------------------------------------------
 
+def path_directories() -> List[str]:
+    return os.environ.get("PATH", os.defpath).split(os.pathsep)
+
+
+def search(places: Sequence[str], names: Sequence[str]) -> Optional[str]:
+    """The first file of one of these names in one of these directories."""
+    for place in places:
+        for name in names:
+            path = os.path.join(place or ".", name)
+            if os.path.isfile(path):
+                return path
+    return None
+
+
 def find_part(option: Optional[str], variable: str, names: Sequence[str], what: str, on_path: bool) -> str:
     """Explicit option, environment, beside this script, current directory, PATH: the first that is there."""
     given = option or os.environ.get(variable)
     if given:
         return given
     beside = os.path.dirname(os.path.abspath(__file__))
-    places = [beside, os.getcwd()] + (os.environ.get("PATH", os.defpath).split(os.pathsep) if on_path else [])
-    for place in places:
-        for name in names:
-            path = os.path.join(place or ".", name)
-            if os.path.isfile(path):
-                return path
+    path = search([beside, os.getcwd()] + (path_directories() if on_path else []), names)
+    if path:
+        return path
     raise Fatal("no {} found".format(what),
                 "put `{}` beside {}, or name it with --{} or {}".format(names[0], os.path.basename(__file__), what,
                                                                         variable))
@@ -548,6 +727,69 @@ def check_kernel(path: str) -> str:
             raise Fatal("kernel is not executable: " + path,
                         "chmod +x it; a file system mounted noexec cannot hold it")
     return os.path.abspath(path)
+
+
+def ask_version(kernel: str) -> str:
+    """What the kernel answers to --version, or how it ends instead."""
+    import subprocess
+
+    try:
+        answer = subprocess.run([kernel, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, timeout=KERNEL_ANSWER_S)
+    except OSError as error:
+        raise explain_exec_failure(error.errno or 0, kernel)
+    except subprocess.TimeoutExpired:
+        return "nothing within {:g} s".format(KERNEL_ANSWER_S)
+    died = "died of signal {}".format(-answer.returncode) if answer.returncode < 0 else ""
+    return answer.stdout.decode("utf-8", "replace").strip() + died
+
+
+def read_loader(kernel: str) -> str:
+    """The dynamic loader that an executable asks for (elf(5), PT_INTERP); empty if it is linked statically."""
+    with open(kernel, "rb") as file:
+        header = read_at(file, 0, 64)
+        start, = struct.unpack_from("<Q", header, 32)
+        size, count = struct.unpack_from("<HH", header, 54)
+        for index in range(count):
+            kind, offset, length = struct.unpack_from("<I4xQ16xQ", read_at(file, start + index * size, 56))
+            if kind == PT_INTERP:
+                return os.fsdecode(read_at(file, offset, min(length, 4096)).rstrip(b"\0"))
+    return ""
+
+
+def explain_exec_failure(number: int, kernel: str) -> Fatal:
+    loader = read_loader(kernel) if number == errno.ENOENT else ""
+    if loader and not os.path.exists(loader):
+        return no_library(loader, kernel)
+    return Fatal("kernel cannot be executed, {}: {}".format(os.strerror(number), kernel),
+                 "is it made for this machine, and are its libraries here? `ldd` tells")
+
+
+def no_library(what: str, kernel: str) -> Fatal:
+    return Fatal("kernel lacks a shared library ({}): {}".format(what, kernel),
+                 "use a kernel that is linked statically, or one made for this system")
+
+
+def explain_loader(output: str, kernel: str) -> Optional[Fatal]:
+    """What the dynamic loader says of a kernel that it cannot start."""
+    missing = re.search(r"error while loading shared libraries: ([^:\n]+)", output)
+    version = re.search(r"(\S+): (version `[^']+' not found)", output)
+    if missing:
+        return no_library(missing.group(1), kernel)
+    return no_library("{}: {}".format(*version.groups()), kernel) if version else None
+
+
+def read_kernel_version(kernel: str) -> str:
+    answer = ask_version(kernel)
+    if not re.match(r"\d+\.\d+\S*$", answer):
+        raise explain_loader(answer, kernel) or not_uml(kernel, "answers --version with {!r}".format(answer[:60]))
+    return answer
+
+
+def not_uml(kernel: str, how: str) -> Fatal:
+    return Fatal("kernel {}: {}".format(how, kernel),
+                 "is it User-Mode Linux? `{} --version` prints a version; -v shows what it printed".format(
+                     shlex.quote(kernel)))
 
 
 def free_mib(directory: str) -> float:
@@ -578,31 +820,116 @@ def find_fault_for_ram(directory: str, mem_mib: int) -> str:
     return "" if room >= mem_mib else "has {} free".format(format_mib(room))
 
 
+def try_in_child(attempt: Callable[[], int]) -> str:
+    """Why `attempt`, which returns 0 or an errno, fails in a process of its own; empty if it does not."""
+    pid = os.fork()
+    if pid == 0:
+        result = errno.EPERM
+        try:
+            result = attempt()
+        except OSError as error:
+            result = error.errno or result
+        except ImportError:                       # a Python without ctypes cannot try
+            result = 0
+        finally:
+            os._exit(result)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        return "signal {}".format(os.WTERMSIG(status))
+    return os.strerror(status >> 8) if status else ""
+
+
+def try_ptrace() -> int:
+    """Trace a process as the kernel traces those of the guest: PTRACE_TRACEME, then stop it at its system calls."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def ptrace(request: int, pid: int, value: int) -> None:
+        if libc.ptrace(ctypes.c_long(request), pid, None, ctypes.c_void_p(value)) < 0:
+            raise OSError(ctypes.get_errno(), "ptrace")
+
+    pid = os.fork()
+    if pid == 0:
+        result = errno.EPERM
+        try:
+            call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+            ptrace(PTRACE_TRACEME, 0, 0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os.getppid()
+        except OSError as error:
+            result = error.errno or result
+        finally:
+            os._exit(result)
+    _, status = os.waitpid(pid, 0)
+    if not os.WIFSTOPPED(status):
+        return status >> 8 or errno.EPERM
+    try:
+        ptrace(PTRACE_SETOPTIONS, pid, PTRACE_O_TRACESYSGOOD)
+        ptrace(PTRACE_SYSEMU, pid, 0)
+        _, status = os.waitpid(pid, 0)
+        return 0 if os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGTRAP | 0x80 else errno.EPERM
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def try_seccomp() -> int:
+    """Install a filter, one that allows everything, as a kernel in its seccomp mode does for the guest's processes."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    allow = ctypes.create_string_buffer(struct.pack("=HBBI", BPF_RET, 0, 0, SECCOMP_RET_ALLOW))
+    program = ctypes.create_string_buffer(struct.pack("@HP", 1, ctypes.addressof(allow)))
+    failed = (libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+              or libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_void_p(ctypes.addressof(program)), 0, 0))
+    return ctypes.get_errno() if failed else 0
+
+
+def explain_ptrace(kernel: Optional[str]) -> Optional[Fatal]:
+    """Who forbids this node's processes to trace their children; None if nobody does."""
+    fault = try_in_child(try_ptrace)
+    if not fault:
+        return None
+    scope = read_node_file("/proc/sys/kernel/yama/ptrace_scope").strip()
+    filtered = re.search(r"(?m)^Seccomp:\s*2", read_node_file("/proc/self/status"))
+    culprit = ("Yama (kernel.yama.ptrace_scope={})".format(scope) if scope in ("2", "3") else
+               "a seccomp filter" if filtered else "this node")
+    able = kernel and kernel_holds(kernel, HAS_SECCOMP)
+    return Fatal("ptrace is forbidden by {}: {}".format(culprit, fault),
+                 "this kernel does without it: --extra seccomp=on" if able else
+                 "ask for it to be allowed, or use a kernel of 6.16 or newer with --extra seccomp=on")
+
+
 def scratch_candidates(tmpdir: Optional[str]) -> List[str]:
     given = tmpdir or os.environ.get("APPPOT_TMPDIR")
     if given:
         return [given]
-    named = [os.environ.get(name) for name in ("_CONDOR_SCRATCH_DIR", "TMPDIR")]
+    named = [os.environ.get(name) for name in ("_CONDOR_SCRATCH_DIR", "SLURM_TMPDIR", "PBS_JOBFS", "TMPDIR")]
     return [path for path in named if path] + ["/tmp", "/var/tmp"]
 
 
-def choose_ram_directory(spec_kernel: str, candidates: Sequence[str], mem_mib: int) -> str:
+def choose_ram_directory(spec_kernel: Optional[str], candidates: Sequence[str], mem_mib: int) -> str:
     faults = []
-    for directory in ["/dev/shm"] + list(candidates):
+    for directory in [SHARED_MEMORY] + list(candidates):
         fault = find_fault_for_ram(directory, mem_mib)
         if not fault:
             return os.path.abspath(directory)
         faults.append("{} {}".format(directory, fault))
-    if uses_memfd(spec_kernel):
+    if spec_kernel and kernel_holds(spec_kernel, USES_MEMFD):
         return MEMFD
     raise Fatal("no room for the guest's memory of {}: {}".format(format_mib(mem_mib), "; ".join(faults)),
                 "name a directory that has it and is not noexec with --tmpdir, or ask for less with --mem")
 
 
-def uses_memfd(kernel: str) -> bool:
-    """Whether the kernel needs no directory for its memory: so from 6.16 on, by its own message when that fails."""
+def kernel_holds(kernel: str, text: bytes) -> bool:
+    """Whether a text is in the kernel: a message, or one of the settings that `linux --showconfig` would print.
+
+    Unlike the kernel's own answer this takes no process, and is there when a library of the kernel is not; but the
+    search takes 5 ms.
+    """
     with open(kernel, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(b"create executable memfd") >= 0
+        return content.find(text) >= 0
 
 
 def choose_scratch(candidates: Sequence[str]) -> str:
@@ -631,10 +958,26 @@ def check_limits(mem_mib: int, disk_bytes: int) -> None:
         if hard != resource.RLIM_INFINITY and hard < need:
             raise Fatal("limit of {} is {}, {} are needed".format(what, format_mib(hard >> 20), format_mib(need >> 20)),
                         "raise the limit, or ask for less memory with --mem")
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < DESCRIPTORS_MIN:
         raise Fatal("limit of open files (ulimit -n) is {}, {} are needed".format(hard, DESCRIPTORS_MIN),
                     "raise the limit")
+    if soft < DESCRIPTORS_MIN:                    # this one is the runner's, too
+        resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS_MIN, hard))
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    if hard != resource.RLIM_INFINITY and os.getuid() != 0 and hard < count_own_processes() + PROCESSES_MIN:
+        raise Fatal("limit of processes (ulimit -u) is {}, {} are needed beside those that you have".format(
+            hard, PROCESSES_MIN), "raise the limit, or end some of your processes")
+
+
+def count_own_processes() -> int:
+    count = 0
+    for name in os.listdir("/proc"):
+        try:
+            count += name.isdigit() and os.stat("/proc/" + name).st_uid == os.getuid()
+        except OSError:
+            pass                                  # it has ended meanwhile
+    return count
 
 
 def total_memory_mib() -> int:
@@ -680,6 +1023,282 @@ def parse_bind(text: str) -> Bind:
                 os.path.isdir(source))
 
 
+# --- What the job was granted -------------------------------------------------------------------------------
+# Functions of the environment and of `read`, which returns the text of a file, "" of one that cannot be read.
+
+def read_amount(values: Mapping[str, str], name: str, parse: Callable[[str], int], notes: List[str],
+                owner: str = "") -> List[Amount]:
+    """The amount that a variable states, as a list of one; what is none is ignored with a note, never an error."""
+    text = values.get(name, "").strip()
+    if not text:
+        return []
+    source = "{}{}={}".format(owner, name, text[:60])
+    try:
+        value = parse(text)
+    except (ValueError, OverflowError, Fatal):
+        value = 0
+    if value < 1:
+        notes.append(source + " ignored: it is no amount")
+        return []
+    return [Amount(value, source)]
+
+
+def parse_mib(text: str) -> int:
+    return parse_size_mib(text, "")
+
+
+def parse_bytes(text: str) -> int:
+    """MiB of a bare number of bytes, or of a number with its unit."""
+    return int(text) >> 20 if text.isdigit() else parse_size_mib(text, "")
+
+
+def pick_slurm(text: str, node: int) -> int:
+    """The number of one node in Slurm's "16(x2),8": one for each node of the job, runs of equal ones folded."""
+    for word in text.split(","):
+        match = re.match(r"(\d+)(?:\(x(\d+)\))?$", word, re.ASCII)
+        if not match:
+            break
+        number, count = int(match.group(1)), int(match.group(2) or 1)
+        if node < count:
+            return number
+        node -= count
+    raise ValueError(text)
+
+
+def divide(amounts: List[Amount], parts: List[Amount]) -> List[Amount]:
+    return [Amount(max(1, amount.value // part.value), "{} for {}".format(amount.source, part.source))
+            for amount in amounts for part in parts if part.value > 1] or amounts
+
+
+def multiply(amounts: List[Amount], factors: List[Amount]) -> List[Amount]:
+    return [Amount(amount.value * factor.value, "{} times {}".format(amount.source, factor.source))
+            for amount in amounts for factor in factors] or amounts
+
+
+def read_slurm(environment: Mapping[str, str], read: Callable[[str], str], notes: List[str],
+               ) -> Tuple[List[Amount], List[Amount]]:
+    """Memory and CPUs by the OUTPUT ENVIRONMENT VARIABLES of sbatch(1) and srun(1).
+
+    Tasks of one step share what the step has on the node; a batch script has all of it for itself.
+    """
+    number = environment.get("SLURM_NODEID", "")
+    node = int(number) if re.match(r"\d{1,6}$", number, re.ASCII) else 0
+
+    def of_node(text: str) -> int:
+        return pick_slurm(text, node)
+
+    tasks = read_amount(environment, "SLURM_STEP_TASKS_PER_NODE", of_node, notes)
+    cpus = (read_amount(environment, "SLURM_CPUS_PER_TASK", int, notes)
+            or divide(read_amount(environment, "SLURM_CPUS_ON_NODE", int, notes)
+                      or read_amount(environment, "SLURM_JOB_CPUS_PER_NODE", of_node, notes), tasks))
+    mem = divide(read_amount(environment, "SLURM_MEM_PER_NODE", parse_mib, notes), tasks)
+    return mem + multiply(read_amount(environment, "SLURM_MEM_PER_CPU", parse_mib, notes), cpus), cpus
+
+
+def read_pbs(environment: Mapping[str, str], read: Callable[[str], str], notes: List[str],
+             ) -> Tuple[List[Amount], List[Amount]]:
+    """NCPUS is OpenPBS's, PBS_NUM_PPN Torque's; PBS_NCPUS and PBS_RESC_MEM (bytes) many sites'."""
+    cpus = (read_amount(environment, "PBS_NUM_PPN", int, notes) or read_amount(environment, "PBS_NCPUS", int, notes)
+            or (read_amount(environment, "NCPUS", int, notes) if "PBS_JOBID" in environment else []))
+    return read_amount(environment, "PBS_RESC_MEM", parse_bytes, notes), cpus
+
+
+def read_grid_engine(environment: Mapping[str, str], read: Callable[[str], str], notes: List[str],
+                     ) -> Tuple[List[Amount], List[Amount]]:
+    """NSLOTS counts the slots of all hosts. Memory is per slot, as h_vmem and m_mem_free are; few sites export it."""
+    hosts = read_amount(environment, "NHOSTS", int, notes)
+    cpus = divide(read_amount(environment, "NSLOTS", int, notes), hosts)
+    mem = (read_amount(environment, "SGE_HGR_m_mem_free", parse_bytes, notes)
+           or read_amount(environment, "SGE_HGR_h_vmem", parse_bytes, notes))
+    return multiply(mem, cpus), cpus
+
+
+def read_condor(environment: Mapping[str, str], read: Callable[[str], str], notes: List[str],
+                ) -> Tuple[List[Amount], List[Amount]]:
+    """Cpus and Memory (MiB) of the slot, in the machine ad that HTCondor leaves for the job."""
+    path = environment.get("_CONDOR_MACHINE_AD", "")
+    slot = {name.capitalize(): value
+            for name, value in re.findall(r"(?im)^(Cpus|Memory)[ \t]*=(.*)$", read(path) if path else "")}
+    mem, cpus = (read_amount(slot, name, int, notes, "HTCondor's ") for name in ("Memory", "Cpus"))
+    return mem, cpus
+
+
+BATCH_SYSTEMS = (                    # name, variables of which a job has one, what reads the grant
+    ("Slurm", ("SLURM_JOB_ID", "SLURM_JOBID"), read_slurm),
+    ("PBS", ("PBS_JOBID",), read_pbs),
+    ("Grid Engine", ("SGE_TASK_ID",), read_grid_engine),
+    ("HTCondor", ("_CONDOR_MACHINE_AD", "_CONDOR_JOB_AD", "_CONDOR_SLOT"), read_condor),
+)
+
+
+def list_cgroups(membership: str, mounts: str, controller: str) -> List[str]:
+    """Directories of this process's cgroup and those above it, of a controller of version 1 or ("") of version 2."""
+    paths = {name: path for _, names, path in (line.split(":", 2) for line in membership.splitlines()
+                                               if line.count(":") > 1) for name in names.split(",")}
+    for line in mounts.splitlines():
+        words, _, source = line.partition(" - ")
+        root, place = (words.split() + [""] * 5)[3:5]
+        wanted = source.startswith("cgroup ") and controller in source.split()[-1].split(",")
+        if controller in paths and (wanted if controller else source.startswith("cgroup2 ")):
+            below = paths[controller][len(root.rstrip("/")):] if is_below(paths[controller], root) else ""
+            parts = [part for part in below.split("/") if part]
+            return [os.path.join(place, *parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return []
+
+
+def is_below(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def read_cgroup_limits(read: Callable[[str], str], names: Sequence[Tuple[str, str]],
+                       parse: Callable[[str, str], int]) -> List[Amount]:
+    """What `parse` makes, above zero, of the limit files of this cgroup and of all above it."""
+    membership, mounts = read("/proc/self/cgroup"), read("/proc/self/mountinfo")
+    amounts = []
+    for controller, name in names:
+        for directory in list_cgroups(membership, mounts, controller):
+            try:
+                value = parse(read(os.path.join(directory, name)), directory)
+            except ValueError:                    # "max", or no such file: the root has none
+                continue
+            if value > 0:
+                amounts.append(Amount(value, "cgroup's {}".format(name)))
+    return amounts
+
+
+def read_mem_limits(read: Callable[[str], str], machine_mib: int) -> List[Amount]:
+    """MiB. A limit above the machine's memory, as version 1 has it for none, is none."""
+    limits = read_cgroup_limits(
+        read, (("", "memory.max"), ("", "memory.high"), ("memory", "memory.limit_in_bytes")),
+        lambda text, directory: max(1, int(text) >> 20))
+    return [limit for limit in limits if limit.value < machine_mib]
+
+
+def read_cpu_limits(read: Callable[[str], str]) -> List[Amount]:
+    """Whole CPUs of the quotas."""
+    def quota(text: str, directory: str) -> int:
+        words = text.split() + read(os.path.join(directory, "cpu.cfs_period_us")).split()
+        runtime, period = (int(word) for word in words[:2])
+        return max(1, runtime // period) if runtime > 0 and period > 0 else 0
+
+    return read_cgroup_limits(read, (("", "cpu.max"), ("cpu", "cpu.cfs_quota_us")), quota)
+
+
+def find_grants(environment: Mapping[str, str], read: Callable[[str], str], machine_mib: int) -> Grants:
+    notes: List[str] = []
+    systems, mem, cpus = [], [], []
+    for name, signs, read_system in BATCH_SYSTEMS:
+        its_mem, its_cpus = read_system(environment, read, notes)
+        if its_mem or its_cpus or any(sign in environment for sign in signs):
+            systems.append(name)
+        mem += its_mem
+        cpus += its_cpus
+    return Grants(tuple(systems), tuple(mem), tuple(cpus), Amount(machine_mib, "memory of this machine"),
+                  tuple(read_mem_limits(read, machine_mib)), tuple(read_cpu_limits(read)), tuple(notes))
+
+
+def read_node_file(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read(1 << 20)
+    except (OSError, ValueError):                 # ValueError: a NUL in a path of somebody's making
+        return ""
+
+
+def find_own_grants() -> Grants:
+    """What this process was granted; a cpuset shows in its affinity, limits of batch systems on memory in ulimit -v."""
+    grants = find_grants(os.environ, read_node_file, total_memory_mib())
+    affinity = Amount(len(os.sched_getaffinity(0)), "CPU affinity")
+    space = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if grants.systems and space != resource.RLIM_INFINITY:
+        usable = Amount(max(1, (space >> 20) - ADDRESS_SPACE_EXTRA_MIB), "ulimit -v less what the kernel maps")
+        grants = grants._replace(mem_limits=grants.mem_limits + (usable,))
+    return grants._replace(cpu_limits=grants.cpu_limits + (affinity,))
+
+
+def smallest(amounts: Sequence[Amount]) -> Amount:
+    return min(amounts, key=lambda amount: amount.value)       # of equal ones the first
+
+
+def default_mem(grants: Grants) -> Amount:
+    """The guest's memory where nobody asked: that of the job less what AppPot takes, else 1 GiB or all there is."""
+    stated = grants.mem + grants.mem_limits if grants.systems else ()
+    plain = Amount(DEFAULT_MEM_MIB, "default")
+    least = smallest(grants.mem + grants.mem_limits + (grants.machine,))
+    rest = Amount(max(MEM_MIN_MIB, least.value - OVERHEAD_MIB - least.value // OVERHEAD_SHARE),
+                  least.source + " less overhead")
+    return rest if stated else min(plain, rest)
+
+
+def choose_memory(asked: Optional[str], grants: Grants) -> Tuple[Amount, Tuple[int, ...]]:
+    """The guest's memory, and to what it may be lowered where there is no room for so much.
+
+    A grant need not be used up: better less of it than a slower place, and better still less than no run at all.
+    """
+    given = asked or os.environ.get("APPPOT_MEM")
+    if given:
+        mem = Amount(check_memory(given), "{}={}".format("--mem" if asked else "APPPOT_MEM", given))
+        return mem, (mem.value,)
+    mem = default_mem(grants)
+    floors = (DEFAULT_MEM_MIB, SMALL_MEM_MIB) if grants.systems else (mem.value,)
+    return mem, tuple(min(floor, mem.value) for floor in floors)
+
+
+def place_memory(mem: Amount, floors: Sequence[int], kernel: Optional[str], candidates: Sequence[str],
+                 ) -> Tuple[Amount, str]:
+    """The directory of the file that holds the guest's memory, and how much of it has room there."""
+    if len(floors) > 1 and kernel and kernel_holds(kernel, USES_MEMFD):
+        floors = (mem.value,)
+    failure = None
+    for floor in floors:
+        try:
+            directory = choose_ram_directory(kernel, candidates, floor)
+        except Fatal as fatal:
+            failure = failure or fatal
+            continue
+        room = int(free_mib(directory) * ROOM_SHARE)
+        if floor == mem.value or mem.value <= room:
+            return mem, directory
+        return Amount(max(floor, room), "room in {}; {}".format(directory, mem.source)), directory
+    assert failure
+    raise failure
+
+
+def choose_cpus(asked: Optional[str], grants: Grants) -> Amount:
+    given = asked or os.environ.get("APPPOT_CPUS")
+    if given:
+        if not re.match(r"0*[1-9]\d{0,3}$", given, re.ASCII):
+            raise Fatal("{} is not a number of CPUs: {!r}".format("--cpus" if asked else "APPPOT_CPUS", given),
+                        "give a whole number from 1")
+        return Amount(int(given), "{}={}".format("--cpus" if asked else "APPPOT_CPUS", given))
+    return smallest(grants.cpus + grants.cpu_limits) if grants.cpus else Amount(1, "default")
+
+
+def decide_cpus(asked: Optional[str], grants: Grants, kernel: str) -> Tuple[Amount, Tuple[str, ...]]:
+    """CPUs of the guest and notes on them. More than the kernel can have is an error to nobody: it runs slower."""
+    cpus = choose_cpus(asked, grants)
+    if cpus.value == 1 or kernel_holds(kernel, HAS_SMP):
+        return cpus, ()
+    note = "{} but the guest gets 1 CPU: this kernel has no SMP: {}".format(cpus.source, kernel)
+    if asked or os.environ.get("APPPOT_CPUS"):
+        write_stderr(one_line("apppot: warning: " + note) + b"\n")
+        return Amount(1, "kernel without SMP"), ()
+    return Amount(1, "kernel without SMP"), (note,)
+
+
+def describe_memory(mem: Amount, place: str) -> str:
+    return "{} in {}: {}".format(format_mib(mem.value), place, mem.source)
+
+
+def describe_cpus(cpus: Amount) -> str:
+    return "{} CPU{}: {}".format(cpus.value, "s" if cpus.value > 1 else "", cpus.source)
+
+
+def describe_resources(mem: Amount, directory: str, cpus: Amount, kernel: str) -> Tuple[str, ...]:
+    place = "a memfd" if kernel_holds(kernel, USES_MEMFD) else directory
+    return "memory " + describe_memory(mem, place), describe_cpus(cpus)
+
+
 # --- Processes ----------------------------------------------------------------------------------------------
 
 def call_libc(name: str, *arguments: Union[int, bytes, None]) -> int:
@@ -695,6 +1314,10 @@ def find_landlock() -> int:
     """The version of Landlock's interface that this machine has; 0: none that will do."""
     abi = call_libc("syscall", LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
     return abi if abi >= LANDLOCK_ABI_MIN else 0
+
+
+def describe_confinement() -> str:
+    return "confined by " + ("Landlock" if find_landlock() else "the guest's agent, as this machine has no Landlock")
 
 
 def confine(rules: Iterable[Tuple[AnyPath, int]]) -> None:
@@ -716,20 +1339,15 @@ def confine(rules: Iterable[Tuple[AnyPath, int]]) -> None:
         raise OSError(errno.EPERM, "Landlock")
 
 
-def list_libraries(program: str) -> Tuple[List[str], List[str]]:
-    """The files that the dynamic loader opens for a program, itself included, and the names of those it misses."""
-    with open(program, "rb") as file:
-        interpreter = re.search(br"\0(/[\w./-]*/ld[\w.-]*\.so[\w.]*)\0", file.read(4096))
-    if not interpreter:
-        return [], []                             # linked statically
-    if not os.path.exists(interpreter.group(1)):
-        return [], [interpreter.group(1).decode()]
+def list_libraries(program: str) -> List[str]:
+    """The files that the dynamic loader opens for a program, itself included."""
+    if not read_loader(program):
+        return []                                 # linked statically
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             os.dup2(writer, 1)
-            os.dup2(writer, 2)
             os.execve(program, [program], dict(os.environ, LD_TRACE_LOADED_OBJECTS="1"))
         finally:
             os._exit(EXIT_FAILED)
@@ -737,7 +1355,7 @@ def list_libraries(program: str) -> Tuple[List[str], List[str]]:
     with os.fdopen(reader, encoding="utf-8", errors="surrogateescape") as output:
         text = output.read()
     os.waitpid(pid, 0)
-    return re.findall(r"(/\S.*) \(0x", text), re.findall(r"(\S+) => not found", text)
+    return re.findall(r"(/\S.*) \(0x", text)
 
 
 def list_children(pid: int) -> List[int]:
@@ -953,7 +1571,7 @@ def fill_run_directory(spec: RunSpec, directory: str) -> None:
 def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, int]]:
     """Which files of the host the kernel may open, and with which rights: what confines a guest's root."""
     rules: List[Tuple[AnyPath, int]] = [(directory, READ_WRITE) for directory in directories]
-    rules += [(path, READ_FILE | EXECUTE) for path in [spec.kernel, *list_libraries(spec.kernel)[0]]]
+    rules += [(path, READ_FILE | EXECUTE) for path in [spec.kernel, *list_libraries(spec.kernel)]]
     rules += [(path, READ_FILE) for path in ("/etc/ld.so.cache", "/proc/cpuinfo")]
     rules += [(path, READ_FILE | WRITE_FILE) for path in ("/dev/null", "/dev/zero", "/dev/ptmx", "/dev/pts")]
     rules.append((spec.image, READ_FILE | (WRITE_FILE if spec.write else 0)))
@@ -965,6 +1583,63 @@ def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, i
     # A disk or a socket that the user gives to the kernel.
     words = [word for argument in spec.extra for word in re.split("[=,]", argument) if word.startswith("/")]
     return rules + [(word, READ_WRITE) for word in words]
+
+
+def find_umid_link(umid: str) -> Optional[str]:
+    """Where uml_mconsole and its users look for a guest's directory: the kernel's own default for uml_dir=."""
+    home = os.environ.get("HOME", "")
+    return os.path.join(home, ".uml", umid) if home.startswith("/") else None
+
+
+def claim_umid(link: str, target: str) -> None:
+    """Make ~/.uml/NAME lead to this run's directory of the kernel, in place of what a run left that was killed.
+
+    Whether one still runs is seen on its own node only; where nodes share a home, the last to start has the name.
+    """
+    place_name = os.path.dirname(link)
+    if not os.path.isdir(place_name):
+        os.mkdir(place_name, 0o700)               # but no home directory that does not exist
+    place = os.open(place_name, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        if os.path.lexists(link):
+            is_ours = os.path.islink(link)        # else of a kernel that was started without AppPot
+            holder = os.path.dirname(os.readlink(link)) if is_ours else link
+            lock = try_lock(holder) if is_ours else None
+            if lock is not None:
+                os.close(lock)
+            elif os.path.isdir(holder) or not is_ours:
+                raise Fatal("--id is in use by the run in {}: {}".format(holder, os.path.basename(link)),
+                            "give each run a name of its own; remove {} if none of yours runs".format(link))
+            os.unlink(link)
+        os.symlink(target, link)
+    finally:
+        os.close(place)
+
+
+def release_umid(link: Optional[str], target: str) -> None:
+    try:
+        if link and os.readlink(link) == target:
+            os.unlink(link)
+    except OSError:
+        pass                                      # another run's, or none
+
+
+@contextmanager
+def mconsole_name(spec: RunSpec, directory: str) -> Iterator[str]:
+    """What to give to uml_mconsole: the name, where there is a home directory for the link, else the socket."""
+    target = os.path.join(directory, spec.umid)
+    name = os.path.join(target, "mconsole")
+    try:
+        if spec.umid_link:
+            claim_umid(spec.umid_link, target)
+            name = spec.umid
+    except OSError:
+        pass                                      # a home directory that cannot be written
+    try:
+        yield name
+    finally:
+        release_umid(spec.umid_link, target)
 
 
 def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
@@ -1099,6 +1774,7 @@ def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
         message = "exec {}".format(error.errno)
     kill_children()
     os.chdir("/")
+    release_umid(spec.umid_link, os.path.join(directories.run, spec.umid))
     for directory in directories:
         remove_tree(directory)
     os.write(report, message.encode())
@@ -1485,6 +2161,8 @@ class Session:
             self._stopped = payload[0]
         elif kind == STDIN_CLOSED:
             self._reader.close_input()
+        elif kind == TERMINATE:                   # Ctrl-Alt-Del by mconsole
+            self._forward_signal(signal.SIGTERM)
         elif kind == HELLO:
             self._greet(decode_fields(payload))
         elif kind == STARTED:
@@ -1605,8 +2283,7 @@ class Session:
         what, _, number = (self._report or "").partition(" ")
         console = self._console.decode("utf-8", "replace")
         if what == "exec":
-            return Fatal("kernel cannot be executed, {}: {}".format(os.strerror(int(number)), self._spec.kernel),
-                         "is it made for this machine, and are its libraries here? `ldd` tells")
+            return explain_exec_failure(int(number), self._spec.kernel)
         if what == "helper":
             return Fatal("a helper process of the kernel was killed", "look for who did, then run the job again")
         if what != "ended":
@@ -1668,8 +2345,9 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, running: bool) 
     panic = re.search(r"Kernel panic - not syncing: (.*)", console)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return Fatal("guest was killed by signal 9", "was the memory that the job asked for used up?")
-    if panic and "init failed" in panic.group(1) or "No working init" in console:
-        return Fatal("image has no agent ({}): {}".format(AGENT, spec.image), "`make image` builds one with it")
+    no_module = "No module named 'apppot_init'" in console
+    if panic and ("init failed" in panic.group(1) or no_module) or "No working init" in console:
+        return no_agent(AGENT_MODULE if no_module else AGENT, spec.image)
     if panic and "mount root" in panic.group(1):
         return Fatal("guest cannot mount its root file system: " + spec.image,
                      "run with -v to see the guest's console; is the image damaged? `e2fsck -fn` tells")
@@ -1679,9 +2357,8 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, running: bool) 
         return Fatal("guest ended before the command did",
                      "it was powered off or rebooted from inside, or its kernel crashed; -v shows its console")
     how = "signal {}".format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else "status {}".format(status >> 8)
-    return Fatal("kernel ended with {} before the guest was up: {}".format(how, spec.kernel),
-                 "is it User-Mode Linux? `{} --version` prints a version; -v shows what it printed".format(
-                     shlex.quote(spec.kernel)))
+    return (explain_loader(console, spec.kernel) or explain_ptrace(spec.kernel)
+            or not_uml(spec.kernel, "ended with {} before the guest was up".format(how)))
 
 
 def write_stderr(content: bytes) -> None:
@@ -1723,8 +2400,13 @@ environment of the command:
   --env names it. HOME, USER, LOGNAME, SHELL, PATH and PWD are the guest's.
 
 defaults from the environment:
-  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_TMPDIR; kernel and image are then looked for beside this script
-  (`linux`, `apppot.img`), in the current directory, and the kernel on PATH (`linux`, `linux.uml`).
+  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR; kernel and image are then looked for beside this
+  script (`linux`, `apppot.img`), in the current directory, and the kernel on PATH (`linux`, `linux.uml`).
+
+memory and CPUs:
+  In a job of Slurm, PBS, Grid Engine or HTCondor, what the job was granted: the least of what the batch system's
+  variables, the cgroups, ulimit -v and the CPU affinity say; of the memory 64 MiB and a 32nd less, for AppPot itself.
+  Elsewhere 1 GiB, less where a cgroup allows less, and 1 CPU. -v shows where each comes from.
 
 exit status:
   that of the command, 128+N if signal N killed it; 124 --timeout is over, 125 AppPot failed,
@@ -1733,8 +2415,9 @@ exit status:
     add("--image", "--apppot", metavar="PATH", help="disk image, or COW:BASE to keep the changes in the file COW")
     add("--kernel", "--linux", "--uml", metavar="PATH", help="User-Mode Linux kernel")
     add("--write", action="store_true", help="boot the image itself read-write instead of a throw-away copy-on-write")
-    add("--mem", metavar="NUM", help="memory of the guest in MiB, or with K, M, G, T (default {})".format(DEFAULT_MEM))
-    add("--id", "--umid", dest="umid", metavar="NAME", help="name of the guest for the management console (mconsole)")
+    add("--mem", metavar="NUM", help="memory of the guest in MiB, or with K, M, G, T (default: see below)")
+    add("--cpus", metavar="N", help="CPUs of the guest, where the kernel has SMP (default: see below)")
+    add("--id", "--umid", dest="umid", metavar="NAME", help="name of the guest, for `uml_mconsole NAME`")
     add("-X", "--extra", action="append", default=[], metavar="ARG",
         help="one more argument for the kernel command line; repeatable")
     add = parser.add_argument_group("command").add_argument
@@ -1757,6 +2440,8 @@ exit status:
     add("--tmpdir", metavar="DIR", help="temporary files (default: the batch system's, TMPDIR, /tmp, /var/tmp)")
     add("--dry-run", action="store_true", help="check everything, print the kernel's command line, start nothing")
     add = parser.add_argument_group("information").add_argument
+    add("--doctor", action="store_true", help="tell what a run needs and whether it is here, a line each")
+    add("--boot", action="store_true", help="with --doctor: also boot once")
     add("-v", "--verbose", action="store_true", help="show the steps and the guest's console on stderr")
     add("-V", "--version", action="store_true", help="print the version")
     add("-h", "--help", action="store_true", help="print this text")
@@ -1766,7 +2451,7 @@ exit status:
 def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec:
     """Decide everything and check all that can be checked before anything is started."""
     directory, alias = find_job_directory() if options.job_dir else (b"", b"")
-    image, cow = split_image(find_part(options.image, "APPPOT_IMAGE", IMAGE_NAMES, "image", False))
+    image, cow = find_image(options)
     if cow and options.write:
         raise Fatal("--write with a COW file: " + cow, "leave out one of the two: a COW file given by name is kept")
     root = find_root_device(image)
@@ -1774,10 +2459,13 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         check_cow(cow, image)
     if options.write and not os.access(image, os.W_OK):
         raise Fatal("image is not writable: " + image, "without --write nothing is written")
-    kernel = check_kernel(find_part(options.kernel, "APPPOT_KERNEL", KERNEL_NAMES, "kernel", True))
-    mem_mib = check_memory(options.mem or os.environ.get("APPPOT_MEM") or DEFAULT_MEM)
-    check_limits(mem_mib, os.path.getsize(image))
+    kernel = find_kernel(options)
     candidates = scratch_candidates(options.tmpdir)
+    grants = find_own_grants()
+    mem, floors = choose_memory(options.mem, grants)
+    mem, ram_directory = place_memory(mem, floors, kernel, candidates)
+    check_limits(mem.value, os.path.getsize(image))
+    cpus, notes = decide_cpus(options.cpus, grants, kernel)
     umid = options.umid or "guest"
     if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in (".", "..", "hostfs", "cow", "base", "image"):
         raise Fatal("--id is not a name: {!r}".format(umid), "use up to 60 letters, digits and -_.")
@@ -1787,8 +2475,8 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     timeout_s = parse_seconds(options.timeout, "--timeout") if options.timeout else None
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
-        mem_mib=mem_mib, ram_directory=choose_ram_directory(kernel, candidates, mem_mib),
-        scratch=choose_scratch(candidates), umid=umid, extra=tuple(options.extra),
+        mem_mib=mem.value, cpus=cpus.value, ram_directory=ram_directory, scratch=choose_scratch(candidates),
+        umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
         environment=select_environment(dict(os.environb), options.env, options.clean_env),
         job_directory=directory, job_alias=alias, binds=tuple(parse_bind(text) for text in options.bind),
         cwd=os.fsencode(options.cwd or ""), as_root=options.root,
@@ -1796,7 +2484,16 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         ignored_signals=tuple(n for n in FORWARDED_SIGNALS if signal.getsignal(n) == signal.SIG_IGN),
         terminal=options.terminal, timeout_s=timeout_s,
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
-        kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose)
+        kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose,
+        notes=grants.notes + notes + describe_resources(mem, ram_directory, cpus, kernel) if options.verbose else ())
+
+
+def find_image(options: argparse.Namespace) -> Tuple[str, Optional[str]]:
+    return split_image(find_part(options.image, "APPPOT_IMAGE", IMAGE_NAMES, "image", False))
+
+
+def find_kernel(options: argparse.Namespace) -> str:
+    return check_kernel(find_part(options.kernel, "APPPOT_KERNEL", KERNEL_NAMES, "kernel", True))
 
 
 def split_image(text: str) -> Tuple[str, Optional[str]]:
@@ -1835,8 +2532,6 @@ def open_standard_descriptors() -> None:
 
 
 def report(fatal: Fatal) -> int:
-    def one_line(text: str) -> bytes:
-        return text.replace("\n", "\\n").encode("utf-8", "backslashreplace")
     write_stderr(b"apppot: error: %s\napppot: hint: %s\n" % (one_line(fatal.message), one_line(fatal.hint)))
     return fatal.status
 
@@ -1848,7 +2543,7 @@ def run(spec: RunSpec, started: float) -> Result:
 
     def say(text: str) -> None:
         if spec.verbose:
-            show("apppot: {:.3f} s: {}\n".format(time.time() - started, text).encode())
+            show(one_line("apppot: {:.3f} s: {}".format(time.time() - started, text)) + b"\n")
 
     try:
         with ExitStack() as stack:
@@ -1863,9 +2558,10 @@ def run(spec: RunSpec, started: float) -> Result:
                 ram_directory, lock = stack.enter_context(private_directory(spec.ram_directory))
                 locks.append(lock)
             fill_run_directory(spec, directory)
-            say("run directory {}, memory {} in {}, hostfs {}".format(
-                directory, format_mib(spec.mem_mib), spec.ram_directory or "a memfd",
-                "confined by Landlock" if find_landlock() else "confined by the guest"))
+            for note in ("run directory " + directory,) + spec.notes:
+                say(note)
+            say("hostfs is " + describe_confinement())
+            say("management console: uml_mconsole " + stack.enter_context(mconsole_name(spec, directory)))
             machine = stack.enter_context(
                 start_machine(spec, stdio.terminal, Directories(directory, ram_directory), locks))
             say("kernel started")
@@ -1877,21 +2573,204 @@ def run(spec: RunSpec, started: float) -> Result:
                     "is the directory of --tmpdir full or gone?")
 
 
+# --- The doctor ---------------------------------------------------------------------------------------------
+# Each check returns what it found, or raises the Fatal that a run would end with: both ask the same functions.
+
+class Finding(NamedTuple):
+    verdict: str                     # ok, warn; a Fatal is fail
+    what: str
+    advice: str = ""
+
+
+def find_kernel_if_any(options: argparse.Namespace) -> Optional[str]:
+    try:
+        return find_kernel(options)
+    except Fatal:
+        return None
+
+
+def check_python(options: argparse.Namespace) -> Finding:
+    what = "{} {}".format(sys.executable, sys.version.split()[0])
+    try:
+        import ctypes  # noqa: F401
+    except ImportError:
+        return Finding("warn", what + " without ctypes: a killed run may leave processes", "use a complete Python")
+    return Finding("ok", what)
+
+
+def check_kernel_features(options: argparse.Namespace) -> Finding:
+    kernel = find_kernel(options)
+    version = read_kernel_version(kernel)
+    has = {name: kernel_holds(kernel, text) for name, text in KERNEL_FEATURES}
+    what = "{} {}, {}, has {}; no {}".format(
+        kernel, version, "with its shared libraries" if read_loader(kernel) else "static",
+        ", ".join(name for name in has if has[name]) or "nothing",
+        ", ".join(name for name in has if not has[name]) or "lack")
+    if not has["hostfs"]:
+        raise Fatal("kernel has no hostfs: " + kernel, "build it with CONFIG_HOSTFS=y")
+    return Finding("ok", what)
+
+
+def check_ptrace(options: argparse.Namespace) -> Finding:
+    fatal = explain_ptrace(find_kernel_if_any(options))
+    if not fatal:
+        return Finding("ok", "processes can be traced")
+    if any(word in ("seccomp=on", "seccomp=auto") for word in options.extra):
+        return Finding("ok", "not needed in the kernel's seccomp mode; " + fatal.message)
+    raise fatal
+
+
+def check_seccomp(options: argparse.Namespace) -> Finding:
+    fault = try_in_child(try_seccomp)
+    kernel = find_kernel_if_any(options)
+    if not fault:
+        return Finding("ok", "filters can be installed")
+    if kernel and not kernel_holds(kernel, HAS_SECCOMP):
+        return Finding("ok", "filters cannot be installed ({}); this kernel needs none".format(fault))
+    return Finding("warn", "filters cannot be installed: " + fault, "do not use --extra seccomp=on")
+
+
+def check_ram(options: argparse.Namespace) -> Finding:
+    kernel = find_kernel_if_any(options)
+    mem, floors = choose_memory(options.mem, find_own_grants())
+    mem, directory = place_memory(mem, floors, kernel, scratch_candidates(options.tmpdir))
+    if kernel and kernel_holds(kernel, USES_MEMFD):
+        return Finding("ok", describe_memory(mem, "a memfd"))
+    what = "{}; {} free there".format(describe_memory(mem, directory), format_mib(free_mib(directory)))
+    if directory == SHARED_MEMORY:
+        return Finding("ok", what)
+    return Finding("warn", "{}; {} {}".format(what, SHARED_MEMORY, find_fault_for_ram(SHARED_MEMORY, mem.value)),
+                   "a file on a disk is slow: ask for a {} with room".format(SHARED_MEMORY))
+
+
+def check_cpus(options: argparse.Namespace) -> Finding:
+    cpus = choose_cpus(options.cpus, find_own_grants())
+    kernel = find_kernel_if_any(options)
+    if cpus.value > 1 and kernel and not kernel_holds(kernel, HAS_SMP):
+        return Finding("warn", "1 of {}; this kernel has no SMP".format(describe_cpus(cpus)),
+                       "run several appliances at once, or use a kernel with CONFIG_SMP")
+    return Finding("ok", describe_cpus(cpus))
+
+
+def check_scratch(options: argparse.Namespace) -> Finding:
+    directory = choose_scratch(scratch_candidates(options.tmpdir))
+    return Finding("ok", "{}, {} free".format(directory, format_mib(free_mib(directory))))
+
+
+def check_image(options: argparse.Namespace) -> Finding:
+    image, cow = find_image(options)
+    root = find_root_device(image)
+    if cow:
+        check_cow(cow, image)
+    kind = "partition {} of a disk".format(root.partition) if root.partition else "a file system"
+    return Finding("ok", "{}, {}, base id {}{}".format(image, kind, root.base_id, ", COW file " + cow if cow else ""))
+
+
+def check_agent(options: argparse.Namespace) -> Finding:
+    image, cow = find_image(options)
+    try:
+        missing = find_missing_agent(image, locate_root(image)[1])
+    except ValueError as error:
+        return Finding("warn", "cannot be seen from outside ({})".format(error), "--doctor --boot looks inside")
+    if missing and cow:
+        return Finding("warn", "{} is not in the base image; in the COW file?".format(missing), "--doctor --boot tells")
+    if missing:
+        raise no_agent(missing, image)
+    return Finding("ok", AGENT + " is in the image")
+
+
+def check_hostfs(options: argparse.Namespace) -> Finding:
+    return Finding("ok", describe_confinement())
+
+
+def check_network(options: argparse.Namespace) -> Finding:
+    helper = search([os.path.dirname(os.path.abspath(__file__))] + path_directories(), NETWORK_HELPERS)
+    if not helper:
+        return Finding("warn", "no helper is here: the guest has no network", "install " + " or ".join(NETWORK_HELPERS))
+    return Finding("ok", helper)
+
+
+def check_empty(options: argparse.Namespace) -> Finding:
+    found = search([os.path.dirname(os.path.abspath(__file__))] + path_directories(), ["empty"])
+    return Finding("ok", found or "not here and not needed: the built-in carrier does its work")
+
+
+def check_node_limits(options: argparse.Namespace) -> Finding:
+    try:
+        disk_bytes = os.path.getsize(find_image(options)[0])
+    except (Fatal, OSError):
+        disk_bytes = 0
+    check_limits(choose_memory(options.mem, find_own_grants())[0].value, disk_bytes)
+    limits = [(what, resource.getrlimit(which)[1]) for what, which in (
+        ("open files", resource.RLIMIT_NOFILE), ("processes", resource.RLIMIT_NPROC))]
+    return Finding("ok", ", ".join("{} {}".format("any number of" if hard == resource.RLIM_INFINITY else hard, what)
+                                   for what, hard in limits))
+
+
+def check_batch(options: argparse.Namespace) -> Finding:
+    grants = find_own_grants()
+    amounts = ["{} ({})".format(format_mib(mem.value), mem.source) for mem in grants.mem + grants.mem_limits]
+    amounts += ["{} CPUs ({})".format(cpus.value, cpus.source) for cpus in grants.cpus + grants.cpu_limits]
+    what = "{}; limits: {}".format(" and ".join(grants.systems) or "no job of a batch system", ", ".join(amounts))
+    if grants.notes:
+        return Finding("warn", "; ".join((what,) + grants.notes), "correct these variables, or give --mem and --cpus")
+    return Finding("ok", what)
+
+
+def check_boot(options: argparse.Namespace) -> Finding:
+    started = time.time()
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)                              # the caller's input is none of ours
+    result = run(build_spec(options, ("true",)), started)
+    if result.failure:
+        raise result.failure
+    if result.status:
+        raise Fatal("`true` in the appliance ended with status {}".format(result.status), "is the image damaged?")
+    return Finding("ok", "ran `true` in the appliance, {:.1f} s from start to end".format(time.time() - started))
+
+
+CHECKS = (
+    ("python", check_python), ("kernel", check_kernel_features), ("ptrace", check_ptrace), ("seccomp", check_seccomp),
+    ("memory", check_ram), ("cpus", check_cpus), ("scratch", check_scratch), ("image", check_image),
+    ("agent", check_agent), ("hostfs", check_hostfs), ("network", check_network), ("empty", check_empty),
+    ("limits", check_node_limits), ("batch", check_batch))
+
+
+def examine(options: argparse.Namespace, command: Tuple[str, ...]) -> int:
+    """Print a line for each check; 0 if none failed."""
+    if not options.doctor or command:
+        raise Fatal("--doctor and --boot run no command: {}".format(" ".join(command)) if command else
+                    "--boot without --doctor", "`--doctor` looks at this node, `--doctor --boot` boots once, too")
+    status = 0
+    for name, check in CHECKS + ((("boot", check_boot),) if options.boot else ()):
+        try:
+            finding = check(options)
+        except Fatal as fatal:
+            finding = Finding("fail", fatal.message, fatal.hint)
+        except (OSError, struct.error) as error:
+            finding = Finding("fail", str(error), "look at that file or directory")
+        advice = "; do: " + finding.advice if finding.advice else ""
+        line = "{:5} {:8} {}{}".format(finding.verdict, name, finding.what, advice)
+        print(one_line(line).decode(), flush=True)
+        status = EXIT_FAILED if finding.verdict == "fail" else status
+    return status
+
+
 def main(argv: List[str]) -> int:
     started = time.time()
     open_standard_descriptors()
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C is no traceback
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)              # where a caller ignores it, nobody can be waited for
     try:
         parser = build_parser()
         words, command = parser.split(argv)
         options = parser.parse_args(words)
-        if options.help:
-            print(parser.format_help(), end="", flush=True)
+        if options.help or options.version:
+            print(parser.format_help() if options.help else "AppPot {}\n".format(VERSION), end="", flush=True)
             return 0
-        if options.version:
-            print("AppPot " + VERSION, flush=True)
-            return 0
+        if options.doctor or options.boot:
+            return examine(options, command)
         spec = build_spec(options, command)
         if options.dry_run:
             print(" ".join(shlex.quote(word) for word in build_kernel_args(spec, name_disk(spec, None))), flush=True)

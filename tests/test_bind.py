@@ -213,7 +213,7 @@ def test_what_is_confined_works_as_before(any_node, confined_by):
 
 def test_v_says_what_confines(node, confined_by):
     stderr = node.run("-v", "true", wrap=confined_by).stderr.decode()
-    assert ("confined by the guest" if confined_by else "confined by Landlock") in stderr
+    assert ("is confined by the guest" if confined_by else "is confined by Landlock") in stderr
 
 
 def test_colons_and_modes_are_told_apart(tmp_path):

@@ -53,8 +53,8 @@ def test_fields_survive(fields):
 
 def test_host_and_guest_speak_the_same():
     names = (
-        "VERSION PROTOCOL MAGIC FRAME_MAX HELLO STARTED STDOUT STDERR CREDIT STDIN_CLOSED RESULT SCREEN STOPPED RECEIVED JOB STDIN "
-        "STDIN_EOF SIGNAL ACK OUTPUT_CLOSED KEYS WINDOW FOREGROUND SPOOLED OUTPUT_WINDOW SCREEN_WINDOW"
+        "VERSION PROTOCOL MAGIC FRAME_MAX HELLO STARTED STDOUT STDERR CREDIT STDIN_CLOSED RESULT SCREEN STOPPED RECEIVED "
+        "TERMINATE JOB STDIN STDIN_EOF SIGNAL ACK OUTPUT_CLOSED KEYS WINDOW FOREGROUND SPOOLED OUTPUT_WINDOW SCREEN_WINDOW"
     ).split()
     assert [getattr(apppot_start, name) for name in names] == [getattr(apppot_init, name) for name in names]
     for name in ("FRAME", "WINDOW_SIZE", "TERMINAL_MODES"):
@@ -113,6 +113,155 @@ def test_an_account_is_found_by_name_and_number():
 def test_the_home_directory_is_never_the_job_directory(entry, name, job, home):
     fields = None if entry is None else [name, b"*", b"1", b"1", b"", entry, b"/bin/sh"]
     assert apppot_init.choose_home(fields, name, job) == home
+
+
+# --- What the job was granted -------------------------------------------------------------------------------
+
+CGROUP_1 = {
+    "/proc/self/cgroup": "9:name=systemd:/\n4:memory:/slurm/job_7/step_0\n1:cpu,cpuacct:/slurm/job_7\n0::/\n",
+    "/proc/self/mountinfo": (
+        "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
+        "32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime shared:3 - cgroup cgroup rw,cpu,cpuacct\n"
+        "41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n"
+    ),
+    "/sys/fs/cgroup/memory/slurm/job_7/step_0/memory.limit_in_bytes": "9223372036854771712\n",
+    "/sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes": "4294967296\n",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+    "/sys/fs/cgroup/cpu/slurm/job_7/cpu.cfs_quota_us": "350000\n",
+    "/sys/fs/cgroup/cpu/slurm/job_7/cpu.cfs_period_us": "100000\n",
+    "/sys/fs/cgroup/cpu/slurm/cpu.cfs_quota_us": "-1\n",
+    "/sys/fs/cgroup/cpu/slurm/cpu.cfs_period_us": "100000\n",
+}
+CGROUP_2 = {
+    "/proc/self/cgroup": "0::/user.slice/job.scope\n",
+    "/proc/self/mountinfo": "24 23 0:25 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n",
+    "/sys/fs/cgroup/user.slice/job.scope/memory.max": "max\n",
+    "/sys/fs/cgroup/user.slice/job.scope/memory.high": "2147483648\n",
+    "/sys/fs/cgroup/user.slice/memory.max": "3221225472\n",
+    "/sys/fs/cgroup/user.slice/job.scope/cpu.max": "max 100000\n",
+    "/sys/fs/cgroup/user.slice/cpu.max": "50000 100000\n",
+}
+CONTAINER = {
+    "/proc/self/cgroup": "0::/docker/abc\n",
+    "/proc/self/mountinfo": "24 23 0:25 /docker/abc /sys/fs/cgroup ro - cgroup2 cgroup ro\n",
+    "/sys/fs/cgroup/memory.max": "536870912\n",
+}
+MACHINE_AD = 'Name = "slot1_1@vm"\nTotalMemory = 99999\nMemory = 2048\nCpus = 3\nTotalCpus = 9.0\n'
+
+
+def find_grants(environment, files, machine_mib=65536):
+    return apppot_start.find_grants(environment, lambda path: files.get(path, ""), machine_mib)
+
+
+@pytest.mark.parametrize(
+    "environment, system, mem, cpus",
+    [
+        ({"SLURM_JOB_ID": "1"}, "Slurm", [], []),
+        ({"SLURM_MEM_PER_NODE": "4096", "SLURM_CPUS_ON_NODE": "4"}, "Slurm", [4096], [4]),
+        ({"SLURM_MEM_PER_NODE": "4G"}, "Slurm", [4096], []),
+        ({"SLURM_MEM_PER_CPU": "1000", "SLURM_CPUS_PER_TASK": "2", "SLURM_CPUS_ON_NODE": "8"}, "Slurm", [2000], [2]),
+        ({"SLURM_MEM_PER_CPU": "1000", "SLURM_JOB_CPUS_PER_NODE": "16(x2),8"}, "Slurm", [16000], [16]),
+        ({"SLURM_JOB_CPUS_PER_NODE": "16(x2),8", "SLURM_NODEID": "2"}, "Slurm", [], [8]),
+        (
+            {
+                "SLURM_MEM_PER_NODE": "4096",
+                "SLURM_CPUS_ON_NODE": "6",
+                "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+                "SLURM_NODEID": "1",
+            },
+            "Slurm",
+            [2048],
+            [3],
+        ),
+        ({"PBS_JOBID": "1.vm", "NCPUS": "4"}, "PBS", [], [4]),
+        ({"NCPUS": "4"}, "", [], []),
+        ({"PBS_NUM_PPN": "2", "PBS_RESC_MEM": "8589934592"}, "PBS", [8192], [2]),
+        ({"PBS_NCPUS": "2", "PBS_RESC_MEM": "8gb"}, "PBS", [8192], [2]),
+        ({"NSLOTS": "8", "NHOSTS": "2"}, "Grid Engine", [], [4]),
+        ({"SGE_TASK_ID": "undefined", "NSLOTS": "2", "SGE_HGR_m_mem_free": "1.500G"}, "Grid Engine", [3072], [2]),
+        ({"_CONDOR_MACHINE_AD": "/scratch/.machine.ad"}, "HTCondor", [2048], [3]),
+        ({"_CONDOR_SLOT": "slot1"}, "HTCondor", [], []),
+        ({"SLURM_CONF": "/etc/slurm.conf", "SGE_ROOT": "/sge", "HOME": "/"}, "", [], []),
+    ],
+)
+def test_what_a_batch_system_grants_is_read(environment, system, mem, cpus):
+    grants = find_grants(environment, {"/scratch/.machine.ad": MACHINE_AD})
+    assert " ".join(grants.systems) == system and not grants.notes
+    assert [amount.value for amount in grants.mem] == mem
+    assert [amount.value for amount in grants.cpus] == cpus
+    assert all("=" in amount.source for amount in grants.mem + grants.cpus)
+
+
+def test_the_least_of_nested_grants_counts():
+    environment = {"SLURM_MEM_PER_NODE": "64000", "SLURM_CPUS_ON_NODE": "32", "_CONDOR_MACHINE_AD": "ad"}
+    grants = find_grants(environment, {"ad": MACHINE_AD, **CGROUP_2})
+    assert grants.systems == ("Slurm", "HTCondor")
+    assert apppot_start.default_mem(grants) == (2048 - 64 - 64, "HTCondor's Memory=2048 less overhead")
+    assert apppot_start.choose_cpus(None, grants) == (1, "cgroup's cpu.max")
+
+
+@pytest.mark.parametrize(
+    "files, mem, cpus", [(CGROUP_1, [4096], [3]), (CGROUP_2, [3072, 2048], [1]), (CONTAINER, [512], []), ({}, [], [])]
+)
+def test_cgroup_limits_are_found_up_to_the_root(files, mem, cpus):
+    grants = find_grants({}, files)
+    assert [amount.value for amount in grants.mem_limits] == mem
+    assert [amount.value for amount in grants.cpu_limits] == cpus
+
+
+@pytest.mark.parametrize(
+    "environment, files, machine_mib, mem",
+    [
+        ({}, {}, 65536, 1024),
+        ({}, CGROUP_1, 65536, 1024),  # nobody granted it to a job
+        ({"PBS_JOBID": "1"}, CGROUP_1, 65536, 4096 - 64 - 128),
+        ({"PBS_JOBID": "1"}, {}, 65536, 1024),
+        ({}, CONTAINER, 65536, 512 - 64 - 16),
+        ({}, {}, 800, 800 - 64 - 25),
+        ({"SLURM_MEM_PER_NODE": "512"}, {}, 65536, 512 - 64 - 16),
+        ({"SLURM_MEM_PER_NODE": "8192"}, CGROUP_1, 65536, 4096 - 64 - 128),
+        ({"SLURM_MEM_PER_NODE": "999999"}, {}, 65536, 65536 - 64 - 2048),
+        ({"SLURM_MEM_PER_NODE": "70"}, {}, 65536, 64),
+    ],
+)
+def test_the_guest_s_memory_leaves_room_in_the_least_limit(environment, files, machine_mib, mem):
+    assert apppot_start.default_mem(find_grants(environment, files, machine_mib)).value == mem
+
+
+def test_several_cpus_are_for_a_kernel_in_its_seccomp_mode():
+    class Spec:
+        cpus, extra = 2, ()
+
+    assert apppot_start.build_cpu_args(Spec) == ["ncpus=2", "seccomp=on"]
+    Spec.extra = ("seccomp=auto",)
+    assert apppot_start.build_cpu_args(Spec) == ["ncpus=2"]
+    Spec.cpus = 1
+    assert apppot_start.build_cpu_args(Spec) == []
+
+
+VARIABLES = (
+    "SLURM_JOB_ID SLURM_NODEID SLURM_MEM_PER_NODE SLURM_MEM_PER_CPU SLURM_CPUS_PER_TASK SLURM_CPUS_ON_NODE NCPUS "
+    "SLURM_JOB_CPUS_PER_NODE SLURM_STEP_TASKS_PER_NODE PBS_JOBID PBS_NUM_PPN PBS_NCPUS PBS_RESC_MEM NSLOTS NHOSTS "
+    "SGE_HGR_m_mem_free SGE_HGR_h_vmem _CONDOR_MACHINE_AD"
+).split()
+TEXTS = (
+    st.text()
+    | st.sampled_from(["0", "-1", "1e3", "٣", "²", "9" * 5000, "4(x0)", "(x2)", "16(x2),8", "4096", "2G", "1.5.2"])
+    | st.integers(0, 99999).map(str)
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(VARIABLES), TEXTS),
+    st.dictionaries(st.sampled_from([*CGROUP_1, *CGROUP_2]), TEXTS),
+    TEXTS,
+)
+def test_no_value_of_a_variable_or_a_file_is_an_error(environment, files, machine_ad):
+    files = {**CGROUP_1, **files, environment.get("_CONDOR_MACHINE_AD"): "Memory = " + machine_ad}
+    grants = find_grants(environment, files)
+    mem = apppot_start.default_mem(grants)
+    assert 64 <= mem.value <= 65536 and mem.source
+    assert apppot_start.choose_cpus(None, grants).value >= 1
 
 
 # --- Images -------------------------------------------------------------------------------------------------
@@ -237,6 +386,61 @@ def test_a_damaged_image_is_read_or_refused_and_nothing_else(disks, tmp_path_fac
         apppot_start.find_root_device(write_image(tmp_path_factory, content[: len(content) - cut]))
     except apppot_start.Fatal as fatal:
         assert "damaged.img" in fatal.message and fatal.hint and fatal.status == 125
+
+
+def agent_tree(place):
+    for directory in ("usr/sbin", "usr/bin", "usr/lib/apppot"):
+        (place / directory).mkdir(parents=True)
+    for number in range(700):
+        (place / "usr/sbin" / ("x" * 60 + str(number))).touch()
+    (place / "sbin").symlink_to("usr/sbin")
+    (place / "usr/sbin/apppot-init").write_text("#!/bin/python3 -IS\n'/usr/lib/apppot'")
+    (place / "bin").symlink_to("/usr/bin")
+    (place / "usr/bin/python3").symlink_to("../../bin/" + "./" * 60 + "python3.11")
+    (place / "usr/bin/python3.11").touch()
+    (place / "usr/lib/apppot/apppot_init.py").touch()
+    return place
+
+
+@pytest.fixture(scope="module")
+def appliances(tmp_path_factory):
+    """Images with an agent: extents, 1 KiB blocks, block maps, no 64 bit, small inodes."""
+    tree = agent_tree(tmp_path_factory.mktemp("tree"))
+    kinds = (["ext4"], ["ext4", "-b", "1024"], ["ext2", "-b", "4096"], ["ext4", "-O", "^64bit"], ["ext4", "-I", "128"])
+    images = []
+    for number, options in enumerate(kinds):
+        images.append(tmp_path_factory.getbasetemp() / f"agent{number}.img")
+        subprocess.run(["/sbin/mke2fs", "-q", "-F", "-d", tree, "-t", *options, images[-1], "12M"], check=True)
+    return images
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_the_agent_is_seen_in_an_image_from_outside(appliances, number):
+    image = appliances[number]
+    assert apppot_start.find_missing_agent(str(image), 0) == ""
+    shifted = image.with_suffix(".shifted")
+    shifted.write_bytes(bytes(12345) + image.read_bytes())
+    assert apppot_start.find_missing_agent(str(shifted), 12345) == ""
+    for path, named in (
+        ("/usr/bin/python3.11", "/bin/python3"),
+        ("/usr/lib/apppot/apppot_init.py", "/usr/lib/apppot/apppot_init.py"),
+        ("/usr/sbin/apppot-init", "/sbin/apppot-init"),
+    ):
+        copy = image.with_suffix(".copy")
+        copy.write_bytes(image.read_bytes())
+        subprocess.run(["/sbin/debugfs", "-w", "-R", f"rm {path}", copy], check=True, capture_output=True)
+        assert apppot_start.find_missing_agent(str(copy), 0) == named
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 17), st.binary(min_size=1, max_size=8)), max_size=8))
+def test_a_damaged_directory_is_read_or_cannot_be_told(appliances, tmp_path_factory, damage):
+    content = bytearray(appliances[1].read_bytes()[: 1 << 20])
+    for place, piece in damage:
+        content[place : place + len(piece)] = piece
+    try:
+        apppot_start.find_missing_agent(write_image(tmp_path_factory, content), 0)
+    except ValueError:
+        pass
 
 
 def write_image(factory, content):
