@@ -46,7 +46,10 @@ F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's f
 FIONREAD = termios.FIONREAD
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096   # include/uapi/linux/mount.h
-SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 0x8914, 0x1, 0x40          # include/uapi/linux/sockios.h, if.h
+SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # include/uapi/linux/sockios.h
+IFF_UP, IFF_RUNNING = 0x1, 0x40                                # include/uapi/linux/if.h
+RTF_UP, RTF_GATEWAY = 0x1, 0x2                                 # include/uapi/linux/route.h
+RESOLV_CONF = "/etc/resolv.conf"
 MOUNTS = (                           # source, target, type, flags, options
     ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
     ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
@@ -76,6 +79,12 @@ class Group(NamedTuple):
     name: bytes
 
 
+class Interface(NamedTuple):
+    name: bytes
+    address: bytes                   # IPv4, as 4 bytes
+    netmask: bytes
+
+
 class Job(NamedTuple):
     """What the runner asks for. Paths and strings are bytes, as the kernel has them."""
     argv: Tuple[bytes, ...]          # empty: apppot-run, apppot-autorun or a login shell
@@ -92,6 +101,9 @@ class Job(NamedTuple):
     stdin_is_null: bool
     one_output: bool                 # stdout and stderr are one file on the host: keep their order
     persistent: bool                 # the root file system outlives the run
+    interfaces: Tuple[Interface, ...] = ()
+    gateway: bytes = b""             # empty: no way out
+    nameserver: bytes = b""
 
 
 class Account(NamedTuple):
@@ -118,6 +130,15 @@ def decode_fields(payload: bytes) -> Dict[bytes, List[bytes]]:
     return fields
 
 
+def parse_address(text: bytes) -> bytes:
+    return bytes(int(part) for part in text.split(b".") if part)
+
+
+def parse_interface(name: bytes, text: bytes) -> Interface:
+    address, _, prefix = text.partition(b"/")
+    return Interface(name, parse_address(address), struct.pack(">I", (1 << 32) - (1 << 32 - int(prefix))))
+
+
 def parse_job(payload: bytes) -> Job:
     fields = decode_fields(payload)
 
@@ -135,7 +156,9 @@ def parse_job(payload: bytes) -> Job:
         groups=tuple(Group(int(gid), name) for gid, name in pairs(b"group")), as_root=one(b"root") == b"1",
         umask=int(one(b"umask")), ignored_signals=tuple(int(number) for number in fields.get(b"ignore", [])),
         stdin_is_null=one(b"stdin") == b"null", one_output=one(b"output") == b"one",
-        persistent=one(b"persistent") == b"1")
+        persistent=one(b"persistent") == b"1",
+        interfaces=tuple(parse_interface(name, value) for name, value in pairs(b"interface")),
+        gateway=parse_address(one(b"gateway")), nameserver=one(b"nameserver"))
 
 
 def put_account(table: bytes, name: bytes, number: int, line: bytes) -> bytes:
@@ -224,6 +247,52 @@ def raise_loopback() -> None:
         fcntl.ioctl(probe, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP | IFF_RUNNING))
     finally:
         os.close(probe)
+
+
+# --- The network --------------------------------------------------------------------------------------------
+
+def pack_address(address: bytes) -> bytes:
+    """struct sockaddr_in."""
+    return struct.pack("=HH4s8x", 2, 0, address)
+
+
+def raise_network(job: Job) -> None:
+    """Give the interfaces their addresses and bring them up; the way out and its name server if there is one."""
+    if not job.interfaces:
+        return
+    control = call("socket", 2, 1, 0)             # as in raise_loopback()
+    try:
+        for interface in job.interfaces:
+            raise_interface(control, interface)
+        if job.gateway:
+            nowhere = pack_address(bytes(4))
+            # struct rtentry: destination, gateway, netmask, flags.
+            fcntl.ioctl(control, SIOCADDRT, struct.pack(
+                "8x16s16s16sH62x", nowhere, pack_address(job.gateway), nowhere, RTF_UP | RTF_GATEWAY))
+    finally:
+        os.close(control)
+    if job.nameserver:
+        write_resolv_conf(job.nameserver)
+
+
+def raise_interface(control: int, interface: Interface) -> None:
+    name = interface.name
+    try:
+        fcntl.ioctl(control, SIOCSIFADDR, struct.pack("16s16s8x", name, pack_address(interface.address)))
+        fcntl.ioctl(control, SIOCSIFNETMASK, struct.pack("16s16s8x", name, pack_address(interface.netmask)))
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP | IFF_RUNNING))
+    except OSError as error:
+        raise Fatal("network interface {} cannot be brought up: {}".format(name.decode(), error.strerror),
+                    "run with -v to see what the guest's kernel says; --net none runs without")
+
+
+def write_resolv_conf(nameserver: bytes) -> None:
+    """Images of other origin name a server of theirs, or have a link to what a service would write in /run."""
+    path = os.path.realpath(RESOLV_CONF)
+    servers = [line.split()[1:2] for line in read_file(path).splitlines() if line.startswith(b"nameserver")]
+    if servers[:1] != [[nameserver]]:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_file(path, b"nameserver " + nameserver + b"\n")
 
 
 # --- The channel --------------------------------------------------------------------------------------------
@@ -744,6 +813,7 @@ def run_job(channel: Channel, wakeup: int) -> None:
         greet(channel)
         prepare_system()
         job = wait_for_job(channel)
+        raise_network(job)
         account = make_account(job)
         directory = mount_job_directory(job, account)
         command = start_command(job, account, directory)

@@ -10,6 +10,7 @@ Three processes make a run: this runner, which relays bytes and signals; a super
 User-Mode Linux kernel and cleans up whatever happens to the runner; and the kernel itself.
 """
 import argparse
+import binascii
 import collections
 import errno
 import fcntl
@@ -81,13 +82,25 @@ HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run dire
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
-KERNEL_INPUT_FD, KERNEL_OUTPUT_FD = 3, 4
+KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD = 3, 4, 30
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36               # include/uapi/linux/prctl.h
 ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
 MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
 MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
+
+# The network. Addresses are those of slirp and of libslirp, on which slirp4netns is built.
+SLIRP4NETNS, SLIRP = "slirp4netns", "slirp"
+HELPERS = {"slirp4netns": SLIRP4NETNS, "slirp-fullbolt": SLIRP, "slirp": SLIRP}     # by name, the best first
+GUEST_ADDRESS, GATEWAY, NAMESERVER = "10.0.2.15", "10.0.2.2", "10.0.2.3"
+SLIRP4NETNS_MIN = (1, 2)             # the first with --target-type=bess
+HELPER_ANSWER_S = 10.0               # a helper that takes longer to start, or to say what it is, hangs
+KERNEL_OPTION = {SLIRP4NETNS: b"CONFIG_UML_NET_VECTOR=y", SLIRP: b"CONFIG_UML_NET_SLIRP=y",
+                 "lan": b"CONFIG_UML_NET_MCAST=y"}             # in every kernel, for --showconfig
+LAN_NET = (100 << 24 | 64 << 16, 10)  # 100.64.0.0/10 (RFC 6598): clusters use 10/8 and 172.16/12, which stay reachable
+JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "JOB_ID", "LSB_JOBID")
+LAN_GROUP = re.compile(r"(\d+\.\d+\.\d+\.\d+):(\d+)$", re.ASCII)
 
 FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
     "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"))
@@ -133,6 +146,30 @@ class RootDevice(NamedTuple):
     base_id: str                     # UUID of the file system
 
 
+class Port(NamedTuple):
+    """A port of the guest that the host shows."""
+    protocol: str                    # tcp or udp
+    host: str                        # the host's address, IPv4
+    host_port: int
+    guest_port: int
+
+
+class Lan(NamedTuple):
+    """The guest's place in a network of guests: a multicast group of the host carries it."""
+    address: str
+    prefix: int
+    group: str
+    port: int
+
+
+class Network(NamedTuple):
+    kind: str = ""                   # SLIRP4NETNS or SLIRP; empty: no way out
+    helper: str = ""                 # path of the program
+    published: Tuple[Port, ...] = ()
+    lan: Optional[Lan] = None
+    note: str = ""                   # for -v: why it is so
+
+
 class RunSpec(NamedTuple):
     """One run, decided: nothing below parses options or looks at the environment again."""
     command: Tuple[str, ...]
@@ -157,6 +194,7 @@ class RunSpec(NamedTuple):
     boot_timeout_s: float
     kill_after_s: float
     verbose: bool
+    network: Network = Network()
 
     @property
     def persistent(self) -> bool:
@@ -170,7 +208,8 @@ class Machine(NamedTuple):
     to_guest: int                    # and write end, non-blocking
     console: int                     # read end: what the kernel prints
     lifeline: int                    # write end: closing it ends the guest
-    report: int                      # read end: "exec ERRNO", "ended STATUS" or "helper" when the guest is gone
+    report: int                      # read end, when the guest is gone: "exec ERRNO", "ended STATUS", "helper" or
+                                     # "network MESSAGE"
     directory: str
 
 
@@ -250,7 +289,8 @@ def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
     return [
         spec.kernel, disk, "root=/dev/ubda{}".format(spec.root.partition or ""), "rw", "mem={}M".format(spec.mem_mib),
         "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD),
-        "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT] + list(spec.extra)
+        "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT
+    ] + build_network_args(spec.network) + list(spec.extra)
 
 
 def build_job(spec: RunSpec, stdin_is_null: bool, one_output: bool) -> bytes:
@@ -264,6 +304,7 @@ def build_job(spec: RunSpec, stdin_is_null: bool, one_output: bool) -> bytes:
                for group in [gid] + [group for group in os.getgroups() if group != gid]]
     fields += [(b"ignore", b"%d" % number) for number in spec.ignored_signals]
     fields += [(b"env", name + b"=" + value) for name, value in spec.environment.items()]
+    fields += describe_network(spec.network)
     fields += [(b"arg", os.fsencode(word)) for word in spec.command]
     return encode_fields(fields)
 
@@ -280,6 +321,79 @@ def group_name(gid: int) -> bytes:
         return os.fsencode(grp.getgrgid(gid).gr_name)
     except KeyError:
         return b"g%d" % gid
+
+
+def build_network_args(network: Network) -> List[str]:
+    """Words of the kernel command line; slirp is a link in the run directory."""
+    words = []
+    if network.kind == SLIRP4NETNS:
+        words = ["vec0:transport=fd,fd={}".format(KERNEL_NETWORK_FD)]
+    elif network.kind == SLIRP:
+        # "_" is a blank. From any other control address slirp lets the guest run programs of the host.
+        words = ["eth0=slirp,,./slirp,control_addr_255.255.255.255"]
+    if network.lan:
+        # A MAC of our own: kernels of old make the same one in every guest.
+        mac = ":".join("{:02x}".format(byte) for byte in b"\2\0" + socket.inet_aton(network.lan.address))
+        words.append("eth1=mcast,{},{},{}".format(mac, network.lan.group, network.lan.port))
+    return words
+
+
+def describe_network(network: Network) -> List[Tuple[bytes, bytes]]:
+    """What the agent configures, as fields of the job."""
+    fields = []
+    if network.kind:
+        name = "vec0" if network.kind == SLIRP4NETNS else "eth0"
+        fields = [("interface", "{}={}/24".format(name, GUEST_ADDRESS)), ("gateway", GATEWAY),
+                  ("nameserver", NAMESERVER)]
+    if network.lan:
+        fields.append(("interface", "eth1={}/{}".format(network.lan.address, network.lan.prefix)))
+    return [(name.encode(), value.encode()) for name, value in fields]
+
+
+def describe(network: Network) -> str:
+    lan = ", LAN {} in {}:{}".format(network.lan.address, network.lan.group, network.lan.port) if network.lan else ""
+    return (network.note or "network by " + network.helper) + lan
+
+
+def is_ipv4(text: str) -> bool:
+    try:
+        return bool(socket.inet_pton(socket.AF_INET, text))
+    except (OSError, ValueError):                 # ValueError: a NUL
+        return False
+
+
+def parse_port(text: str) -> Port:
+    """[HOSTIP:]HOSTPORT:GUESTPORT[/PROTOCOL]"""
+    match = re.match(r"(?:(.*):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?$", text, re.ASCII)
+    if not match or not all(0 < int(number) < 65536 for number in match.group(2, 3)):
+        raise Fatal("--publish is not [HOSTIP:]HOSTPORT:GUESTPORT[/udp]: {!r}".format(text),
+                    "--publish 8080:80 shows port 80 of the guest as port 8080 of 127.0.0.1")
+    host = "127.0.0.1" if match.group(1) is None else match.group(1)
+    if not is_ipv4(host):
+        raise Fatal("--publish for what is no IPv4 address: {!r}".format(host),
+                    "no helper forwards IPv6; give an IPv4 address of this host, or 0.0.0.0 for all of them")
+    return Port(match.group(4) or "tcp", host, int(match.group(2)), int(match.group(3)))
+
+
+def parse_lan(group: str, address: str, job_id: str) -> Lan:
+    """From GROUP:PORT, or "" for the batch job's own, and ADDRESS[/PREFIX], or "" for one that nobody else has."""
+    if group:
+        match = LAN_GROUP.match(group)
+        if not match or not is_ipv4(match.group(1)) or socket.inet_aton(match.group(1))[0] & 0xF0 != 0xE0 \
+                or not 0 < int(match.group(2)) < 65536:
+            raise Fatal("--lan is not a multicast group and port: {!r}".format(group), "such as --lan 239.255.7.7:5000")
+        where, port = match.group(1), int(match.group(2))
+    else:
+        number = binascii.crc32(job_id.encode("utf-8", "surrogateescape"))
+        where, port = "239.255.{}.{}".format(number >> 24, number >> 16 & 255), 20000 + number % (1 << 13)
+    if not address:
+        net, prefix = LAN_NET
+        host = 1 + int.from_bytes(os.urandom(8), "big") % ((1 << 32 - prefix) - 2)
+        return Lan(socket.inet_ntoa(struct.pack(">I", net + host)), prefix, where, port)
+    own, slash, prefix_text = address.partition("/")
+    if not is_ipv4(own) or slash and not re.match(r"([89]|[12]\d|30)$", prefix_text, re.ASCII):
+        raise Fatal("--lan-address is not an IPv4 address: {!r}".format(address), "such as 10.9.0.1 or 10.9.0.1/24")
+    return Lan(own, int(prefix_text or 16), where, port)
 
 
 # --- Images -------------------------------------------------------------------------------------------------
@@ -436,16 +550,21 @@ def find_part(option: Optional[str], variable: str, names: Sequence[str], what: 
     given = option or os.environ.get(variable)
     if given:
         return given
+    for path in list_candidates(names, on_path):
+        return path
+    raise Fatal("no {} found".format(what),
+                "put `{}` beside {}, or name it with --{} or {}".format(names[0], os.path.basename(__file__), what,
+                                                                        variable))
+
+
+def list_candidates(names: Sequence[str], on_path: bool) -> Iterator[str]:
     beside = os.path.dirname(os.path.abspath(__file__))
     places = [beside, os.getcwd()] + (os.environ.get("PATH", os.defpath).split(os.pathsep) if on_path else [])
     for place in places:
         for name in names:
             path = os.path.join(place or ".", name)
             if os.path.isfile(path):
-                return path
-    raise Fatal("no {} found".format(what),
-                "put `{}` beside {}, or name it with --{} or {}".format(names[0], os.path.basename(__file__), what,
-                                                                        variable))
+                yield path
 
 
 def check_kernel(path: str) -> str:
@@ -459,15 +578,18 @@ def check_kernel(path: str) -> str:
     if magic != b"\x7fELF":
         raise Fatal("kernel is not an executable program: " + path,
                     "User-Mode Linux is one; the file in /boot is not. Debian has it in the package user-mode-linux")
+    if not make_executable(path):
+        raise Fatal("kernel is not executable: " + path, "chmod +x it; a file system mounted noexec cannot hold it")
+    return os.path.abspath(path)
+
+
+def make_executable(path: str) -> bool:
     if not os.access(path, os.X_OK):
         try:
             os.chmod(path, os.stat(path).st_mode | 0o100)
         except OSError:
             pass
-        if not os.access(path, os.X_OK):
-            raise Fatal("kernel is not executable: " + path,
-                        "chmod +x it; a file system mounted noexec cannot hold it")
-    return os.path.abspath(path)
+    return os.access(path, os.X_OK)
 
 
 def free_mib(directory: str) -> float:
@@ -521,8 +643,13 @@ def choose_ram_directory(spec_kernel: str, candidates: Sequence[str], mem_mib: i
 
 def uses_memfd(kernel: str) -> bool:
     """Whether the kernel needs no directory for its memory: so from 6.16 on, by its own message when that fails."""
+    return holds(kernel, b"create executable memfd")
+
+
+def holds(kernel: str, text: bytes) -> bool:
+    """Whether the text is somewhere in the program: 3 ms, where starting it to ask would take 30."""
     with open(kernel, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(b"create executable memfd") >= 0
+        return content.find(text) >= 0
 
 
 def choose_scratch(candidates: Sequence[str]) -> str:
@@ -634,6 +761,7 @@ def remove_tree(path: str) -> None:
 # --- The run directory --------------------------------------------------------------------------------------
 
 RUN_PREFIX = "apppot-"
+RESERVED_NAMES = (".", "..", "hostfs", "cow", "base", "image", "net", "net-api", "slirp")
 
 
 def try_lock(directory: str) -> Optional[int]:
@@ -702,6 +830,187 @@ def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
     return "ubd0={},{}".format(cow, kernel_path("base", spec.image))
 
 
+# --- The network --------------------------------------------------------------------------------------------
+
+def execute(argv: Sequence[str], keep: Dict[int, int], environment: Dict[str, str]) -> NoReturn:
+    """In a forked child: execute a program with the descriptors `keep` (there to here); 2 hears why if it cannot."""
+    try:
+        for there, here in keep.items():
+            os.dup2(here, there)
+        os.execve(argv[0], list(argv), environment)
+    except OSError as error:
+        os.write(2, "{}\n".format(error.strerror).encode())
+    finally:
+        os._exit(EXIT_FAILED)
+
+
+def last_line(said: bytes) -> str:
+    lines = [line.strip() for line in said.decode("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "without a word"
+
+
+def ask_program(argv: Sequence[str]) -> Tuple[int, bytes]:
+    """Wait status of a program and what it wrote. (subprocess costs 15 ms to import.)"""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        execute(argv, {0: os.open(os.devnull, os.O_RDWR), 1: writer, 2: writer}, dict(os.environ, HOME="/"))
+    os.close(writer)
+    said = b""
+    deadline = time.monotonic() + HELPER_ANSWER_S
+    while len(said) < FRAME_MAX and select.select([reader], [], [], max(0, deadline - time.monotonic()))[0]:
+        piece = os.read(reader, 65536)
+        if not piece:
+            break
+        said += piece
+    os.close(reader)
+    os.kill(pid, signal.SIGKILL)                  # it has said all, or hangs, or does not stop
+    return os.waitpid(pid, 0)[1], said
+
+
+def ask_helper(path: str) -> Tuple[str, str]:
+    """What a network helper says it is, SLIRP4NETNS or SLIRP, and why it cannot be used; "" if it can."""
+    if not os.path.isfile(path):
+        return "", "is not there"
+    if not make_executable(path):
+        return "", "is not executable"
+    status, said = ask_program([os.path.abspath(path), "--version"])
+    version = re.search(br"slirp4netns version (\d+)\.(\d+)", said)
+    if version:
+        too_old = (int(version.group(1)), int(version.group(2))) < SLIRP4NETNS_MIN
+        return SLIRP4NETNS, "is too old, {}.{} is needed".format(*SLIRP4NETNS_MIN) if too_old else ""
+    if b"Slirp v" in said:
+        return SLIRP, ""
+    how = "signal {}".format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else "status {}".format(status >> 8)
+    return "", "is neither slirp4netns nor slirp: --version ended with {}, {}".format(how, last_line(said))
+
+
+def check_ports(ports: Sequence[Port]) -> None:
+    """Refuse ports that cannot be had, before the boot. All at once: one may be asked for twice."""
+    with ExitStack() as stack:
+        for port in ports:
+            probe = stack.enter_context(socket.socket(
+                socket.AF_INET, socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM))
+            try:
+                if port.protocol == "tcp":
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((port.host, port.host_port))
+                if port.protocol == "tcp":
+                    probe.listen(1)
+            except OSError as error:
+                raise Fatal("port cannot be published, {}: {}:{}/{}".format(
+                    error.strerror, port.host, port.host_port, port.protocol),
+                    "choose another HOSTPORT, above 1023, and an address of this host")
+
+
+def choose_lan(options: argparse.Namespace, kernel: str) -> Optional[Lan]:
+    if options.lan is None and not options.lan_address:
+        return None
+    job_id = "/".join([str(os.getuid())] + [os.environ.get(name, "") for name in JOB_IDS])
+    lan = parse_lan(options.lan or "", options.lan_address or "", job_id)
+    if not holds(kernel, KERNEL_OPTION["lan"]):
+        raise Fatal("kernel has no multicast network for --lan: " + kernel,
+                    "Debian 12's has it; kernels from 6.16 on have none")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(lan.group) + bytes(4))
+        except OSError as error:
+            raise Fatal("host has no network for --lan, {}: {}".format(error.strerror, lan.group),
+                        "it needs a route for multicast, such as: ip route add 224.0.0.0/4 dev lo")
+    return lan
+
+
+def choose_network(options: argparse.Namespace, kernel: str) -> Network:
+    """Which helper connects the guest: by what is asked for, what the kernel can do, and what is here."""
+    published = tuple(parse_port(text) for text in options.publish)
+    lan = choose_lan(options, kernel)
+    if options.net == "none":
+        if options.slirp or published:
+            raise Fatal("--net none with {}".format("--slirp" if options.slirp else "--publish"),
+                        "leave out one of the two")
+        return Network(lan=lan, note="no network: --net none")
+    given = options.slirp or os.environ.get("APPPOT_SLIRP")
+    asked = given or published or options.net != "auto"
+    wanted = [kind for kind in (SLIRP4NETNS, SLIRP) if options.net in ("auto", kind)]
+    driven = [kind for kind in wanted if holds(kernel, KERNEL_OPTION[kind])]
+    if asked and not driven:
+        raise Fatal("kernel has no driver for {}: {}".format(" or ".join(wanted), kernel),
+                    "kernels from 6.16 on have none for slirp, those before 5.1 none for slirp4netns")
+    names = [name for name, kind in HELPERS.items() if kind in driven and not (published and kind == SLIRP)]
+    faults = []
+    for path in [given] if given else list_candidates(names, True):
+        kind, fault = ask_helper(path)
+        if not fault and kind not in driven:
+            fault = "is {}, and {}".format(kind, "the kernel has no driver for it" if kind in wanted else
+                                           "--net {} is asked for".format(options.net))
+        if not fault and published and kind == SLIRP:
+            fault = "is slirp, which would publish ports on every address of the host"
+        if not fault:
+            check_ports(published)
+            return Network(kind, os.path.abspath(path), published, lan)
+        faults.append("{} {}".format(path, fault))
+    if asked:
+        raise Fatal("network helper cannot be used: " + "; ".join(faults) if faults else "no network helper found",
+                    "install slirp4netns, put it beside {}, or name it with --slirp or APPPOT_SLIRP".format(
+                        os.path.basename(__file__)))
+    if faults:
+        write_stderr("apppot: warning: no network: {}\n".format("; ".join(faults)).encode("utf-8", "backslashreplace"))
+    return Network(lan=lan, note="no network: no {} found".format(" or ".join(names) or "driver in the kernel"))
+
+
+def await_words(source: int, words: bytes, lifeline: int) -> None:
+    """Read until the words come; OSError with the last line of one that ends, or hangs, instead."""
+    said = b""
+    deadline = time.monotonic() + HELPER_ANSWER_S
+    while words not in said:
+        ready = select.select([source, lifeline], [], [], max(0, deadline - time.monotonic()))[0]
+        piece = os.read(source, 4096) if source in ready and lifeline not in ready else b""
+        if not piece:
+            raise OSError(0, last_line(said))
+        said += piece
+
+
+def publish(port: Port) -> None:
+    request = '{{"execute":"add_hostfwd","arguments":{{"proto":"{}","host_addr":"{}","host_port":{},' \
+        '"guest_addr":"{}","guest_port":{}}}}}'.format(*port[:3], GUEST_ADDRESS, port.guest_port)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(HELPER_ANSWER_S)
+        client.connect("net-api")
+        client.sendall(request.encode())
+        if b'"return"' not in client.recv(4096):
+            raise OSError(0, "port cannot be published: {}:{}/{}".format(port.host, port.host_port, port.protocol))
+
+
+def start_slirp4netns(network: Network, lifeline: int) -> int:
+    """Start it in the current directory, in the supervisor; return the socket that is the guest's end.
+
+    It is connected here and not by the kernel, as it answers, and publishes ports, from then on only.
+    """
+    parent = os.getpid()
+    messages, writer = os.pipe()
+    ready = os.dup(writer)
+    argv = [network.helper, "--target-type=bess", "--api-socket=net-api", "--ready-fd=30", "net"]
+    pid = os.fork()
+    if pid == 0:
+        call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == parent:
+            execute(argv, {2: writer, 30: ready}, dict(os.environ))
+        os._exit(EXIT_FAILED)
+    os.close(writer)
+    os.close(ready)
+    guest = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        await_words(messages, b"Waiting for connection", lifeline)
+        guest.connect("net")
+        await_words(messages, b"\n1", lifeline)   # what it writes to --ready-fd, behind the lines before
+        for port in network.published:
+            publish(port)
+    except OSError as error:
+        raise Fatal("network helper failed, {}: {}".format(error.strerror or error, network.helper), "")
+    os.close(messages)                            # it ignores SIGPIPE, and would block on a full pipe
+    return guest.detach()
+
+
 # --- The supervisor -----------------------------------------------------------------------------------------
 
 def spawn_kernel(spec: RunSpec, argv: List[str], keep: Dict[int, int]) -> int:
@@ -723,6 +1032,8 @@ def spawn_kernel(spec: RunSpec, argv: List[str], keep: Dict[int, int]) -> int:
                 os.dup2(here, there)
                 os.close(here)
             environment = dict(os.environ, TMPDIR=spec.ram_directory)
+            if spec.network.kind == SLIRP:        # it would run programs for the guest, and read ~/.slirprc
+                environment.update(PATH=os.devnull, HOME=".")
             os.execve(spec.kernel, argv, environment)
         except OSError as error:
             os.write(error_write, b"%d" % (error.errno or 0))
@@ -807,16 +1118,22 @@ def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int
     message = ""
     try:
         argv = build_kernel_args(spec, name_disk(spec, directory))
+        if spec.network.kind == SLIRP4NETNS:
+            keep[KERNEL_NETWORK_FD] = start_slirp4netns(spec.network, lifeline)
+        elif spec.network.kind == SLIRP:
+            os.symlink(spec.network.helper, "slirp")
         kernel = spawn_kernel(spec, argv, keep)
-        for number in (1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD):     # so that they end with the kernel
-            os.close(keep[number])
+        for number in {1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD} & set(keep):
+            os.close(keep[number])                # so that they end with the kernel
         message = watch_kernel(kernel, spec.umid, lifeline, wakeup)
     except OSError as error:
         message = "exec {}".format(error.errno)
+    except Fatal as fatal:
+        message = "network " + fatal.message
     kill_children()
     os.chdir("/")
     remove_tree(directory)
-    os.write(report, message.encode())
+    os.write(report, os.fsencode(message))
 
 
 @contextmanager
@@ -1199,7 +1516,7 @@ class Session:
         return Result(int(fields[b"exit"][0]))
 
     def _take_report(self) -> None:
-        self._report = os.read(self._machine.report, 4096).decode()
+        self._report = os.fsdecode(os.read(self._machine.report, 4096))
         if not self._report:                      # the supervisor is dead: what it would have ended is ours now
             kill_children()
         while self._take_console():               # to its end: nobody is left to write
@@ -1213,6 +1530,8 @@ class Session:
                          "is it made for this machine, and are its libraries here? `ldd` tells")
         if what == "helper":
             return Fatal("a helper process of the kernel was killed", "look for who did, then run the job again")
+        if what == "network":
+            return Fatal(number, "--net none runs without a network")
         if what != "ended":
             return Fatal("the supervisor process of the run was killed", "look for who did, then run the job again")
         return explain_kernel_end(int(number), console, self._spec, self._running)
@@ -1317,7 +1636,10 @@ class OptionParser(argparse.ArgumentParser):
             if words[index] == "--":
                 return list(words[:index]), tuple(words[index + 1:])
             action = self._option_string_actions.get(words[index])
-            index += 2 if action and action.nargs != 0 else 1
+            if action and action.nargs == "?":    # --lan: a group is no command
+                index += 2 if LAN_GROUP.match("".join(words[index + 1:index + 2])) else 1
+            else:
+                index += 2 if action and action.nargs != 0 else 1
         return list(words[:index]), tuple(words[index:])
 
 
@@ -1336,8 +1658,9 @@ environment of the command:
   --env names it. HOME, USER, LOGNAME, SHELL, PATH and PWD are the guest's.
 
 defaults from the environment:
-  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_TMPDIR; kernel and image are then looked for beside this script
-  (`linux`, `apppot.img`), in the current directory, and the kernel on PATH (`linux`, `linux.uml`).
+  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_TMPDIR, APPPOT_SLIRP; kernel, image and network helper are then
+  looked for beside this script (`linux`, `apppot.img`, `slirp4netns`, `slirp-fullbolt`, `slirp`), in the current
+  directory, and all but the image on PATH (`linux`, `linux.uml`).
 
 exit status:
   that of the command, 128+N if signal N killed it; 124 --timeout is over, 125 AppPot failed,
@@ -1356,6 +1679,15 @@ exit status:
         help="set a variable, or pass the caller's; repeatable")
     add("--clean-env", action="store_true", help="pass no variable but those of --env")
     add("--cwd", metavar="DIR", help="start in DIR of the guest; relative to the job directory (default: that itself)")
+    add = parser.add_argument_group("network").add_argument
+    add("--net", default="auto", choices=("auto", SLIRP4NETNS, SLIRP, "none"), help="the helper that connects the "
+        "guest, as the caller would be: auto takes slirp4netns, else slirp, if there is one; none leaves no way out")
+    add("--slirp", metavar="PATH", help="the helper's program, of either kind")
+    add("--publish", action="append", default=[], metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/udp]",
+        help="show a port of the guest on the host, on 127.0.0.1 by default; repeatable; wants slirp4netns")
+    add("--lan", nargs="?", const="", metavar="GROUP:PORT", help="join the guests that give the same multicast group, "
+        "by default those of the same batch job, in a network of their own (eth1, APPPOT_LAN_ADDRESS)")
+    add("--lan-address", metavar="ADDRESS[/PREFIX]", help="the guest's address in it (default: a random one)")
     add = parser.add_argument_group("run").add_argument
     add("--timeout", metavar="S", help="end the command after S seconds (s, m, h, d may follow) with status 124")
     add("--boot-timeout", default="120", metavar="S", help="give up a guest that does not start (default 120)")
@@ -1386,22 +1718,26 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     check_limits(mem_mib, os.path.getsize(image))
     candidates = scratch_candidates(options.tmpdir)
     umid = options.umid or "guest"
-    if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in (".", "..", "hostfs", "cow", "base", "image"):
+    if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in RESERVED_NAMES:
         raise Fatal("--id is not a name: {!r}".format(umid), "use up to 60 letters, digits and -_.")
     for word in options.extra:
         if not word or re.search(r"\s", word):
             raise Fatal("--extra is not one word: {!r}".format(word), "give --extra once for each argument")
     timeout_s = parse_seconds(options.timeout, "--timeout") if options.timeout else None
+    network = choose_network(options, kernel)
+    environment = select_environment(dict(os.environb), options.env, options.clean_env)
+    if network.lan:
+        environment[b"APPPOT_LAN_ADDRESS"] = network.lan.address.encode()
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
         mem_mib=mem_mib, ram_directory=choose_ram_directory(kernel, candidates, mem_mib),
         scratch=choose_scratch(candidates), umid=umid, extra=tuple(options.extra),
-        environment=select_environment(dict(os.environb), options.env, options.clean_env),
+        environment=environment,
         job_directory=directory, job_alias=alias, cwd=os.fsencode(options.cwd or ""), as_root=options.root,
         umask=os.umask(0o077),                    # what the runner makes is nobody else's
         ignored_signals=tuple(n for n in FORWARDED_SIGNALS if signal.getsignal(n) == signal.SIG_IGN),
         timeout_s=timeout_s, boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
-        kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose)
+        kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose, network=network)
 
 
 def split_image(text: str) -> Tuple[str, Optional[str]]:
@@ -1458,6 +1794,7 @@ def run(spec: RunSpec, started: float) -> Result:
                 locks.append(lock_image(spec.cow, True))
             directory, lock = stack.enter_context(run_directory(spec))
             say("run directory {}, memory {} in {}".format(directory, format_mib(spec.mem_mib), spec.ram_directory))
+            say(describe(spec.network))
             machine = stack.enter_context(start_machine(spec, directory, locks + [lock]))
             say("kernel started")
             result = Session(machine, spec, say).run()
