@@ -31,6 +31,7 @@ FRAME_MAX = 1 << 20
 HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED = 33, 34, 35, 36, 37, 38
+NETWORK_LOST = 47
 SPOOLED = 0x80
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
 
@@ -284,6 +285,17 @@ def raise_interface(control: int, interface: Interface) -> None:
     except OSError as error:
         raise Fatal("network interface {} cannot be brought up: {}".format(name.decode(), error.strerror),
                     "run with -v to see what the guest's kernel says; --net none runs without")
+
+
+def lower_interface(name: bytes) -> None:
+    """Its helper is dead, and the kernel would be busy reading that end over and over."""
+    control = call("socket", 2, 1, 0)
+    try:
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16s24x", name))
+    except OSError:
+        pass                                      # the command has removed it
+    finally:
+        os.close(control)
 
 
 def write_resolv_conf(nameserver: bytes) -> None:
@@ -737,6 +749,8 @@ class Relay:
                 self._window[stream] += count
         elif kind == OUTPUT_CLOSED:
             self._close_output(payload[0])        # the command's next write gets it SIGPIPE, as on the host
+        elif kind == NETWORK_LOST:
+            lower_interface(payload)
 
     def _signal(self, number: int) -> None:
         if self.status is not None:

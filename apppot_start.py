@@ -58,6 +58,7 @@ FRAME_MAX = 1 << 20
 HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED = 33, 34, 35, 36, 37, 38
+NETWORK_LOST = 47
 SPOOLED = 0x80
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
 
@@ -92,6 +93,7 @@ MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
 
 # The network. Addresses are those of slirp and of libslirp, on which slirp4netns is built.
 SLIRP4NETNS, SLIRP = "slirp4netns", "slirp"
+LOST = b"network-lost\n"
 HELPERS = {"slirp4netns": SLIRP4NETNS, "slirp-fullbolt": SLIRP, "slirp": SLIRP}     # by name, the best first
 GUEST_ADDRESS, GATEWAY, NAMESERVER = "10.0.2.15", "10.0.2.2", "10.0.2.3"
 SLIRP4NETNS_MIN = (1, 2)             # the first with --target-type=bess
@@ -209,7 +211,7 @@ class Machine(NamedTuple):
     console: int                     # read end: what the kernel prints
     lifeline: int                    # write end: closing it ends the guest
     report: int                      # read end, when the guest is gone: "exec ERRNO", "ended STATUS", "helper" or
-                                     # "network MESSAGE"
+                                     # "network MESSAGE"; before that LOST when the network is gone
     directory: str
 
 
@@ -394,6 +396,19 @@ def parse_lan(group: str, address: str, job_id: str) -> Lan:
     if not is_ipv4(own) or slash and not re.match(r"([89]|[12]\d|30)$", prefix_text, re.ASCII):
         raise Fatal("--lan-address is not an IPv4 address: {!r}".format(address), "such as 10.9.0.1 or 10.9.0.1/24")
     return Lan(own, int(prefix_text or 16), where, port)
+
+
+# --- Messages -----------------------------------------------------------------------------------------------
+
+def write_stderr(content: bytes) -> None:
+    try:
+        os.write(2, content)
+    except OSError:
+        pass                                      # nobody listens
+
+
+def warn(text: str) -> None:
+    write_stderr(b"apppot: warning: %s\n" % text.replace("\n", "\\n").encode("utf-8", "backslashreplace"))
 
 
 # --- Images -------------------------------------------------------------------------------------------------
@@ -734,6 +749,14 @@ def read_process(pid: int) -> Tuple[str, int]:
     return state.decode(), int(parent)
 
 
+def read_name(pid: int) -> bytes:
+    try:
+        with open("/proc/{}/comm".format(pid), "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
 def kill_children() -> None:
     """Kill and reap until no child is left; orphans of those killed come to us, the subreaper, in turn."""
     while True:
@@ -954,7 +977,7 @@ def choose_network(options: argparse.Namespace, kernel: str) -> Network:
                     "install slirp4netns, put it beside {}, or name it with --slirp or APPPOT_SLIRP".format(
                         os.path.basename(__file__)))
     if faults:
-        write_stderr("apppot: warning: no network: {}\n".format("; ".join(faults)).encode("utf-8", "backslashreplace"))
+        warn("no network: " + "; ".join(faults))
     return Network(lan=lan, note="no network: no {} found".format(" or ".join(names) or "driver in the kernel"))
 
 
@@ -981,8 +1004,8 @@ def publish(port: Port) -> None:
             raise OSError(0, "port cannot be published: {}:{}/{}".format(port.host, port.host_port, port.protocol))
 
 
-def start_slirp4netns(network: Network, lifeline: int) -> int:
-    """Start it in the current directory, in the supervisor; return the socket that is the guest's end.
+def start_slirp4netns(network: Network, lifeline: int) -> Tuple[int, int]:
+    """Start it in the current directory, in the supervisor; return its pid and the socket that is the guest's end.
 
     It is connected here and not by the kernel, as it answers, and publishes ports, from then on only.
     """
@@ -1008,7 +1031,7 @@ def start_slirp4netns(network: Network, lifeline: int) -> int:
     except OSError as error:
         raise Fatal("network helper failed, {}: {}".format(error.strerror or error, network.helper), "")
     os.close(messages)                            # it ignores SIGPIPE, and would block on a full pipe
-    return guest.detach()
+    return pid, guest.detach()
 
 
 # --- The supervisor -----------------------------------------------------------------------------------------
@@ -1069,7 +1092,7 @@ def ask_mconsole(umid: str, command: bytes) -> None:
             pass
 
 
-def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int) -> str:
+def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int, helper: int, report: int) -> str:
     """Wait for the kernel's end or the runner's; return what to report. Stop the guest while the runner is stopped.
 
     A stopped runner means a suspended job. The guest is stopped by its mconsole: it then runs nothing, and none of
@@ -1090,6 +1113,9 @@ def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int) -> str:
             pid, status = os.waitpid(kernel, os.WNOHANG)
             if pid:
                 return "ended {}".format(status)
+            if helper and os.waitpid(helper, os.WNOHANG)[0]:
+                helper = 0
+                os.write(report, LOST)
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
             ask_mconsole(umid, b"stop" if suspended else b"go")
@@ -1102,10 +1128,11 @@ def has_dead_helper(kernel: int) -> bool:
     """Whether a thread that the kernel started for its own use is dead: it does not notice, and the guest hangs.
 
     These are the first of its children; later ones are the guest's processes. A kernel that runs may be about to
-    reap its child, one that sleeps is not.
+    reap its child, one that sleeps is not. Slirp is a child, too, but another program, and one it can do without.
     """
     return read_process(kernel)[0] == "S" and any(
-        read_process(child)[0] == "Z" for child in list_children(kernel)[:KERNEL_HELPERS])
+        read_process(child)[0] == "Z" and read_name(child) == read_name(kernel)
+        for child in list_children(kernel)[:KERNEL_HELPERS])
 
 
 def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int, report: int) -> None:
@@ -1118,14 +1145,15 @@ def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int
     message = ""
     try:
         argv = build_kernel_args(spec, name_disk(spec, directory))
+        helper = 0
         if spec.network.kind == SLIRP4NETNS:
-            keep[KERNEL_NETWORK_FD] = start_slirp4netns(spec.network, lifeline)
+            helper, keep[KERNEL_NETWORK_FD] = start_slirp4netns(spec.network, lifeline)
         elif spec.network.kind == SLIRP:
             os.symlink(spec.network.helper, "slirp")
         kernel = spawn_kernel(spec, argv, keep)
         for number in {1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD} & set(keep):
             os.close(keep[number])                # so that they end with the kernel
-        message = watch_kernel(kernel, spec.umid, lifeline, wakeup)
+        message = watch_kernel(kernel, spec.umid, lifeline, wakeup, helper, report)
     except OSError as error:
         message = "exec {}".format(error.errno)
     except Fatal as fatal:
@@ -1516,11 +1544,24 @@ class Session:
         return Result(int(fields[b"exit"][0]))
 
     def _take_report(self) -> None:
-        self._report = os.fsdecode(os.read(self._machine.report, 4096))
+        message = os.read(self._machine.report, 4096)
+        if message.startswith(LOST):
+            self._lose_network()
+            message = message[len(LOST):]
+            if not message:
+                return
+        self._report = os.fsdecode(message)
         if not self._report:                      # the supervisor is dead: what it would have ended is ours now
             kill_children()
         while self._take_console():               # to its end: nobody is left to write
             pass
+
+    def _lose_network(self) -> None:
+        if not self._running:
+            self._fail("network helper was killed: " + self._spec.network.helper, "--net none runs without a network")
+            return
+        warn("network helper was killed, the command goes on without a network: " + self._spec.network.helper)
+        self.post(encode_frame(NETWORK_LOST, b"vec0"))
 
     def _explain_end(self) -> Fatal:
         what, _, number = (self._report or "").partition(" ")
@@ -1605,13 +1646,6 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, running: bool) 
     return Fatal("kernel ended with {} before the guest was up: {}".format(how, spec.kernel),
                  "is it User-Mode Linux? `{} --version` prints a version; -v shows what it printed".format(
                      shlex.quote(spec.kernel)))
-
-
-def write_stderr(content: bytes) -> None:
-    try:
-        os.write(2, content)
-    except OSError:
-        pass                                      # nobody listens
 
 
 def is_same_file(one: int, other: int) -> bool:

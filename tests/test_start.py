@@ -54,7 +54,7 @@ def test_fields_survive(fields):
 def test_host_and_guest_speak_the_same():
     names = (
         "VERSION PROTOCOL MAGIC FRAME_MAX HELLO STARTED STDOUT STDERR CREDIT STDIN_CLOSED RESULT JOB STDIN STDIN_EOF "
-        "SIGNAL ACK OUTPUT_CLOSED SPOOLED OUTPUT_WINDOW"
+        "SIGNAL ACK OUTPUT_CLOSED NETWORK_LOST SPOOLED OUTPUT_WINDOW"
     ).split()
     assert [getattr(apppot_start, name) for name in names] == [getattr(apppot_init, name) for name in names]
     assert apppot_start.FRAME.format == apppot_init.FRAME.format
