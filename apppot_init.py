@@ -50,7 +50,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32,
 SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # include/uapi/linux/sockios.h
 IFF_UP, IFF_RUNNING = 0x1, 0x40                                # include/uapi/linux/if.h
 RTF_UP, RTF_GATEWAY = 0x1, 0x2                                 # include/uapi/linux/route.h
-RESOLV_CONF = "/etc/resolv.conf"
+RESOLV_CONF, HOSTS = "/etc/resolv.conf", "/etc/hosts"
 MOUNTS = (                           # source, target, type, flags, options
     ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
     ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
@@ -105,6 +105,7 @@ class Job(NamedTuple):
     interfaces: Tuple[Interface, ...] = ()
     gateway: bytes = b""             # empty: no way out
     nameserver: bytes = b""
+    lan_address: bytes = b""         # empty: no LAN
 
 
 class Account(NamedTuple):
@@ -159,7 +160,7 @@ def parse_job(payload: bytes) -> Job:
         stdin_is_null=one(b"stdin") == b"null", one_output=one(b"output") == b"one",
         persistent=one(b"persistent") == b"1",
         interfaces=tuple(parse_interface(name, value) for name, value in pairs(b"interface")),
-        gateway=parse_address(one(b"gateway")), nameserver=one(b"nameserver"))
+        gateway=parse_address(one(b"gateway")), nameserver=one(b"nameserver"), lan_address=one(b"lan"))
 
 
 def put_account(table: bytes, name: bytes, number: int, line: bytes) -> bytes:
@@ -224,16 +225,11 @@ def prepare_system() -> None:
     write_score("-1000")
     # Not to preempt a command at its every write: its pipe fills and is moved in large pieces.
     os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
-    set_hostname()
+    set_hostname(read_file("/etc/hostname").decode("utf-8", "replace").strip() or "apppot")
     raise_loopback()
 
 
-def set_hostname() -> None:
-    try:
-        with open("/etc/hostname") as file:
-            name = file.read().strip() or "apppot"
-    except OSError:
-        name = "apppot"
+def set_hostname(name: str) -> None:
     with open("/proc/sys/kernel/hostname", "w") as file:
         file.write(name)
 
@@ -274,6 +270,8 @@ def raise_network(job: Job) -> None:
         os.close(control)
     if job.nameserver:
         write_resolv_conf(job.nameserver)
+    if job.lan_address:
+        name_guest(job.lan_address)
 
 
 def raise_interface(control: int, interface: Interface) -> None:
@@ -296,6 +294,15 @@ def lower_interface(name: bytes) -> None:
         pass                                      # the command has removed it
     finally:
         os.close(control)
+
+
+def name_guest(address: bytes) -> None:
+    """Guests of one LAN need names of their own: MPI takes those of one name for one machine."""
+    name = b"apppot-" + address.replace(b".", b"-")
+    mark = b" # the LAN of AppPot"
+    kept = [line for line in read_file(HOSTS).splitlines() if not line.endswith(mark)]
+    write_file(HOSTS, b"\n".join([address + b" " + name + mark] + kept) + b"\n")
+    set_hostname(name.decode())
 
 
 def write_resolv_conf(nameserver: bytes) -> None:

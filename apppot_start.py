@@ -348,7 +348,8 @@ def describe_network(network: Network) -> List[Tuple[bytes, bytes]]:
         fields = [("interface", "{}={}/24".format(name, GUEST_ADDRESS)), ("gateway", GATEWAY),
                   ("nameserver", NAMESERVER)]
     if network.lan:
-        fields.append(("interface", "eth1={}/{}".format(network.lan.address, network.lan.prefix)))
+        fields += [("interface", "eth1={}/{}".format(network.lan.address, network.lan.prefix)),
+                   ("lan", network.lan.address)]
     return [(name.encode(), value.encode()) for name, value in fields]
 
 
