@@ -50,7 +50,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32,
 SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # include/uapi/linux/sockios.h
 IFF_UP, IFF_RUNNING = 0x1, 0x40                                # include/uapi/linux/if.h
 RTF_UP, RTF_GATEWAY = 0x1, 0x2                                 # include/uapi/linux/route.h
-RESOLV_CONF, HOSTS = "/etc/resolv.conf", "/etc/hosts"
+RESOLV_CONF = "/etc/resolv.conf"
 MOUNTS = (                           # source, target, type, flags, options
     ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
     ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
@@ -270,8 +270,8 @@ def raise_network(job: Job) -> None:
         os.close(control)
     if job.nameserver:
         write_resolv_conf(job.nameserver)
-    if job.lan_address:
-        name_guest(job.lan_address)
+    if job.lan_address:                           # a name of its own, for MPI, and one that resolves on every guest
+        set_hostname(job.lan_address.decode())
 
 
 def raise_interface(control: int, interface: Interface) -> None:
@@ -294,15 +294,6 @@ def lower_interface(name: bytes) -> None:
         pass                                      # the command has removed it
     finally:
         os.close(control)
-
-
-def name_guest(address: bytes) -> None:
-    """Guests of one LAN need names of their own: MPI takes those of one name for one machine."""
-    name = b"apppot-" + address.replace(b".", b"-")
-    mark = b" # the LAN of AppPot"
-    kept = [line for line in read_file(HOSTS).splitlines() if not line.endswith(mark)]
-    write_file(HOSTS, b"\n".join([address + b" " + name + mark] + kept) + b"\n")
-    set_hostname(name.decode())
 
 
 def write_resolv_conf(nameserver: bytes) -> None:

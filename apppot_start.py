@@ -934,7 +934,7 @@ def choose_lan(options: argparse.Namespace, kernel: str) -> Optional[Lan]:
     lan = parse_lan(options.lan or "", options.lan_address or "", job_id)
     if not holds(kernel, KERNEL_OPTION["lan"]):
         raise Fatal("kernel has no multicast network for --lan: " + kernel,
-                    "Debian 12's has it; kernels from 6.16 on have none")
+                    "Debian 12's has it; Debian 13's and all from 6.16 on have none")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(lan.group) + bytes(4))
@@ -1093,7 +1093,7 @@ def ask_mconsole(umid: str, command: bytes) -> None:
             pass
 
 
-def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int, helper: int, report: int) -> str:
+def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int, check_helper: Callable[[], None]) -> str:
     """Wait for the kernel's end or the runner's; return what to report. Stop the guest while the runner is stopped.
 
     A stopped runner means a suspended job. The guest is stopped by its mconsole: it then runs nothing, and none of
@@ -1114,9 +1114,7 @@ def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int, helper: int
             pid, status = os.waitpid(kernel, os.WNOHANG)
             if pid:
                 return "ended {}".format(status)
-            if helper and os.waitpid(helper, os.WNOHANG)[0]:
-                helper = 0
-                os.write(report, LOST)
+            check_helper()
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
             ask_mconsole(umid, b"stop" if suspended else b"go")
@@ -1144,9 +1142,16 @@ def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     os.chdir(directory)
     message = ""
+    helper = 0
+
+    def check_helper() -> None:
+        nonlocal helper
+        if helper and os.waitpid(helper, os.WNOHANG)[0]:
+            helper = 0
+            os.write(report, LOST)
+
     try:
         argv = build_kernel_args(spec, name_disk(spec, directory))
-        helper = 0
         if spec.network.kind == SLIRP4NETNS:
             helper, keep[KERNEL_NETWORK_FD] = start_slirp4netns(spec.network, lifeline)
         elif spec.network.kind == SLIRP:
@@ -1154,7 +1159,7 @@ def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int
         kernel = spawn_kernel(spec, argv, keep)
         for number in {1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD} & set(keep):
             os.close(keep[number])                # so that they end with the kernel
-        message = watch_kernel(kernel, spec.umid, lifeline, wakeup, helper, report)
+        message = watch_kernel(kernel, spec.umid, lifeline, wakeup, check_helper)
     except OSError as error:
         message = "exec {}".format(error.errno)
     except Fatal as fatal:
@@ -1721,7 +1726,7 @@ exit status:
     add("--publish", action="append", default=[], metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/udp]",
         help="show a port of the guest on the host, on 127.0.0.1 by default; repeatable; wants slirp4netns")
     add("--lan", nargs="?", const="", metavar="GROUP:PORT", help="join the guests that give the same multicast group, "
-        "by default those of the same batch job, in a network of their own (eth1, APPPOT_LAN_ADDRESS)")
+        "by default those of the same batch job, in a network of their own (eth1); APPPOT_LAN_ADDRESS tells where")
     add("--lan-address", metavar="ADDRESS[/PREFIX]", help="the guest's address in it (default: a random one)")
     add = parser.add_argument_group("run").add_argument
     add("--timeout", metavar="S", help="end the command after S seconds (s, m, h, d may follow) with status 124")
