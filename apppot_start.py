@@ -1167,7 +1167,7 @@ def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int
     kill_children()
     os.chdir("/")
     remove_tree(directory)
-    os.write(report, os.fsencode(message))
+    os.write(report, message.encode("utf-8", "surrogateescape"))
 
 
 @contextmanager
@@ -1556,7 +1556,7 @@ class Session:
             message = message[len(LOST):]
             if not message:
                 return
-        self._report = os.fsdecode(message)
+        self._report = message.decode("utf-8", "surrogateescape")
         if not self._report:                      # the supervisor is dead: what it would have ended is ours now
             kill_children()
         while self._take_console():               # to its end: nobody is left to write

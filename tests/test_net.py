@@ -288,6 +288,17 @@ def test_a_helper_asked_for_that_is_no_use_is_an_error(any_node, kind):
     assert_error(result, path, COMPLAINTS[kind])
 
 
+def test_a_helper_that_dies_during_the_boot_is_an_error(node, helper):
+    if helper != "slirp4netns":
+        pytest.skip("slirp is started when the guest is up")
+    program = shutil.which("slirp4netns")
+    die = f'[ "$1" = --version ] || exec timeout -s KILL 0.5 {program} "$@"; exec {program} "$@"'
+    path = script(node, "help", die)
+    result = node.run("--slirp", path, "true")
+    assert result.returncode == 125
+    assert_error(result, path, "was killed")
+
+
 def test_a_helper_not_asked_for_that_is_no_use_is_a_warning(node):
     path = script(node, "slirp4netns", "echo cannot load libslirp >&2; exit 127")
     result = node.run("sh", "-c", "grep -c : /proc/net/dev", env=NOWHERE)
