@@ -5,6 +5,8 @@
 ##   make demo     set up what is missing, build the image, run a command in it
 ##   make check    the same set-up, then all tests
 ##   make image    build/apppot.img, an appliance with Debian
+##   make mpi-image
+##                 build/mpi.img, the same with Open MPI, for a test
 ##   make bench    what a run costs, by phase
 ##   make deps     install the Debian packages that the targets above use
 ##   make clean    remove build/
@@ -38,8 +40,8 @@ IN_IMAGE := python3 bash sudo less procps ca-certificates curl vim-tiny
 # What the targets need, as PACKAGE:COMMAND; a command of other origin will do.
 AS_ROOT    := $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --map-auto)
 BUILD_DEPS := mmdebstrap:mmdebstrap e2fsprogs:mke2fs mount:mount $(if $(AS_ROOT),uidmap:newuidmap)
-RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml)
-TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole
+RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml) slirp4netns:slirp4netns
+TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl
 TEST_DEPS  := python3-pytest python3-hypothesis
 
 SHELL       := /bin/bash
@@ -60,7 +62,7 @@ ifneq ($(KERNEL),)
 export APPPOT_KERNEL := $(abspath $(KERNEL))
 endif
 
-.PHONY: help demo check image bench deps deps-build deps-run deps-tools deps-test clean FORCE
+.PHONY: help demo check image mpi-image bench deps deps-build deps-run deps-tools deps-test clean FORCE
 
 help:
 	@sed -n 's/^## \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -68,10 +70,10 @@ help:
 demo: deps-build deps-run image
 	$(PYTHON) apppot_start.py --image $(IMAGE) sh -c 'uname -a; head -n 1 /etc/os-release'
 
-check: deps-build deps-run deps-tools deps-test image
+check: deps-build deps-run deps-tools deps-test image mpi-image
 	$(PYTHON) -m pytest $(PYTESTARGS) tests
 
-bench: deps-build deps-run image
+bench: deps-build deps-run deps-tools image
 	$(PYTHON) tests/bench.py
 
 clean:
@@ -167,6 +169,9 @@ endef
 export BOOTSTRAP COMPOSE
 
 image: $(IMAGE)
+
+mpi-image:
+	@$(MAKE) --no-print-directory image IMAGE=build/mpi.img PACKAGES="openmpi-bin python3-mpi4py"
 
 # make's own time stamps cannot tell that a variable changed, and --write changes the image's: so the recipe decides.
 $(IMAGE): FORCE deps-build

@@ -32,6 +32,7 @@ HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6,
 SCREEN, STOPPED, RECEIVED, TERMINATE = 8, 9, 10, 11
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
+NETWORK_LOST = 42
 SPOOLED = 0x80
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
 SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
@@ -59,7 +60,10 @@ SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO = 0x7FFF0000, 0x00050000
 BPF_LOAD, BPF_EQUAL, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x45, 0x06   # 32-bit words; linux/bpf_common.h
 SYS_MOUNT, SYS_FSOPEN, AUDIT_ARCH_X86_64 = 165, 430, 0xC000003E
 CAP_SYS_ADMIN = 21
-SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 0x8914, 0x1, 0x40          # include/uapi/linux/sockios.h, if.h
+SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # include/uapi/linux/sockios.h
+IFF_UP, IFF_RUNNING = 0x1, 0x40                                # include/uapi/linux/if.h
+RTF_UP, RTF_GATEWAY = 0x1, 0x2                                 # include/uapi/linux/route.h
+RESOLV_CONF = "/etc/resolv.conf"
 MOUNTS = (                           # source, target, type, flags, options
     ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
     ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
@@ -96,6 +100,12 @@ class Bind(NamedTuple):
     read_only: bool
 
 
+class Interface(NamedTuple):
+    name: bytes
+    address: bytes                   # IPv4, as 4 bytes
+    netmask: bytes
+
+
 class Job(NamedTuple):
     """What the runner asks for. Paths and strings are bytes, as the kernel has them."""
     argv: Tuple[bytes, ...]          # empty: apppot-run, apppot-autorun or a login shell
@@ -116,6 +126,10 @@ class Job(NamedTuple):
     window: bytes                    # empty: no terminal
     foreground: bool                 # the command has the terminal from its start
     persistent: bool                 # the root file system outlives the run
+    interfaces: Tuple[Interface, ...] = ()
+    gateway: bytes = b""             # empty: no way out
+    nameserver: bytes = b""
+    lan_address: bytes = b""         # empty: no LAN
 
 
 class Account(NamedTuple):
@@ -147,6 +161,15 @@ def parse_bind(number: int, value: bytes) -> Bind:
     return Bind(b"bind%d" % number, name, b"/" + target, value[:1] == b"r")
 
 
+def parse_address(text: bytes) -> bytes:
+    return bytes(int(part) for part in text.split(b".") if part)
+
+
+def parse_interface(name: bytes, text: bytes) -> Interface:
+    address, _, prefix = text.partition(b"/")
+    return Interface(name, parse_address(address), struct.pack(">I", (1 << 32) - (1 << 32 - int(prefix))))
+
+
 def parse_job(payload: bytes) -> Job:
     fields = decode_fields(payload)
 
@@ -166,7 +189,9 @@ def parse_job(payload: bytes) -> Job:
         groups=tuple(Group(int(gid), name) for gid, name in pairs(b"group")), as_root=one(b"root") == b"1",
         umask=int(one(b"umask")), ignored_signals=tuple(int(number) for number in fields.get(b"ignore", [])),
         stdio=one(b"stdio"), modes=bytes.fromhex(one(b"modes").decode()), window=bytes.fromhex(one(b"window").decode()),
-        foreground=one(b"foreground") == b"1", persistent=one(b"persistent") == b"1")
+        foreground=one(b"foreground") == b"1", persistent=one(b"persistent") == b"1",
+        interfaces=tuple(parse_interface(name, value) for name, value in pairs(b"interface")),
+        gateway=parse_address(one(b"gateway")), nameserver=one(b"nameserver"), lan_address=one(b"lan"))
 
 
 def put_account(table: bytes, name: bytes, number: int, line: bytes) -> bytes:
@@ -230,7 +255,7 @@ def prepare_system() -> None:
     # The last that the guest's out-of-memory killer takes; start_command() makes the command no exception.
     write_score("-1000")
     prefer_command()
-    set_hostname()
+    set_hostname(read_file("/etc/hostname").decode("utf-8", "replace").strip() or "apppot")
     raise_loopback()
     with open("/proc/sys/kernel/ctrl-alt-del", "w") as file:   # send PID 1 a SIGINT; do not reboot at once
         file.write("0")
@@ -261,12 +286,7 @@ def forbid_mounts() -> None:
         file.write("{} {}".format(low & ~(1 << CAP_SYS_ADMIN), high))
 
 
-def set_hostname() -> None:
-    try:
-        with open("/etc/hostname") as file:
-            name = file.read().strip() or "apppot"
-    except OSError:
-        name = "apppot"
+def set_hostname(name: str) -> None:
     with open("/proc/sys/kernel/hostname", "w") as file:
         file.write(name)
 
@@ -281,6 +301,65 @@ def raise_loopback() -> None:
         fcntl.ioctl(probe, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP | IFF_RUNNING))
     finally:
         os.close(probe)
+
+
+# --- The network --------------------------------------------------------------------------------------------
+
+def pack_address(address: bytes) -> bytes:
+    """struct sockaddr_in."""
+    return struct.pack("=HH4s8x", 2, 0, address)
+
+
+def raise_network(job: Job) -> None:
+    """Give the interfaces their addresses and bring them up; the way out and its name server if there is one."""
+    if not job.interfaces:
+        return
+    control = call("socket", 2, 1, 0)             # as in raise_loopback()
+    try:
+        for interface in job.interfaces:
+            raise_interface(control, interface)
+        if job.gateway:
+            nowhere = pack_address(bytes(4))
+            # struct rtentry: destination, gateway, netmask, flags.
+            fcntl.ioctl(control, SIOCADDRT, struct.pack(
+                "8x16s16s16sH62x", nowhere, pack_address(job.gateway), nowhere, RTF_UP | RTF_GATEWAY))
+    finally:
+        os.close(control)
+    if job.nameserver:
+        write_resolv_conf(job.nameserver)
+    if job.lan_address:                           # a name of its own, for MPI, and one that resolves on every guest
+        set_hostname(job.lan_address.decode())
+
+
+def raise_interface(control: int, interface: Interface) -> None:
+    name = interface.name
+    try:
+        fcntl.ioctl(control, SIOCSIFADDR, struct.pack("16s16s8x", name, pack_address(interface.address)))
+        fcntl.ioctl(control, SIOCSIFNETMASK, struct.pack("16s16s8x", name, pack_address(interface.netmask)))
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP | IFF_RUNNING))
+    except OSError as error:
+        raise Fatal("network interface {} cannot be brought up: {}".format(name.decode(), error.strerror),
+                    "run with -v to see what the guest's kernel says; --net none runs without")
+
+
+def lower_interface(name: bytes) -> None:
+    """Its helper is dead, and the kernel would be busy reading that end over and over."""
+    control = call("socket", 2, 1, 0)
+    try:
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16s24x", name))
+    except OSError:
+        pass                                      # the command has removed it
+    finally:
+        os.close(control)
+
+
+def write_resolv_conf(nameserver: bytes) -> None:
+    """Images of other origin name a server of theirs, or have a link to what a service would write in /run."""
+    path = os.path.realpath(RESOLV_CONF)
+    servers = [line.split()[1:2] for line in read_file(path).splitlines() if line.startswith(b"nameserver")]
+    if servers[:1] != [[nameserver]]:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_file(path, b"nameserver " + nameserver + b"\n")
 
 
 # --- The channel --------------------------------------------------------------------------------------------
@@ -863,6 +942,8 @@ class Relay:
             self._window[stream] += count
         elif kind == OUTPUT_CLOSED:
             self._close_output(payload[0])        # the command's next write gets it SIGPIPE, as on the host
+        elif kind == NETWORK_LOST:
+            lower_interface(payload)
         elif kind == WINDOW and self._terminal:
             fcntl.ioctl(self._terminal.master, termios.TIOCSWINSZ, payload)
         elif kind == FOREGROUND and self._terminal:
@@ -960,6 +1041,7 @@ def run_job(channel: Channel, wakeup: int) -> None:
         greet(channel)
         prepare_system()
         job = wait_for_job(channel)
+        raise_network(job)
         account = make_account(job)
         places = Places(job, account)
         if not job.confined:

@@ -10,6 +10,7 @@ Three processes make a run: this runner, which relays bytes and signals; a super
 User-Mode Linux kernel and cleans up whatever happens to the runner; and the kernel itself.
 """
 import argparse
+import binascii
 import collections
 import errno
 import fcntl
@@ -64,6 +65,7 @@ HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6,
 SCREEN, STOPPED, RECEIVED, TERMINATE = 8, 9, 10, 11
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
+NETWORK_LOST = 42
 SPOOLED = 0x80
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
 LINE_WINDOW = 3072                   # bytes to the guest that it has not read: from 3968 on UML stops the line for good
@@ -89,7 +91,6 @@ HAS_SMP, HAS_SECCOMP = b"CONFIG_SMP=y", b"seccomp=<on"         # the latter from
 KERNEL_FEATURES = (
     ("SMP", HAS_SMP), ("seccomp mode", HAS_SECCOMP), ("hostfs", b"CONFIG_HOSTFS=y"), ("mconsole", b"CONFIG_MCONSOLE=y"),
     ("vector network", b"CONFIG_UML_NET_VECTOR=y"), ("slirp network", b"CONFIG_UML_NET_SLIRP=y"))
-NETWORK_HELPERS = ("slirp4netns", "slirp-fullbolt", "slirp")
 INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
 SPOOL_CHUNK = 1 << 20
 STDIN_WINDOW = 8 << 20
@@ -103,7 +104,7 @@ KERNEL_HELPERS = 4                   # at most so many threads of its own a kern
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
-KERNEL_INPUT_FD, KERNEL_OUTPUT_FD = 3, 4
+KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD = 3, 4, 30
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38      # include/uapi/linux/prctl.h
@@ -121,6 +122,19 @@ PT_INTERP = 3                                                  # include/uapi/li
 ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
 MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
 MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
+
+# The network. Addresses are those of slirp and of libslirp, on which slirp4netns is built.
+SLIRP4NETNS, SLIRP = "slirp4netns", "slirp"
+LOST = b"network-lost\n"
+HELPERS = {"slirp4netns": SLIRP4NETNS, "slirp-fullbolt": SLIRP, "slirp": SLIRP}     # by name, the best first
+GUEST_ADDRESS, GATEWAY, NAMESERVER = "10.0.2.15", "10.0.2.2", "10.0.2.3"
+SLIRP4NETNS_MIN = (1, 2)             # the first with --target-type=bess
+HELPER_ANSWER_S = 10.0               # a helper that takes longer to start, or to say what it is, hangs
+KERNEL_OPTION = {SLIRP4NETNS: b"CONFIG_UML_NET_VECTOR=y", SLIRP: b"CONFIG_UML_NET_SLIRP=y",
+                 "lan": b"CONFIG_UML_NET_MCAST=y"}             # in every kernel, for --showconfig
+LAN_NET = (100 << 24 | 64 << 16, 10)  # 100.64.0.0/10 (RFC 6598): clusters use 10/8 and 172.16/12, which stay reachable
+JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "JOB_ID", "LSB_JOBID")
+LAN_GROUP = re.compile(r"(\d+\.\d+\.\d+\.\d+):(\d+)$", re.ASCII)
 
 FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
     "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"))
@@ -205,6 +219,30 @@ class Grants(NamedTuple):
     notes: Tuple[str, ...]           # what was ignored
 
 
+class Port(NamedTuple):
+    """A port of the guest that the host shows."""
+    protocol: str                    # tcp or udp
+    host: str                        # the host's address, IPv4
+    host_port: int
+    guest_port: int
+
+
+class Lan(NamedTuple):
+    """The guest's place in a network of guests: a multicast group of the host carries it."""
+    address: str
+    prefix: int
+    group: str
+    port: int
+
+
+class Network(NamedTuple):
+    kind: str = ""                   # SLIRP4NETNS or SLIRP; empty: no way out
+    helper: str = ""                 # path of the program
+    published: Tuple[Port, ...] = ()
+    lan: Optional[Lan] = None
+    note: str = ""                   # for -v: why it is so
+
+
 class RunSpec(NamedTuple):
     """One run, decided: nothing below parses options or looks at the environment again."""
     command: Tuple[str, ...]
@@ -234,6 +272,7 @@ class RunSpec(NamedTuple):
     cpus: int = 1
     umid_link: Optional[str] = None  # ~/.uml/NAME, where uml_mconsole looks for a guest by its name
     notes: Tuple[str, ...] = ()      # for -v: how it was decided
+    network: Network = Network()
 
     @property
     def persistent(self) -> bool:
@@ -253,7 +292,8 @@ class Machine(NamedTuple):
     to_guest: int                    # and write end, non-blocking
     console: int                     # read end: what the kernel prints
     lifeline: int                    # write end: closing it ends the guest
-    report: int                      # read end: "exec ERRNO", "ended STATUS" or "helper" when the guest is gone
+    report: int                      # read end, when the guest is gone: "exec ERRNO", "ended STATUS", "helper" or
+                                     # "network MESSAGE"; before that LOST when the network is gone
     directory: str
 
 
@@ -344,7 +384,8 @@ def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
     return [
         spec.kernel, disk, "root=/dev/ubda{}".format(spec.root.partition or ""), "rw", "mem={}M".format(spec.mem_mib),
         "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD),
-        "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT] + build_cpu_args(spec) + list(spec.extra)
+        "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT
+    ] + build_cpu_args(spec) + build_network_args(spec.network) + list(spec.extra)
 
 
 def build_cpu_args(spec: RunSpec) -> List[str]:
@@ -382,6 +423,7 @@ def build_job(spec: RunSpec, stdio: Stdio) -> bytes:
     fields += [(b"bind", (b"r" if bind.read_only else b"w") + bind.name + bind.target) for bind in spec.binds]
     fields += [(b"ignore", b"%d" % number) for number in spec.ignored_signals]
     fields += [(b"env", name + b"=" + value) for name, value in spec.environment.items()]
+    fields += describe_network(spec.network)
     fields += [(b"arg", os.fsencode(word)) for word in spec.command]
     return encode_fields(fields)
 
@@ -398,6 +440,93 @@ def group_name(gid: int) -> bytes:
         return os.fsencode(grp.getgrgid(gid).gr_name)
     except KeyError:
         return b"g%d" % gid
+
+
+def build_network_args(network: Network) -> List[str]:
+    """Words of the kernel command line; slirp is a link in the run directory."""
+    words = []
+    if network.kind == SLIRP4NETNS:
+        words = ["vec0:transport=fd,fd={}".format(KERNEL_NETWORK_FD)]
+    elif network.kind == SLIRP:
+        # "_" is a blank. From any other control address slirp lets the guest run programs of the host.
+        words = ["eth0=slirp,,./slirp,control_addr_255.255.255.255"]
+    if network.lan:
+        # A MAC of our own: kernels of old make the same one in every guest.
+        mac = ":".join("{:02x}".format(byte) for byte in b"\2\0" + socket.inet_aton(network.lan.address))
+        words.append("eth1=mcast,{},{},{}".format(mac, network.lan.group, network.lan.port))
+    return words
+
+
+def describe_network(network: Network) -> List[Tuple[bytes, bytes]]:
+    """What the agent configures, as fields of the job."""
+    fields = []
+    if network.kind:
+        name = "vec0" if network.kind == SLIRP4NETNS else "eth0"
+        fields = [("interface", "{}={}/24".format(name, GUEST_ADDRESS)), ("gateway", GATEWAY),
+                  ("nameserver", NAMESERVER)]
+    if network.lan:
+        fields += [("interface", "eth1={}/{}".format(network.lan.address, network.lan.prefix)),
+                   ("lan", network.lan.address)]
+    return [(name.encode(), value.encode()) for name, value in fields]
+
+
+def describe(network: Network) -> str:
+    lan = ", LAN {} in {}:{}".format(network.lan.address, network.lan.group, network.lan.port) if network.lan else ""
+    return (network.note or "network by " + network.helper) + lan
+
+
+def is_ipv4(text: str) -> bool:
+    try:
+        return bool(socket.inet_pton(socket.AF_INET, text))
+    except (OSError, ValueError):                 # ValueError: a NUL
+        return False
+
+
+def parse_port(text: str) -> Port:
+    """[HOSTIP:]HOSTPORT:GUESTPORT[/PROTOCOL]"""
+    match = re.match(r"(?:(.*):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?$", text, re.ASCII)
+    if not match or not all(0 < int(number) < 65536 for number in match.group(2, 3)):
+        raise Fatal("--publish is not [HOSTIP:]HOSTPORT:GUESTPORT[/udp]: {!r}".format(text),
+                    "--publish 8080:80 shows port 80 of the guest as port 8080 of 127.0.0.1")
+    host = "127.0.0.1" if match.group(1) is None else match.group(1)
+    if not is_ipv4(host):
+        raise Fatal("--publish for what is no IPv4 address: {!r}".format(host),
+                    "no helper forwards IPv6; give an IPv4 address of this host, or 0.0.0.0 for all of them")
+    return Port(match.group(4) or "tcp", host, int(match.group(2)), int(match.group(3)))
+
+
+def parse_lan(group: str, address: str, job_id: str) -> Lan:
+    """From GROUP:PORT, or "" for the batch job's own, and ADDRESS[/PREFIX], or "" for one that nobody else has."""
+    if group:
+        match = LAN_GROUP.match(group)
+        if not match or not is_ipv4(match.group(1)) or socket.inet_aton(match.group(1))[0] & 0xF0 != 0xE0 \
+                or not 0 < int(match.group(2)) < 65536:
+            raise Fatal("--lan is not a multicast group and port: {!r}".format(group), "such as --lan 239.255.7.7:5000")
+        where, port = match.group(1), int(match.group(2))
+    else:
+        number = binascii.crc32(job_id.encode("utf-8", "surrogateescape"))
+        where, port = "239.255.{}.{}".format(number >> 24, number >> 16 & 255), 20000 + number % (1 << 13)
+    if not address:
+        net, prefix = LAN_NET
+        host = 1 + int.from_bytes(os.urandom(8), "big") % ((1 << 32 - prefix) - 2)
+        return Lan(socket.inet_ntoa(struct.pack(">I", net + host)), prefix, where, port)
+    own, slash, prefix_text = address.partition("/")
+    if not is_ipv4(own) or slash and not re.match(r"([89]|[12]\d|30)$", prefix_text, re.ASCII):
+        raise Fatal("--lan-address is not an IPv4 address: {!r}".format(address), "such as 10.9.0.1 or 10.9.0.1/24")
+    return Lan(own, int(prefix_text or 16), where, port)
+
+
+# --- Messages -----------------------------------------------------------------------------------------------
+
+def write_stderr(content: bytes) -> None:
+    try:
+        os.write(2, content)
+    except OSError:
+        pass                                      # nobody listens
+
+
+def warn(text: str) -> None:
+    write_stderr(b"apppot: warning: %s\n" % text.replace("\n", "\\n").encode("utf-8", "backslashreplace"))
 
 
 # --- Images -------------------------------------------------------------------------------------------------
@@ -679,32 +808,26 @@ def find_lock_holder(path: str) -> str:
 
 # --- The node -----------------------------------------------------------------------------------------------
 
-def path_directories() -> List[str]:
-    return os.environ.get("PATH", os.defpath).split(os.pathsep)
-
-
-def search(places: Sequence[str], names: Sequence[str]) -> Optional[str]:
-    """The first file of one of these names in one of these directories."""
-    for place in places:
-        for name in names:
-            path = os.path.join(place or ".", name)
-            if os.path.isfile(path):
-                return path
-    return None
-
-
 def find_part(option: Optional[str], variable: str, names: Sequence[str], what: str, on_path: bool) -> str:
     """Explicit option, environment, beside this script, current directory, PATH: the first that is there."""
     given = option or os.environ.get(variable)
     if given:
         return given
-    beside = os.path.dirname(os.path.abspath(__file__))
-    path = search([beside, os.getcwd()] + (path_directories() if on_path else []), names)
-    if path:
+    for path in list_candidates(names, on_path):
         return path
     raise Fatal("no {} found".format(what),
                 "put `{}` beside {}, or name it with --{} or {}".format(names[0], os.path.basename(__file__), what,
                                                                         variable))
+
+
+def list_candidates(names: Sequence[str], on_path: bool) -> Iterator[str]:
+    beside = os.path.dirname(os.path.abspath(__file__))
+    places = [beside, os.getcwd()] + (os.environ.get("PATH", os.defpath).split(os.pathsep) if on_path else [])
+    for place in places:
+        for name in names:
+            path = os.path.join(place or ".", name)
+            if os.path.isfile(path):
+                yield path
 
 
 def check_kernel(path: str) -> str:
@@ -718,15 +841,18 @@ def check_kernel(path: str) -> str:
     if magic != b"\x7fELF":
         raise Fatal("kernel is not an executable program: " + path,
                     "User-Mode Linux is one; the file in /boot is not. Debian has it in the package user-mode-linux")
+    if not make_executable(path):
+        raise Fatal("kernel is not executable: " + path, "chmod +x it; a file system mounted noexec cannot hold it")
+    return os.path.abspath(path)
+
+
+def make_executable(path: str) -> bool:
     if not os.access(path, os.X_OK):
         try:
             os.chmod(path, os.stat(path).st_mode | 0o100)
         except OSError:
             pass
-        if not os.access(path, os.X_OK):
-            raise Fatal("kernel is not executable: " + path,
-                        "chmod +x it; a file system mounted noexec cannot hold it")
-    return os.path.abspath(path)
+    return os.access(path, os.X_OK)
 
 
 def ask_version(kernel: str) -> str:
@@ -1377,6 +1503,14 @@ def read_process(pid: int) -> Tuple[str, int]:
     return state.decode(), int(parent)
 
 
+def read_name(pid: int) -> bytes:
+    try:
+        with open("/proc/{}/comm".format(pid), "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
 def kill_children() -> None:
     """Kill and reap until no child is left; orphans of those killed come to us, the subreaper, in turn."""
     while True:
@@ -1506,6 +1640,7 @@ def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
 # --- The run directory --------------------------------------------------------------------------------------
 
 RUN_PREFIX = "apppot-"
+RESERVED_NAMES = (".", "..", "hostfs", "cow", "base", "image", "net", "net-api", "slirp")
 
 
 def try_lock(directory: str) -> Optional[int]:
@@ -1577,6 +1712,9 @@ def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, i
     rules.append((spec.image, READ_FILE | (WRITE_FILE if spec.write else 0)))
     if spec.cow:
         rules.append((spec.cow, READ_FILE | WRITE_FILE))
+    if spec.network.kind == SLIRP:                # the kernel executes it
+        rules += [(path, READ_FILE | EXECUTE) for path in [spec.network.helper, *list_libraries(spec.network.helper)]]
+        rules += [("/etc/" + name, READ_FILE) for name in ("host.conf", "resolv.conf", "nsswitch.conf", "hosts")]
     if spec.job_directory:
         rules.append((spec.job_directory, READ_WRITE))
     rules += [(bind.source, READ_ONLY if bind.read_only else READ_WRITE) for bind in spec.binds]
@@ -1658,6 +1796,187 @@ def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
     return "ubd0={},{}".format(cow, kernel_path("base", spec.image))
 
 
+# --- The network --------------------------------------------------------------------------------------------
+
+def execute(argv: Sequence[str], keep: Dict[int, int], environment: Dict[str, str]) -> NoReturn:
+    """In a forked child: execute a program with the descriptors `keep` (there to here); 2 hears why if it cannot."""
+    try:
+        for there, here in keep.items():
+            os.dup2(here, there)
+        os.execve(argv[0], list(argv), environment)
+    except OSError as error:
+        os.write(2, "{}\n".format(error.strerror).encode())
+    finally:
+        os._exit(EXIT_FAILED)
+
+
+def last_line(said: bytes) -> str:
+    lines = [line.strip() for line in said.decode("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "without a word"
+
+
+def ask_program(argv: Sequence[str]) -> Tuple[int, bytes]:
+    """Wait status of a program and what it wrote. (subprocess costs 15 ms to import.)"""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        execute(argv, {0: os.open(os.devnull, os.O_RDWR), 1: writer, 2: writer}, dict(os.environ, HOME="/"))
+    os.close(writer)
+    said = b""
+    deadline = time.monotonic() + HELPER_ANSWER_S
+    while len(said) < FRAME_MAX and select.select([reader], [], [], max(0, deadline - time.monotonic()))[0]:
+        piece = os.read(reader, 65536)
+        if not piece:
+            break
+        said += piece
+    os.close(reader)
+    os.kill(pid, signal.SIGKILL)                  # it has said all, or hangs, or does not stop
+    return os.waitpid(pid, 0)[1], said
+
+
+def ask_helper(path: str) -> Tuple[str, str]:
+    """What a network helper says it is, SLIRP4NETNS or SLIRP, and why it cannot be used; "" if it can."""
+    if not os.path.isfile(path):
+        return "", "is not there"
+    if not make_executable(path):
+        return "", "is not executable"
+    status, said = ask_program([os.path.abspath(path), "--version"])
+    version = re.search(br"slirp4netns version (\d+)\.(\d+)", said)
+    if version:
+        too_old = (int(version.group(1)), int(version.group(2))) < SLIRP4NETNS_MIN
+        return SLIRP4NETNS, "is too old, {}.{} is needed".format(*SLIRP4NETNS_MIN) if too_old else ""
+    if b"Slirp v" in said:
+        return SLIRP, ""
+    how = "signal {}".format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else "status {}".format(status >> 8)
+    return "", "is neither slirp4netns nor slirp: --version ended with {}, {}".format(how, last_line(said))
+
+
+def check_ports(ports: Sequence[Port]) -> None:
+    """Refuse ports that cannot be had, before the boot. All at once: one may be asked for twice."""
+    with ExitStack() as stack:
+        for port in ports:
+            probe = stack.enter_context(socket.socket(
+                socket.AF_INET, socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM))
+            try:
+                if port.protocol == "tcp":
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((port.host, port.host_port))
+                if port.protocol == "tcp":
+                    probe.listen(1)
+            except OSError as error:
+                raise Fatal("port cannot be published, {}: {}:{}/{}".format(
+                    error.strerror, port.host, port.host_port, port.protocol),
+                    "choose another HOSTPORT, above 1023, and an address of this host")
+
+
+def choose_lan(options: argparse.Namespace, kernel: str) -> Optional[Lan]:
+    if options.lan is None and not options.lan_address:
+        return None
+    job_id = "/".join([str(os.getuid())] + [os.environ.get(name, "") for name in JOB_IDS])
+    lan = parse_lan(options.lan or "", options.lan_address or "", job_id)
+    if not kernel_holds(kernel, KERNEL_OPTION["lan"]):
+        raise Fatal("kernel has no multicast network for --lan: " + kernel,
+                    "Debian 12's has it; Debian 13's and all from 6.16 on have none")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(lan.group) + bytes(4))
+        except OSError as error:
+            raise Fatal("host has no network for --lan, {}: {}".format(error.strerror, lan.group),
+                        "it needs a route for multicast, such as: ip route add 224.0.0.0/4 dev lo")
+    return lan
+
+
+def choose_network(options: argparse.Namespace, kernel: str) -> Network:
+    """Which helper connects the guest: by what is asked for, what the kernel can do, and what is here."""
+    published = tuple(parse_port(text) for text in options.publish)
+    lan = choose_lan(options, kernel)
+    if options.net == "none":
+        if options.slirp or published:
+            raise Fatal("--net none with {}".format("--slirp" if options.slirp else "--publish"),
+                        "leave out one of the two")
+        return Network(lan=lan, note="no network: --net none")
+    given = options.slirp or os.environ.get("APPPOT_SLIRP")
+    asked = given or published or options.net != "auto"
+    wanted = [kind for kind in (SLIRP4NETNS, SLIRP) if options.net in ("auto", kind)]
+    driven = [kind for kind in wanted if kernel_holds(kernel, KERNEL_OPTION[kind])]
+    if asked and not driven:
+        raise Fatal("kernel has no driver for {}: {}".format(" or ".join(wanted), kernel),
+                    "kernels from 6.16 on have none for slirp, those before 5.1 none for slirp4netns")
+    names = [name for name, kind in HELPERS.items() if kind in driven and not (published and kind == SLIRP)]
+    faults = []
+    for path in [given] if given else list_candidates(names, True):
+        kind, fault = ask_helper(path)
+        if not fault and kind not in driven:
+            fault = "is {}, and {}".format(kind, "the kernel has no driver for it" if kind in wanted else
+                                           "--net {} is asked for".format(options.net))
+        if not fault and published and kind == SLIRP:
+            fault = "is slirp, which would publish ports on every address of the host"
+        if not fault:
+            check_ports(published)
+            return Network(kind, os.path.abspath(path), published, lan)
+        faults.append("{} {}".format(path, fault))
+    if asked:
+        raise Fatal("network helper cannot be used: " + "; ".join(faults) if faults else "no network helper found",
+                    "install slirp4netns, put it beside {}, or name it with --slirp or APPPOT_SLIRP".format(
+                        os.path.basename(__file__)))
+    if faults:
+        warn("no network: " + "; ".join(faults))
+    return Network(lan=lan, note="no network: no {} found".format(" or ".join(names) or "driver in the kernel"))
+
+
+def await_words(source: int, words: bytes, lifeline: int) -> None:
+    """Read until the words come; OSError with the last line of one that ends, or hangs, instead."""
+    said = b""
+    deadline = time.monotonic() + HELPER_ANSWER_S
+    while words not in said:
+        ready = select.select([source, lifeline], [], [], max(0, deadline - time.monotonic()))[0]
+        piece = os.read(source, 4096) if source in ready and lifeline not in ready else b""
+        if not piece:
+            raise OSError(0, last_line(said))
+        said += piece
+
+
+def publish(port: Port) -> None:
+    request = '{{"execute":"add_hostfwd","arguments":{{"proto":"{}","host_addr":"{}","host_port":{},' \
+        '"guest_addr":"{}","guest_port":{}}}}}'.format(*port[:3], GUEST_ADDRESS, port.guest_port)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(HELPER_ANSWER_S)
+        client.connect("net-api")
+        client.sendall(request.encode())
+        if b'"return"' not in client.recv(4096):
+            raise OSError(0, "port cannot be published: {}:{}/{}".format(port.host, port.host_port, port.protocol))
+
+
+def start_slirp4netns(network: Network, lifeline: int) -> Tuple[int, int]:
+    """Start it in the current directory, in the supervisor; return its pid and the socket that is the guest's end.
+
+    It is connected here and not by the kernel, as it answers, and publishes ports, from then on only.
+    """
+    parent = os.getpid()
+    messages, writer = os.pipe()
+    ready = os.dup(writer)
+    argv = [network.helper, "--target-type=bess", "--api-socket=net-api", "--ready-fd=30", "net"]
+    pid = os.fork()
+    if pid == 0:
+        call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == parent:
+            execute(argv, {2: writer, 30: ready}, dict(os.environ))
+        os._exit(EXIT_FAILED)
+    os.close(writer)
+    os.close(ready)
+    guest = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        await_words(messages, b"Waiting for connection", lifeline)
+        guest.connect("net")
+        await_words(messages, b"\n1", lifeline)   # what it writes to --ready-fd, behind the lines before
+        for port in network.published:
+            publish(port)
+    except OSError as error:
+        raise Fatal("network helper failed, {}: {}".format(error.strerror or error, network.helper), "")
+    os.close(messages)                            # it ignores SIGPIPE, and would block on a full pipe
+    return pid, guest.detach()
+
+
 # --- The supervisor -----------------------------------------------------------------------------------------
 
 def spawn_kernel(spec: RunSpec, argv: List[str], ram_directory: str, rules: Sequence[Tuple[AnyPath, int]],
@@ -1681,7 +2000,10 @@ def spawn_kernel(spec: RunSpec, argv: List[str], ram_directory: str, rules: Sequ
                 os.close(here)
             if rules:
                 confine(rules)
-            os.execve(spec.kernel, argv, dict(os.environ, TMPDIR=ram_directory))
+            environment = dict(os.environ, TMPDIR=ram_directory)
+            if spec.network.kind == SLIRP:        # it would run programs for the guest, and read ~/.slirprc
+                environment.update(PATH=os.devnull, HOME=".")
+            os.execve(spec.kernel, argv, environment)
         except OSError as error:
             os.write(error_write, b"%d" % (error.errno or 0))
         finally:
@@ -1716,7 +2038,7 @@ def ask_mconsole(umid: str, command: bytes) -> None:
             pass
 
 
-def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int) -> str:
+def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int, check_helper: Callable[[], None]) -> str:
     """Wait for the kernel's end or the runner's; return what to report. Stop the guest while the runner is stopped.
 
     A stopped runner means a suspended job. The guest is stopped by its mconsole: it then runs nothing, and none of
@@ -1737,6 +2059,7 @@ def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int) -> str:
             pid, status = os.waitpid(kernel, os.WNOHANG)
             if pid:
                 return "ended {}".format(status)
+            check_helper()
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
             ask_mconsole(umid, b"stop" if suspended else b"go")
@@ -1749,10 +2072,11 @@ def has_dead_helper(kernel: int) -> bool:
     """Whether a thread that the kernel started for its own use is dead: it does not notice, and the guest hangs.
 
     These are the first of its children; later ones are the guest's processes. A kernel that runs may be about to
-    reap its child, one that sleeps is not.
+    reap its child, one that sleeps is not. Slirp is a child, too, but another program, and one it can do without.
     """
     return read_process(kernel)[0] == "S" and any(
-        read_process(child)[0] == "Z" for child in list_children(kernel)[:KERNEL_HELPERS])
+        read_process(child)[0] == "Z" and read_name(child) == read_name(kernel)
+        for child in list_children(kernel)[:KERNEL_HELPERS])
 
 
 def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int, report: int) -> None:
@@ -1763,21 +2087,35 @@ def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     os.chdir(directories.run)
     message = ""
+    helper = 0
+
+    def check_helper() -> None:
+        nonlocal helper
+        if helper and os.waitpid(helper, os.WNOHANG)[0]:
+            helper = 0
+            os.write(report, LOST)
+
     try:
         argv = build_kernel_args(spec, name_disk(spec, directories.run))
         rules = list_rules(spec, directories) if find_landlock() else []
+        if spec.network.kind == SLIRP4NETNS:
+            helper, keep[KERNEL_NETWORK_FD] = start_slirp4netns(spec.network, lifeline)
+        elif spec.network.kind == SLIRP:
+            os.symlink(spec.network.helper, "slirp")
         kernel = spawn_kernel(spec, argv, directories.ram, rules, keep)
-        for number in (1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD):     # so that they end with the kernel
-            os.close(keep[number])
-        message = watch_kernel(kernel, spec.umid, lifeline, wakeup)
+        for number in {1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD} & set(keep):
+            os.close(keep[number])                # so that they end with the kernel
+        message = watch_kernel(kernel, spec.umid, lifeline, wakeup, check_helper)
     except OSError as error:
         message = "exec {}".format(error.errno)
+    except Fatal as fatal:
+        message = "network " + fatal.message
     kill_children()
     os.chdir("/")
     release_umid(spec.umid_link, os.path.join(directories.run, spec.umid))
     for directory in directories:
         remove_tree(directory)
-    os.write(report, message.encode())
+    os.write(report, message.encode("utf-8", "surrogateescape"))
 
 
 @contextmanager
@@ -2273,11 +2611,24 @@ class Session:
         return Result(int(fields[b"exit"][0]))
 
     def _take_report(self) -> None:
-        self._report = os.read(self._machine.report, 4096).decode()
+        message = os.read(self._machine.report, 4096)
+        if message.startswith(LOST):
+            self._lose_network()
+            message = message[len(LOST):]
+            if not message:
+                return
+        self._report = message.decode("utf-8", "surrogateescape")
         if not self._report:                      # the supervisor is dead: what it would have ended is ours now
             kill_children()
         while self._take_console():               # to its end: nobody is left to write
             pass
+
+    def _lose_network(self) -> None:
+        if not self._running:
+            self._fail("network helper was killed: " + self._spec.network.helper, "--net none runs without a network")
+            return
+        warn("network helper was killed, the command goes on without a network: " + self._spec.network.helper)
+        self.post(encode_frame(NETWORK_LOST, b"vec0"))
 
     def _explain_end(self) -> Fatal:
         what, _, number = (self._report or "").partition(" ")
@@ -2286,6 +2637,8 @@ class Session:
             return explain_exec_failure(int(number), self._spec.kernel)
         if what == "helper":
             return Fatal("a helper process of the kernel was killed", "look for who did, then run the job again")
+        if what == "network":
+            return Fatal(number, "--net none runs without a network")
         if what != "ended":
             return Fatal("the supervisor process of the run was killed", "look for who did, then run the job again")
         return explain_kernel_end(int(number), console, self._spec, self._running)
@@ -2361,11 +2714,6 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, running: bool) 
             or not_uml(spec.kernel, "ended with {} before the guest was up".format(how)))
 
 
-def write_stderr(content: bytes) -> None:
-    try:
-        os.write(2, content)
-    except OSError:
-        pass                                      # nobody listens
 
 
 # --- Options ------------------------------------------------------------------------------------------------
@@ -2381,7 +2729,10 @@ class OptionParser(argparse.ArgumentParser):
             if words[index] == "--":
                 return list(words[:index]), tuple(words[index + 1:])
             action = self._option_string_actions.get(words[index])
-            index += 2 if action and action.nargs != 0 else 1
+            if action and action.nargs == "?":    # --lan: a group is no command
+                index += 2 if LAN_GROUP.match("".join(words[index + 1:index + 2])) else 1
+            else:
+                index += 2 if action and action.nargs != 0 else 1
         return list(words[:index]), tuple(words[index:])
 
 
@@ -2400,8 +2751,9 @@ environment of the command:
   --env names it. HOME, USER, LOGNAME, SHELL, PATH and PWD are the guest's.
 
 defaults from the environment:
-  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR; kernel and image are then looked for beside this
-  script (`linux`, `apppot.img`), in the current directory, and the kernel on PATH (`linux`, `linux.uml`).
+  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR, APPPOT_SLIRP; kernel, image and network helper
+  are then looked for beside this script (`linux`, `apppot.img`, `slirp4netns`, `slirp-fullbolt`, `slirp`), in the
+  current directory, and all but the image on PATH (`linux`, `linux.uml`).
 
 memory and CPUs:
   In a job of Slurm, PBS, Grid Engine or HTCondor, what the job was granted: the least of what the batch system's
@@ -2432,6 +2784,15 @@ exit status:
         help="give the command a terminal, whatever the caller has (default: for what is a terminal here)")
     add("-T", dest="terminal", action="store_false", help="give it pipes, even in a terminal")
     add("--cwd", metavar="DIR", help="start in DIR of the guest; relative to the job directory (default: that itself)")
+    add = parser.add_argument_group("network").add_argument
+    add("--net", default="auto", choices=("auto", SLIRP4NETNS, SLIRP, "none"), help="the helper that connects the "
+        "guest, as the caller would be: auto takes slirp4netns, else slirp, if there is one; none leaves no way out")
+    add("--slirp", metavar="PATH", help="the helper's program, of either kind")
+    add("--publish", action="append", default=[], metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/udp]",
+        help="show a port of the guest on the host, on 127.0.0.1 by default; repeatable; wants slirp4netns")
+    add("--lan", nargs="?", const="", metavar="GROUP:PORT", help="join the guests that give the same multicast group, "
+        "by default those of the same batch job, in a network of their own (eth1); APPPOT_LAN_ADDRESS tells where")
+    add("--lan-address", metavar="ADDRESS[/PREFIX]", help="the guest's address in it (default: a random one)")
     add = parser.add_argument_group("run").add_argument
     add("--timeout", metavar="S", help="end the command after S seconds (s, m, h, d may follow) with status 124")
     add("--boot-timeout", default="120", metavar="S", help="give up a guest that does not start (default 120)")
@@ -2467,17 +2828,21 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     check_limits(mem.value, os.path.getsize(image))
     cpus, notes = decide_cpus(options.cpus, grants, kernel)
     umid = options.umid or "guest"
-    if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in (".", "..", "hostfs", "cow", "base", "image"):
+    if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in RESERVED_NAMES:
         raise Fatal("--id is not a name: {!r}".format(umid), "use up to 60 letters, digits and -_.")
     for word in options.extra:
         if not word or re.search(r"\s", word):
             raise Fatal("--extra is not one word: {!r}".format(word), "give --extra once for each argument")
     timeout_s = parse_seconds(options.timeout, "--timeout") if options.timeout else None
+    network = choose_network(options, kernel)
+    environment = select_environment(dict(os.environb), options.env, options.clean_env)
+    if network.lan:
+        environment[b"APPPOT_LAN_ADDRESS"] = network.lan.address.encode()
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
         mem_mib=mem.value, cpus=cpus.value, ram_directory=ram_directory, scratch=choose_scratch(candidates),
         umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
-        environment=select_environment(dict(os.environb), options.env, options.clean_env),
+        environment=environment, network=network,
         job_directory=directory, job_alias=alias, binds=tuple(parse_bind(text) for text in options.bind),
         cwd=os.fsencode(options.cwd or ""), as_root=options.root,
         umask=os.umask(0o077),                    # what the runner makes is nobody else's
@@ -2560,6 +2925,7 @@ def run(spec: RunSpec, started: float) -> Result:
             fill_run_directory(spec, directory)
             for note in ("run directory " + directory,) + spec.notes:
                 say(note)
+            say(describe(spec.network))
             say("hostfs is " + describe_confinement())
             say("management console: uml_mconsole " + stack.enter_context(mconsole_name(spec, directory)))
             machine = stack.enter_context(
@@ -2684,14 +3050,17 @@ def check_hostfs(options: argparse.Namespace) -> Finding:
 
 
 def check_network(options: argparse.Namespace) -> Finding:
-    helper = search([os.path.dirname(os.path.abspath(__file__))] + path_directories(), NETWORK_HELPERS)
-    if not helper:
-        return Finding("warn", "no helper is here: the guest has no network", "install " + " or ".join(NETWORK_HELPERS))
-    return Finding("ok", helper)
+    kernel = find_kernel_if_any(options)
+    if not kernel:
+        return Finding("warn", "not looked for without a kernel", "name one with --kernel")
+    network = choose_network(options, kernel)
+    if network.kind or options.net == "none":
+        return Finding("ok", describe(network))
+    return Finding("warn", describe(network), "install slirp4netns, or put it beside the script")
 
 
 def check_empty(options: argparse.Namespace) -> Finding:
-    found = search([os.path.dirname(os.path.abspath(__file__))] + path_directories(), ["empty"])
+    found = next(list_candidates(["empty"], True), None)
     return Finding("ok", found or "not here and not needed: the built-in carrier does its work")
 
 

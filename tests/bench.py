@@ -6,6 +6,7 @@ Usage: python3 tests/bench.py [--repeat N]; prints a Markdown table and writes i
 """
 
 import argparse
+import http.server
 import os
 import pathlib
 import platform
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from typing import Callable, Dict, List, Sequence
 
@@ -175,6 +177,46 @@ def measure_streams(repeat: int) -> List[List[str]]:
     ]
 
 
+class WebServer(http.server.BaseHTTPRequestHandler):
+    """64 MiB for whoever asks."""
+
+    content = bytes(64 * MIB)
+
+    def do_GET(self) -> None:  # noqa: N802
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def curl(prefix: Sequence[str], host: str, port: int) -> float:
+    """MiB/s of a download, by curl's own measure."""
+    words = ["curl", "-sS", "-o", "/dev/null", "-w", "%{speed_download}", "http://{}:{}/".format(host, port)]
+    return float(subprocess.run([*prefix, *words], stdout=subprocess.PIPE, check=True).stdout) / MIB
+
+
+def measure_network(repeat: int) -> List[List[str]]:
+    ways = {
+        "host": ([], "127.0.0.1", "curl of the host, 64 MiB over its loopback"),
+        "slirp4netns": (RUNNER + ["--net", "slirp4netns"], "10.0.2.2", "curl of the guest, by slirp4netns"),
+        "slirp": (RUNNER + ["--net", "slirp"], "10.0.2.2", "curl of the guest, by slirp-fullbolt"),
+    }
+    speeds: Dict[str, List[float]] = {name: [] for name in ways}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), WebServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for _ in range(repeat):
+            for name, (prefix, host, _) in ways.items():
+                try:
+                    speeds[name].append(curl(prefix, host, server.server_port))
+                except subprocess.CalledProcessError:
+                    pass  # without this helper, or with a kernel that has no driver for it
+        server.shutdown()
+    return [[text, show(speeds[name], "MiB/s") if speeds[name] else "–", ""] for name, (_, _, text) in ways.items()]
+
+
 def measure_many(count: int) -> List[List[str]]:
     def run_all() -> None:
         for process in [subprocess.Popen(RUNNER + ["--mem", "256", "true"]) for _ in range(count)]:
@@ -203,7 +245,8 @@ def main(argv: List[str]) -> int:
     if not KERNEL or not os.path.exists(IMAGE):
         print("bench: error: no kernel or no image; `make bench` sees to both", file=sys.stderr)
         return 2
-    rows = measure_start(options.repeat) + measure_streams(max(1, options.repeat // 2)) + measure_many(16)
+    few = max(1, options.repeat // 2)
+    rows = measure_start(options.repeat) + measure_streams(few) + measure_network(few) + measure_many(16)
     table = "\n".join(
         ["| what | median (range) | |", "|---|---|---|"] + ["| " + " | ".join(row) + " |" for row in rows]
     )

@@ -184,7 +184,7 @@ def descendants(pid):
 @pytest.mark.parametrize("victim, words", [(0, None), (1, "supervisor"), (2, "guest was killed"), (3, ""), (4, "")])
 def test_after_sigkill_of_any_part_nothing_is_left(any_node, victim, words):
     """0 is the runner, then its supervisor, the kernel, and the first of the kernel's own children."""
-    process = any_node.start_ready("exec sleep 100")
+    process = any_node.start_ready("exec sleep 100", "--net", "none")  # test_net.py kills its helpers
     tree = [process.pid, *descendants(process.pid)]
     os.kill(tree[victim], signal.SIGKILL)
     any_node.wait_until_gone(2)

@@ -54,7 +54,8 @@ def test_fields_survive(fields):
 def test_host_and_guest_speak_the_same():
     names = (
         "VERSION PROTOCOL MAGIC FRAME_MAX HELLO STARTED STDOUT STDERR CREDIT STDIN_CLOSED RESULT SCREEN STOPPED RECEIVED "
-        "TERMINATE JOB STDIN STDIN_EOF SIGNAL ACK OUTPUT_CLOSED KEYS WINDOW FOREGROUND SPOOLED OUTPUT_WINDOW SCREEN_WINDOW"
+        "TERMINATE JOB STDIN STDIN_EOF SIGNAL ACK OUTPUT_CLOSED KEYS WINDOW FOREGROUND NETWORK_LOST SPOOLED "
+        "OUTPUT_WINDOW SCREEN_WINDOW"
     ).split()
     assert [getattr(apppot_start, name) for name in names] == [getattr(apppot_init, name) for name in names]
     for name in ("FRAME", "WINDOW_SIZE", "TERMINAL_MODES"):
