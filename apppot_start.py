@@ -66,6 +66,7 @@ EXIT_TIMEOUT, EXIT_FAILED = 124, 125
 AGENT = "/sbin/apppot-init"
 KERNEL_NAMES = ("linux", "linux.uml")
 IMAGE_NAMES = ("apppot.img",)
+EMPTY_NAMES = ("empty",)
 DEFAULT_MEM = "1G"
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
 ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
@@ -73,6 +74,7 @@ SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the
 SCRATCH_PATH_MAX = 200               # absolutize() in arch/um/drivers/cow_user.c has 256 bytes for its directory
 DESCRIPTORS_MIN = 40
 INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
+LINE_WINDOW = 32 << 10               # bytes of stdin frames on their way: half of what a pty holds, see InputReader
 SPOOL_CHUNK = 1 << 20
 STDIN_WINDOW = 8 << 20
 ACK_STEP = 512 << 10
@@ -81,13 +83,24 @@ HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run dire
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
-KERNEL_INPUT_FD, KERNEL_OUTPUT_FD = 3, 4
+KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD = 3, 4, 5
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36               # include/uapi/linux/prctl.h
 ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
 MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
 MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
+
+# `empty` (github.com/mezantrop/empty) makes these FIFOs in the run directory. Its program gets a pty as 0, 1 and 2; the
+# shell puts that where the kernel has the channel, and has what the kernel prints go to the console as ever.
+EMPTY_MARK = b"empty -f"             # in its usage text
+EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST = "empty.pid", "to-guest", "from-guest"
+EMPTY_ARGS = ["-f", "-i", EMPTY_TO_GUEST, "-o", EMPTY_FROM_GUEST, "-p", EMPTY_PID, "/bin/sh", "-c",
+              'exec "$0" "$@" {}<&0 {}>&1 </dev/null >&{} 2>&1'.format(
+                  KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD)]
+EMPTY_TRIES = 3                      # its semaphore's key has 8 bits of a pid: two that start at once may meet there
+EMPTY_START_S = 10.0
+CARRIED, NOT_CARRIED = b"e", b"b"    # from the supervisor, before the channel's first byte: by `empty`, or built in
 
 FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
     "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"))
@@ -146,6 +159,8 @@ class RunSpec(NamedTuple):
     scratch: str                     # the run directory is made in it
     umid: str
     extra: Tuple[str, ...]
+    empty: Optional[str]             # this program is to carry the channel
+    empty_asked: bool                # and without it there is to be no run
     environment: Dict[bytes, bytes]
     job_directory: bytes
     job_alias: bytes
@@ -172,6 +187,7 @@ class Machine(NamedTuple):
     lifeline: int                    # write end: closing it ends the guest
     report: int                      # read end: "exec ERRNO", "ended STATUS" or "helper" when the guest is gone
     directory: str
+    carrier: str                     # of the channel: "empty" or "builtin"
 
 
 # --- Pure functions -----------------------------------------------------------------------------------------
@@ -251,6 +267,11 @@ def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
         spec.kernel, disk, "root=/dev/ubda{}".format(spec.root.partition or ""), "rw", "mem={}M".format(spec.mem_mib),
         "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD),
         "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT] + list(spec.extra)
+
+
+def build_command_line(spec: RunSpec, disk: str) -> List[str]:
+    """What is started: the kernel, or `empty` with the kernel."""
+    return ([spec.empty] + EMPTY_ARGS if spec.empty else []) + build_kernel_args(spec, disk)
 
 
 def build_job(spec: RunSpec, stdin_is_null: bool, one_output: bool) -> bytes:
@@ -459,15 +480,50 @@ def check_kernel(path: str) -> str:
     if magic != b"\x7fELF":
         raise Fatal("kernel is not an executable program: " + path,
                     "User-Mode Linux is one; the file in /boot is not. Debian has it in the package user-mode-linux")
+    if not make_executable(path):
+        raise Fatal("kernel is not executable: " + path, "chmod +x it; a file system mounted noexec cannot hold it")
+    return os.path.abspath(path)
+
+
+def make_executable(path: str) -> bool:
     if not os.access(path, os.X_OK):
         try:
             os.chmod(path, os.stat(path).st_mode | 0o100)
         except OSError:
             pass
-        if not os.access(path, os.X_OK):
-            raise Fatal("kernel is not executable: " + path,
-                        "chmod +x it; a file system mounted noexec cannot hold it")
-    return os.path.abspath(path)
+    return os.access(path, os.X_OK)
+
+
+def find_empty(io: str, option: Optional[str]) -> Tuple[Optional[str], bool]:
+    """The `empty` that is to carry the channel, if any, and whether it was asked for, not just found beside us."""
+    asked = bool(io == "empty" or option or os.environ.get("APPPOT_EMPTY"))
+    if io == "builtin":
+        if option:
+            raise Fatal("--empty with --io builtin: " + option, "leave out one of the two")
+        return None, False
+    if asked:
+        path = find_part(option, "APPPOT_EMPTY", EMPTY_NAMES, "empty", True)
+        check_empty(path)
+    else:
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), EMPTY_NAMES[0])
+        try:
+            check_empty(path)
+        except Fatal:                             # any file may have that name
+            return None, False
+    return os.path.abspath(path), asked
+
+
+def check_empty(path: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            is_empty = EMPTY_MARK in file.read(1 << 20)
+    except OSError as error:
+        raise Fatal("`empty` cannot be read, {}: {}".format(error.strerror, path),
+                    "--empty names the program, --io builtin does without it")
+    if not is_empty:
+        raise Fatal("not the program `empty`: " + path, "build it from github.com/mezantrop/empty, or use --io builtin")
+    if not make_executable(path):
+        raise Fatal("`empty` is not executable: " + path, "chmod +x it; a file system mounted noexec cannot hold it")
 
 
 def free_mib(directory: str) -> float:
@@ -705,7 +761,7 @@ def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
 # --- The supervisor -----------------------------------------------------------------------------------------
 
 def spawn_kernel(spec: RunSpec, argv: List[str], keep: Dict[int, int]) -> int:
-    """Fork and execute the kernel in the current directory, with the descriptors `keep` (there to here)."""
+    """Fork and execute argv in the current directory as a kernel is, with the descriptors `keep` (there to here)."""
     supervisor = os.getpid()
     error_read, error_write = os.pipe()
     pid = os.fork()
@@ -723,7 +779,7 @@ def spawn_kernel(spec: RunSpec, argv: List[str], keep: Dict[int, int]) -> int:
                 os.dup2(here, there)
                 os.close(here)
             environment = dict(os.environ, TMPDIR=spec.ram_directory)
-            os.execve(spec.kernel, argv, environment)
+            os.execve(argv[0], argv, environment)
         except OSError as error:
             os.write(error_write, b"%d" % (error.errno or 0))
         finally:
@@ -758,7 +814,93 @@ def ask_mconsole(umid: str, command: bytes) -> None:
             pass
 
 
-def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int) -> str:
+def start_by_empty(spec: RunSpec, argv: List[str], keep: Dict[int, int], lifeline: int) -> Optional[Tuple[int, int]]:
+    """Start `empty` with the kernel; pids of the kernel and of `empty`, None if that cannot be had.
+
+    SIGCHLD is blocked in `empty`: it would reap the kernel and keep the status to itself. This way the dead kernel
+    is left for us; see find_end().
+    """
+    deadline = time.monotonic() + EMPTY_START_S
+    leashes = [os.pipe()[0], os.pipe()[0]]        # the write ends stay open until we end, however that be
+    keep = {**keep, **{max(keep) + 1 + index: leash for index, leash in enumerate(leashes)}}
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    try:
+        for _ in range(EMPTY_TRIES):
+            spawn_kernel(spec, argv, keep)
+            pids = find_carried_kernel(lifeline, deadline)
+            if pids:
+                for leash, pid in zip(leashes, pids):
+                    tie_to_us(leash, pid)
+                return pids
+            kill_children()
+            for name in (EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST):
+                remove_tree(name)
+    except OSError:
+        kill_children()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    return None
+
+
+def find_carried_kernel(lifeline: int, deadline: float) -> Optional[Tuple[int, int]]:
+    """Wait for `empty` to be a daemon and have a child; None if it ends, takes too long, or nobody waits."""
+    while time.monotonic() < deadline and not select.select([lifeline], [], [], 0.005)[0]:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:  # what a daemon leaves behind
+                pass
+        except ChildProcessError:
+            return None
+        try:
+            with open(EMPTY_PID) as file:
+                empty = int(file.read())
+        except (OSError, ValueError):
+            continue
+        children = list_children(empty) if read_process(empty)[1] == os.getpid() else []
+        if children:
+            return children[0], empty
+    return None
+
+
+def tie_to_us(leash: int, pid: int) -> None:
+    """Have the host's kernel kill `pid` when we are gone: for a grandchild, whom PR_SET_PDEATHSIG cannot reach.
+
+    `leash` is the read end of a pipe that `pid` holds open, too, and nobody but us has the write end of.
+    """
+    fcntl.fcntl(leash, fcntl.F_SETOWN, pid)
+    fcntl.fcntl(leash, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(leash, fcntl.F_SETFL, os.O_ASYNC)
+    os.close(leash)
+
+
+def start_kernel(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int) -> Optional[Tuple[int, int]]:
+    """Start the kernel; its pid and that of the `empty` around it, 0 without; None if there is to be one and cannot."""
+    disk = name_disk(spec, directory)
+    if spec.empty:
+        # `empty` does not tell whether the kernel can be executed, so this does.
+        os.kill(spawn_kernel(spec, [spec.kernel, "--version"], {}), signal.SIGKILL)
+        kill_children()
+        pids = start_by_empty(spec, build_command_line(spec, disk), keep, lifeline)
+        if pids or spec.empty_asked:
+            os.write(keep[KERNEL_OUTPUT_FD], CARRIED if pids else b"")
+            return pids
+        os.write(keep[KERNEL_OUTPUT_FD], NOT_CARRIED)
+    return spawn_kernel(spec, build_kernel_args(spec, disk), keep), 0
+
+
+def find_end(kernel: int, empty: int) -> str:
+    """What to report of a kernel, or of the `empty` around it, that has ended; nothing if none has."""
+    if empty:
+        if os.waitpid(empty, os.WNOHANG)[0]:
+            return "empty"
+        if read_process(kernel)[0] != "Z":
+            return ""
+        os.kill(empty, signal.SIGKILL)
+        os.waitpid(empty, 0)                      # the kernel is our child now
+    pid, status = os.waitpid(kernel, os.WNOHANG)
+    return "ended {}".format(status) if pid else ""
+
+
+def watch_kernel(kernel: int, empty: int, umid: str, lifeline: int, wakeup: int) -> str:
     """Wait for the kernel's end or the runner's; return what to report. Stop the guest while the runner is stopped.
 
     A stopped runner means a suspended job. The guest is stopped by its mconsole: it then runs nothing, and none of
@@ -776,9 +918,9 @@ def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int) -> str:
             return ""
         if wakeup in ready:
             os.read(wakeup, 512)
-            pid, status = os.waitpid(kernel, os.WNOHANG)
-            if pid:
-                return "ended {}".format(status)
+        end = find_end(kernel, empty)
+        if end:
+            return end
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
             ask_mconsole(umid, b"stop" if suspended else b"go")
@@ -804,13 +946,13 @@ def supervise(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: int
     signal.set_wakeup_fd(to_wakeup)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     os.chdir(directory)
-    message = ""
+    message = "empty"
     try:
-        argv = build_kernel_args(spec, name_disk(spec, directory))
-        kernel = spawn_kernel(spec, argv, keep)
+        pids = start_kernel(spec, directory, keep, lifeline)
         for number in (1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD):     # so that they end with the kernel
             os.close(keep[number])
-        message = watch_kernel(kernel, spec.umid, lifeline, wakeup)
+        if pids:
+            message = watch_kernel(pids[0], pids[1], spec.umid, lifeline, wakeup)
     except OSError as error:
         message = "exec {}".format(error.errno)
     kill_children()
@@ -841,17 +983,17 @@ def start_machine(spec: RunSpec, directory: str, locks: Sequence[int]) -> Iterat
             for descriptor in (0, 1, 2):
                 os.dup2(null, descriptor)
             keep = {0: null, 1: console_end, 2: console_end,
-                    KERNEL_INPUT_FD: input_end, KERNEL_OUTPUT_FD: output_end}
-            keep.update({KERNEL_OUTPUT_FD + 1 + index: lock for index, lock in enumerate(locks)})
+                    KERNEL_INPUT_FD: input_end, KERNEL_OUTPUT_FD: output_end, KERNEL_CONSOLE_FD: console_end}
+            keep.update({KERNEL_CONSOLE_FD + 1 + index: lock for index, lock in enumerate(locks)})
             close_all_but(set(keep.values()) | {0, 1, 2, lifeline_end, report_end})
             supervise(spec, directory, keep, lifeline_end, report_end)
         finally:
             os._exit(0)
     for descriptor in (input_end, output_end, console_end, lifeline_end, report_end):
         os.close(descriptor)
-    machine = Machine(supervisor, from_guest, to_guest, console, lifeline, report, directory)
     try:
-        yield machine
+        carrier = exchange_channel(directory, from_guest, to_guest) if spec.empty else "builtin"
+        yield Machine(supervisor, from_guest, to_guest, console, lifeline, report, directory, carrier)
     finally:
         os.close(lifeline)
         if read_process(supervisor)[1] == os.getpid():
@@ -861,13 +1003,34 @@ def start_machine(spec: RunSpec, directory: str, locks: Sequence[int]) -> Iterat
             os.close(descriptor)
 
 
+def exchange_channel(directory: str, from_guest: int, to_guest: int) -> str:
+    """Put the FIFOs of `empty` in the place of the pipes, when it has made them; who carries the channel."""
+    if os.read(from_guest, 1) != CARRIED:         # or it failed, and the report tells
+        return "builtin"
+    try:
+        # The second fails unless it has a reader: `empty` lives, so the first has a writer and will have an end.
+        fifos = [os.open(os.path.join(directory, name), flags | os.O_NONBLOCK)
+                 for name, flags in ((EMPTY_FROM_GUEST, os.O_RDONLY), (EMPTY_TO_GUEST, os.O_WRONLY))]
+    except OSError:
+        return "empty"                            # it is dead already, and the report tells
+    widen_pipe(fifos[0])
+    for fifo, descriptor in zip(fifos, (from_guest, to_guest)):
+        os.dup2(fifo, descriptor, False)
+        os.close(fifo)
+    return "empty"
+
+
 def make_wide_pipe() -> Tuple[int, int]:
     reader, writer = os.pipe()
+    widen_pipe(writer)
+    return reader, writer
+
+
+def widen_pipe(descriptor: int) -> None:
     try:
-        fcntl.fcntl(writer, F_SETPIPE_SZ, PIPE_SIZE)
+        fcntl.fcntl(descriptor, F_SETPIPE_SZ, PIPE_SIZE)
     except OSError:
         pass                                      # the user's share of pipe pages is used up: slower, no worse
-    return reader, writer
 
 
 def close_all_but(keep: Set[int]) -> None:
@@ -936,6 +1099,11 @@ class InputReader(threading.Thread):
         super().__init__(daemon=True)
         self._session, self._spool = session, spool
         self._room = STDIN_WINDOW
+        # `empty` moves bytes one way at a time: with more on the line than a pty holds, it and the agent would each
+        # wait for the other to read. Of each frame on its way: the bytes of stdin sent with it and before, its length.
+        self._on_line: Deque[Tuple[int, int]] = collections.deque()
+        self._line_room = LINE_WINDOW
+        self._sent = self._credited = 0
         self._changed = threading.Condition()
         self._stopped = False
         self._names = 0
@@ -948,6 +1116,9 @@ class InputReader(threading.Thread):
     def credit(self, count: int) -> None:
         with self._changed:
             self._room += count
+            self._credited += count
+            while self._on_line and self._on_line[0][0] <= self._credited:
+                self._line_room += self._on_line.popleft()[1]
             self._changed.notify()
 
     def stop(self) -> None:
@@ -978,8 +1149,6 @@ class InputReader(threading.Thread):
                 if not content:
                     self._session.post(encode_frame(STDIN_EOF))
                     return
-                with self._changed:
-                    self._room -= len(content)
                 self._send(content)
         except OSError as error:
             self.failure = Fatal("stdin cannot be passed on: " + str(error.strerror),
@@ -988,7 +1157,8 @@ class InputReader(threading.Thread):
 
     def _wait_for_room(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._room >= SPOOL_CHUNK or self._stopped)
+            self._changed.wait_for(
+                lambda: self._room >= SPOOL_CHUNK and self._line_room > INLINE_MAX or self._stopped)
             return not self._stopped
 
     def _read(self) -> bytes:
@@ -1016,10 +1186,16 @@ class InputReader(threading.Thread):
 
     def _send(self, content: bytes) -> None:
         if len(content) <= INLINE_MAX:
-            self._session.post(encode_frame(STDIN, content))
-            return
-        self._names += 1
-        self._session.post(encode_frame(STDIN | SPOOLED, spool(self._spool, "in{}".format(self._names), content)))
+            frame = encode_frame(STDIN, content)
+        else:
+            self._names += 1
+            frame = encode_frame(STDIN | SPOOLED, spool(self._spool, "in{}".format(self._names), content))
+        with self._changed:
+            self._room -= len(content)
+            self._line_room -= len(frame)
+            self._sent += len(content)
+            self._on_line.append((self._sent, len(frame)))
+        self._session.post(frame)
 
 
 def spool(directory: str, name: str, content: bytes) -> bytes:
@@ -1211,6 +1387,11 @@ class Session:
         if what == "exec":
             return Fatal("kernel cannot be executed, {}: {}".format(os.strerror(int(number)), self._spec.kernel),
                          "is it made for this machine, and are its libraries here? `ldd` tells")
+        if what == "empty" and self._greeted:
+            return Fatal("`empty`, which carried the channel, was killed", "look for who did, then run the job again")
+        if what == "empty":
+            return Fatal("`empty` does not start the kernel: {}".format(self._spec.empty),
+                         "build it from github.com/mezantrop/empty for this machine; --io builtin does without it")
         if what == "helper":
             return Fatal("a helper process of the kernel was killed", "look for who did, then run the job again")
         if what != "ended":
@@ -1336,8 +1517,8 @@ environment of the command:
   --env names it. HOME, USER, LOGNAME, SHELL, PATH and PWD are the guest's.
 
 defaults from the environment:
-  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_TMPDIR; kernel and image are then looked for beside this script
-  (`linux`, `apppot.img`), in the current directory, and the kernel on PATH (`linux`, `linux.uml`).
+  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_EMPTY, APPPOT_MEM, APPPOT_TMPDIR; kernel and image are then looked for beside
+  this script (`linux`, `apppot.img`), in the current directory, and the kernel on PATH (`linux`, `linux.uml`).
 
 exit status:
   that of the command, 128+N if signal N killed it; 124 --timeout is over, 125 AppPot failed,
@@ -1350,6 +1531,10 @@ exit status:
     add("--id", "--umid", dest="umid", metavar="NAME", help="name of the guest for the management console (mconsole)")
     add("-X", "--extra", action="append", default=[], metavar="ARG",
         help="one more argument for the kernel command line; repeatable")
+    add("--io", choices=("auto", "builtin", "empty"), default="auto", metavar="HOW",
+        help="what carries the channel to the guest: builtin, the program empty, or auto (default): that program if\n"
+             "it lies beside this script or is named, else builtin")
+    add("--empty", metavar="PATH", help="the program empty, which runs another on a pseudo-terminal")
     add = parser.add_argument_group("command").add_argument
     add("--root", action="store_true", help="run the command as the guest's root")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]",
@@ -1392,10 +1577,11 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         if not word or re.search(r"\s", word):
             raise Fatal("--extra is not one word: {!r}".format(word), "give --extra once for each argument")
     timeout_s = parse_seconds(options.timeout, "--timeout") if options.timeout else None
+    empty, empty_asked = find_empty(options.io, options.empty)
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
         mem_mib=mem_mib, ram_directory=choose_ram_directory(kernel, candidates, mem_mib),
-        scratch=choose_scratch(candidates), umid=umid, extra=tuple(options.extra),
+        scratch=choose_scratch(candidates), umid=umid, extra=tuple(options.extra), empty=empty, empty_asked=empty_asked,
         environment=select_environment(dict(os.environb), options.env, options.clean_env),
         job_directory=directory, job_alias=alias, cwd=os.fsencode(options.cwd or ""), as_root=options.root,
         umask=os.umask(0o077),                    # what the runner makes is nobody else's
@@ -1459,7 +1645,8 @@ def run(spec: RunSpec, started: float) -> Result:
             directory, lock = stack.enter_context(run_directory(spec))
             say("run directory {}, memory {} in {}".format(directory, format_mib(spec.mem_mib), spec.ram_directory))
             machine = stack.enter_context(start_machine(spec, directory, locks + [lock]))
-            say("kernel started")
+            say("kernel started, the channel is carried by " + (spec.empty or "") if machine.carrier == "empty" else
+                "kernel started" + (", without {}, which does not work".format(spec.empty) if spec.empty else ""))
             result = Session(machine, spec, say).run()
         say("nothing left")
         return result
@@ -1485,7 +1672,7 @@ def main(argv: List[str]) -> int:
             return 0
         spec = build_spec(options, command)
         if options.dry_run:
-            print(" ".join(shlex.quote(word) for word in build_kernel_args(spec, name_disk(spec, None))), flush=True)
+            print(" ".join(shlex.quote(word) for word in build_command_line(spec, name_disk(spec, None))), flush=True)
             return 0
         result = run(spec, started)
         if result.failure:
