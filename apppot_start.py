@@ -74,7 +74,9 @@ SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the
 SCRATCH_PATH_MAX = 200               # absolutize() in arch/um/drivers/cow_user.c has 256 bytes for its directory
 DESCRIPTORS_MIN = 40
 INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
-LINE_WINDOW = 32 << 10               # bytes of stdin frames on their way: half of what a pty holds, see InputReader
+# Bytes of stdin frames on their way. A pty holds 8 KiB and must not be full: `empty` moves bytes one way at a time, so it
+# and the agent would each wait for the other to read; and of a write that it is stopped in it forgets the rest.
+LINE_WINDOW = 4 << 10
 SPOOL_CHUNK = 1 << 20
 STDIN_WINDOW = 8 << 20
 ACK_STEP = 512 << 10
@@ -100,7 +102,7 @@ EMPTY_ARGS = ["-f", "-i", EMPTY_TO_GUEST, "-o", EMPTY_FROM_GUEST, "-p", EMPTY_PI
                   KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD)]
 EMPTY_TRIES = 3                      # its semaphore's key has 8 bits of a pid: two that start at once may meet there
 EMPTY_START_S = 10.0
-CARRIED, NOT_CARRIED = b"e", b"b"    # from the supervisor, before the channel's first byte: by `empty`, or built in
+CARRIED = struct.Struct("=i")        # what the supervisor says first: pid of the kernel that `empty` runs, 0 if none
 
 FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
     "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"))
@@ -187,7 +189,7 @@ class Machine(NamedTuple):
     lifeline: int                    # write end: closing it ends the guest
     report: int                      # read end: "exec ERRNO", "ended STATUS" or "helper" when the guest is gone
     directory: str
-    carrier: str                     # of the channel: "empty" or "builtin"
+    carried: int                     # pid of the kernel if `empty` carries the channel, else 0
 
 
 # --- Pure functions -----------------------------------------------------------------------------------------
@@ -881,9 +883,9 @@ def start_kernel(spec: RunSpec, directory: str, keep: Dict[int, int], lifeline: 
         kill_children()
         pids = start_by_empty(spec, build_command_line(spec, disk), keep, lifeline)
         if pids or spec.empty_asked:
-            os.write(keep[KERNEL_OUTPUT_FD], CARRIED if pids else b"")
+            os.write(keep[KERNEL_OUTPUT_FD], CARRIED.pack(pids[0]) if pids else b"")
             return pids
-        os.write(keep[KERNEL_OUTPUT_FD], NOT_CARRIED)
+        os.write(keep[KERNEL_OUTPUT_FD], CARRIED.pack(0))
     return spawn_kernel(spec, build_kernel_args(spec, disk), keep), 0
 
 
@@ -992,8 +994,8 @@ def start_machine(spec: RunSpec, directory: str, locks: Sequence[int]) -> Iterat
     for descriptor in (input_end, output_end, console_end, lifeline_end, report_end):
         os.close(descriptor)
     try:
-        carrier = exchange_channel(directory, from_guest, to_guest) if spec.empty else "builtin"
-        yield Machine(supervisor, from_guest, to_guest, console, lifeline, report, directory, carrier)
+        carried = exchange_channel(directory, from_guest, to_guest) if spec.empty else 0
+        yield Machine(supervisor, from_guest, to_guest, console, lifeline, report, directory, carried)
     finally:
         os.close(lifeline)
         if read_process(supervisor)[1] == os.getpid():
@@ -1003,21 +1005,23 @@ def start_machine(spec: RunSpec, directory: str, locks: Sequence[int]) -> Iterat
             os.close(descriptor)
 
 
-def exchange_channel(directory: str, from_guest: int, to_guest: int) -> str:
-    """Put the FIFOs of `empty` in the place of the pipes, when it has made them; who carries the channel."""
-    if os.read(from_guest, 1) != CARRIED:         # or it failed, and the report tells
-        return "builtin"
+def exchange_channel(directory: str, from_guest: int, to_guest: int) -> int:
+    """When `empty` has made its FIFOs, put them in the place of the pipes; the pid of its kernel, 0 if it does not work."""
+    said = os.read(from_guest, CARRIED.size)
+    kernel: int = CARRIED.unpack(said)[0] if said else 0
+    if not kernel:
+        return 0
     try:
         # The second fails unless it has a reader: `empty` lives, so the first has a writer and will have an end.
         fifos = [os.open(os.path.join(directory, name), flags | os.O_NONBLOCK)
                  for name, flags in ((EMPTY_FROM_GUEST, os.O_RDONLY), (EMPTY_TO_GUEST, os.O_WRONLY))]
     except OSError:
-        return "empty"                            # it is dead already, and the report tells
+        return kernel                             # `empty` is dead already, and the report tells
     widen_pipe(fifos[0])
     for fifo, descriptor in zip(fifos, (from_guest, to_guest)):
         os.dup2(fifo, descriptor, False)
         os.close(fifo)
-    return "empty"
+    return kernel
 
 
 def make_wide_pipe() -> Tuple[int, int]:
@@ -1099,8 +1103,7 @@ class InputReader(threading.Thread):
         super().__init__(daemon=True)
         self._session, self._spool = session, spool
         self._room = STDIN_WINDOW
-        # `empty` moves bytes one way at a time: with more on the line than a pty holds, it and the agent would each
-        # wait for the other to read. Of each frame on its way: the bytes of stdin sent with it and before, its length.
+        # Of each frame on its way: the bytes of stdin sent with it and before, and its length.
         self._on_line: Deque[Tuple[int, int]] = collections.deque()
         self._line_room = LINE_WINDOW
         self._sent = self._credited = 0
@@ -1314,6 +1317,8 @@ class Session:
 
     def _take_frames(self) -> None:
         content = os.read(self._machine.from_guest, PIPE_SIZE)
+        if self._machine.carried and content:
+            self._wake_writer()
         self._channel_open = bool(content)
         self._received += content
         if not self._greeted:
@@ -1331,6 +1336,13 @@ class Session:
             else:
                 self._fail("guest sent what is no message of AppPot ({})".format(error),
                            "did something in the appliance write to /dev/ttyS0?")
+
+    def _wake_writer(self) -> None:
+        """Have User-Mode Linux look whether its full pty has room again: the SIGIO of the pty's own comes too early."""
+        try:
+            os.kill(self._machine.carried, signal.SIGIO)
+        except OSError:
+            pass                                  # it is dead
 
     def _obey(self, kind: int, payload: bytes) -> None:
         if kind in (STDOUT, STDERR):
@@ -1645,7 +1657,7 @@ def run(spec: RunSpec, started: float) -> Result:
             directory, lock = stack.enter_context(run_directory(spec))
             say("run directory {}, memory {} in {}".format(directory, format_mib(spec.mem_mib), spec.ram_directory))
             machine = stack.enter_context(start_machine(spec, directory, locks + [lock]))
-            say("kernel started, the channel is carried by " + (spec.empty or "") if machine.carrier == "empty" else
+            say("kernel started, the channel is carried by " + (spec.empty or "") if machine.carried else
                 "kernel started" + (", without {}, which does not work".format(spec.empty) if spec.empty else ""))
             result = Session(machine, spec, say).run()
         say("nothing left")

@@ -12,6 +12,7 @@ import pytest
 from conftest import (
     DEADLINE_S,
     assert_error,
+    both_carriers,
     make_node,
     mounted,
     pythons,
@@ -181,12 +182,37 @@ def descendants(pid):
     return [below for child in children for below in [child, *descendants(child)]]
 
 
-@pytest.mark.parametrize("victim, words", [(0, None), (1, "supervisor"), (2, "guest was killed"), (3, ""), (4, "")])
+@both_carriers
+@pytest.mark.parametrize(
+    "victim, words",
+    [
+        ("runner", None),
+        ("supervisor", "supervisor"),
+        ("kernel", "guest was killed"),
+        ("first child", ""),
+        ("second child", ""),
+    ],
+)
 def test_after_sigkill_of_any_part_nothing_is_left(any_node, victim, words):
-    """0 is the runner, then its supervisor, the kernel, and the first of the kernel's own children."""
+    kill_and_look(any_node, victim, words)
+
+
+@pytest.mark.parametrize("carrier", ["empty"], indirect=True)
+def test_after_sigkill_of_empty_nothing_is_left(any_node):
+    kill_and_look(any_node, "empty", "`empty`, which carried the channel, was killed")
+
+
+def list_parts(node, process):
+    """The runner, its supervisor, `empty`, the kernel, and the first of the kernel's own children."""
+    names = ["runner", "supervisor", "kernel", "first child", "second child"]
+    if node.carrier == "empty":
+        names.insert(2, "empty")
+    return dict(zip(names, [process.pid, *descendants(process.pid)]))
+
+
+def kill_and_look(any_node, victim, words):
     process = any_node.start_ready("exec sleep 100")
-    tree = [process.pid, *descendants(process.pid)]
-    os.kill(tree[victim], signal.SIGKILL)
+    os.kill(list_parts(any_node, process)[victim], signal.SIGKILL)
     any_node.wait_until_gone(2)
     status, stdout, stderr = any_node.finish(process)
     if words is None:
@@ -195,6 +221,21 @@ def test_after_sigkill_of_any_part_nothing_is_left(any_node, victim, words):
         assert status == 125 and words in stderr.decode()
         assert_error(subprocess.CompletedProcess((), status, stdout, stderr))
     wait_for(lambda: not os.listdir(any_node.scratch))
+
+
+@both_carriers
+def test_a_guest_ends_with_runner_and_supervisor_killed_at_once(node):
+    process = node.start_ready("exec sleep 100")
+    parts = list_parts(node, process)
+    for name in ("runner", "supervisor"):
+        os.kill(parts[name], signal.SIGSTOP)  # so that neither acts on the other's end
+    for name in ("supervisor", "runner"):
+        os.kill(parts[name], signal.SIGKILL)
+    process.wait(DEADLINE_S)
+    wait_for(lambda: all(parts.get(name) not in node.processes() for name in ("kernel", "empty")))
+    signal_all(node, signal.SIGKILL)  # 6.1 leaves processes that do nothing, and nobody is there to reap them
+    node.wait_until_gone()
+    assert node.run("true").returncode == 0  # removes what was left of the other
 
 
 def test_what_a_kill_of_everything_left_the_next_run_removes(node):
