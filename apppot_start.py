@@ -74,8 +74,8 @@ SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the
 SCRATCH_PATH_MAX = 200               # absolutize() in arch/um/drivers/cow_user.c has 256 bytes for its directory
 DESCRIPTORS_MIN = 40
 INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
-# Bytes of stdin frames on their way. A pty holds 8 KiB and must not be full: `empty` moves bytes one way at a time, so it
-# and the agent would each wait for the other to read; and of a write that it is stopped in it forgets the rest.
+# Bytes of stdin frames on their way. A pty holds 8 KiB and must not be full: `empty` moves bytes one way at a time,
+# so it and the agent would each wait for the other to read; and of a write that it is stopped in it forgets the rest.
 LINE_WINDOW = 4 << 10
 SPOOL_CHUNK = 1 << 20
 STDIN_WINDOW = 8 << 20
@@ -1006,7 +1006,7 @@ def start_machine(spec: RunSpec, directory: str, locks: Sequence[int]) -> Iterat
 
 
 def exchange_channel(directory: str, from_guest: int, to_guest: int) -> int:
-    """When `empty` has made its FIFOs, put them in the place of the pipes; the pid of its kernel, 0 if it does not work."""
+    """Put the FIFOs of `empty` in the place of the pipes once they are made; pid of its kernel, 0 if it is no use."""
     said = os.read(from_guest, CARRIED.size)
     kernel: int = CARRIED.unpack(said)[0] if said else 0
     if not kernel:

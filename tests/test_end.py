@@ -41,6 +41,7 @@ def test_a_signal_to_the_runner_reaches_the_whole_process_group(node, name):
     assert node.finish(process)[:2] == (33, b"child\nleader\n")
 
 
+@both_carriers
 def test_an_untrapped_signal_ends_the_command_with_its_number(any_node):
     process = any_node.start_ready("exec sleep 100")
     process.send_signal(signal.SIGUSR2)
@@ -72,6 +73,7 @@ def test_a_signal_during_the_boot_ends_it_at_once(node):
     assert node.finish(process)[:2] == (143, b"")
 
 
+@both_carriers
 def test_a_timeout_ends_the_command_with_124(node):
     result = node.run(
         "--timeout", "4s", "sh", "-c", "trap 'echo warned; exit 0' TERM; while :; do sleep 0.1; done 2> /dev/null"
@@ -81,6 +83,7 @@ def test_a_timeout_ends_the_command_with_124(node):
     assert_error(result, "walltime")
 
 
+@both_carriers
 def test_sigterm_to_every_process_of_a_run_reaches_only_the_command(node):
     process = node.start_ready("trap 'echo told; exit 9' TERM; echo trapped; while :; do sleep 0.1; done")
     assert process.stdout.readline() == b"trapped\n"
@@ -113,6 +116,7 @@ def wait_for_state(pids, states):
     wait_for(is_there)
 
 
+@both_carriers
 def test_sigtstp_then_sigstop_of_everything_then_sigcont_as_slurm_does(any_node):
     process = start_work(any_node)
     process.send_signal(signal.SIGTSTP)
@@ -124,6 +128,7 @@ def test_sigtstp_then_sigstop_of_everything_then_sigcont_as_slurm_does(any_node)
     assert any_node.finish(process) == (0, b"1\n", b"")
 
 
+@both_carriers
 def test_sigstop_and_sigcont_of_the_runner_s_group_as_grid_engine_does(any_node):
     process = start_work(any_node)
     os.killpg(process.pid, signal.SIGSTOP)
@@ -162,6 +167,7 @@ def freezer():
     pytest.skip("no freezer cgroup can be made here")
 
 
+@both_carriers
 def test_a_frozen_cgroup_goes_on(node, freezer):
     group, control, freeze, thaw = freezer
     process = start_work(node, wrap=("sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "-"))
@@ -269,6 +275,7 @@ def test_a_run_does_not_remove_the_directory_of_another(node):
         ("echo b > /proc/sysrq-trigger; sleep 60", "reboot"),
     ],
 )
+@both_carriers
 def test_a_guest_that_goes_away_is_a_failure(any_node, script, words):
     result = any_node.run("--root", "sh", "-c", "echo written; " + script)
     assert result.returncode == 125
