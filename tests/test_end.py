@@ -246,11 +246,8 @@ def test_a_guest_ends_with_runner_and_supervisor_killed_at_once(node):
 
 def test_what_a_kill_of_everything_left_the_next_run_removes(node):
     process = node.start_ready("exec sleep 100")
-    pids = node.processes()
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)  # so that none has time to clean
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    signal_all(node, signal.SIGSTOP)  # so that none has time to clean
+    signal_all(node, signal.SIGKILL)
     node.finish(process)
     node.wait_until_gone()
     assert os.listdir(node.scratch)
