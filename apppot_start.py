@@ -847,17 +847,19 @@ def start_by_empty(spec: RunSpec, argv: List[str], keep: Dict[int, int], lifelin
 def find_carried_kernel(lifeline: int, deadline: float) -> Optional[Tuple[int, int]]:
     """Wait for `empty` to be a daemon and have a child; None if it ends, takes too long, or nobody waits."""
     while time.monotonic() < deadline and not select.select([lifeline], [], [], 0.005)[0]:
+        children = []
+        try:
+            with open(EMPTY_PID) as file:
+                empty = int(file.read())
+            if read_process(empty)[1] == os.getpid():
+                children = list_children(empty)
+        except (OSError, ValueError):
+            pass                                  # not yet
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:  # what a daemon leaves behind
                 pass
         except ChildProcessError:
             return None
-        try:
-            with open(EMPTY_PID) as file:
-                empty = int(file.read())
-        except (OSError, ValueError):
-            continue
-        children = list_children(empty) if read_process(empty)[1] == os.getpid() else []
         if children:
             return children[0], empty
     return None
