@@ -828,8 +828,8 @@ def start_by_empty(spec: RunSpec, argv: List[str], keep: Dict[int, int], lifelin
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     try:
         for _ in range(EMPTY_TRIES):
-            spawn_kernel(spec, argv, keep)
-            pids = find_carried_kernel(lifeline, deadline)
+            first = spawn_kernel(spec, argv, keep)
+            pids = find_carried_kernel(first, lifeline, deadline)
             if pids:
                 for leash, pid in zip(leashes, pids):
                     tie_to_us(leash, pid)
@@ -844,20 +844,26 @@ def start_by_empty(spec: RunSpec, argv: List[str], keep: Dict[int, int], lifelin
     return None
 
 
-def find_carried_kernel(lifeline: int, deadline: float) -> Optional[Tuple[int, int]]:
-    """Wait for `empty` to be a daemon and have a child; None if it ends, takes too long, or nobody waits."""
+def find_carried_kernel(first: int, lifeline: int, deadline: float) -> Optional[Tuple[int, int]]:
+    """Wait for `empty` to be a daemon and have a child; None if it ends, takes too long, or nobody waits.
+
+    It leaves two dead processes behind: the first, and the first's child, which becomes ours when the first has ended.
+    """
+    is_daemon = False
     while time.monotonic() < deadline and not select.select([lifeline], [], [], 0.005)[0]:
         children = []
         try:
             with open(EMPTY_PID) as file:
                 empty = int(file.read())
-            if read_process(empty)[1] == os.getpid():
+            if is_daemon and read_process(empty)[1] == os.getpid():
                 children = list_children(empty)
         except (OSError, ValueError):
             pass                                  # not yet
         try:
-            while os.waitpid(-1, os.WNOHANG)[0]:  # what a daemon leaves behind
-                pass
+            pid = os.waitpid(-1, os.WNOHANG)[0]
+            while pid:
+                is_daemon = is_daemon or pid == first
+                pid = os.waitpid(-1, os.WNOHANG)[0]
         except ChildProcessError:
             return None
         if children:
