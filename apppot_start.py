@@ -79,6 +79,7 @@ EXIT_TIMEOUT, EXIT_FAILED = 124, 125
 AGENT, AGENT_MODULE = "/sbin/apppot-init", "/usr/lib/apppot/apppot_init.py"
 KERNEL_NAMES = ("linux", "linux.uml")
 IMAGE_NAMES = ("apppot.img",)
+EMPTY_NAMES = ("empty",)
 DEFAULT_MEM_MIB, SMALL_MEM_MIB = 1024, 256
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
 ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
@@ -92,6 +93,8 @@ KERNEL_FEATURES = (
     ("SMP", HAS_SMP), ("seccomp mode", HAS_SECCOMP), ("hostfs", b"CONFIG_HOSTFS=y"), ("mconsole", b"CONFIG_MCONSOLE=y"),
     ("vector network", b"CONFIG_UML_NET_VECTOR=y"), ("slirp network", b"CONFIG_UML_NET_SLIRP=y"))
 INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
+# Bytes of stdin frames on their way. A pty holds 8 KiB and must not be full: `empty` moves bytes one way at a time,
+# so it and the agent would each wait for the other to read; and of a write that it is stopped in it forgets the rest.
 SPOOL_CHUNK = 1 << 20
 STDIN_WINDOW = 8 << 20
 KEYS_WINDOW = 64 << 10
@@ -104,7 +107,8 @@ KERNEL_HELPERS = 4                   # at most so many threads of its own a kern
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
-KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD = 3, 4, 30
+KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD, KERNEL_NETWORK_FD = 3, 4, 5, 30
+KERNEL_LEASH_FDS = 28, 29            # spawn_kernel() uses the numbers from 32 on
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38      # include/uapi/linux/prctl.h
@@ -135,6 +139,17 @@ KERNEL_OPTION = {SLIRP4NETNS: b"CONFIG_UML_NET_VECTOR=y", SLIRP: b"CONFIG_UML_NE
 LAN_NET = (100 << 24 | 64 << 16, 10)  # 100.64.0.0/10 (RFC 6598): clusters use 10/8 and 172.16/12, which stay reachable
 JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "JOB_ID", "LSB_JOBID")
 LAN_GROUP = re.compile(r"(\d+\.\d+\.\d+\.\d+):(\d+)$", re.ASCII)
+
+# `empty` (github.com/mezantrop/empty) makes these FIFOs in the run directory. Its program gets a pty as 0, 1 and 2; the
+# shell puts that where the kernel has the channel, and has what the kernel prints go to the console as ever.
+EMPTY_MARK = b"empty -f"             # in its usage text
+EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST = "empty.pid", "to-guest", "from-guest"
+EMPTY_ARGS = ["-f", "-i", EMPTY_TO_GUEST, "-o", EMPTY_FROM_GUEST, "-p", EMPTY_PID, "/bin/sh", "-c",
+              'exec "$0" "$@" {}<&0 {}>&1 </dev/null >&{} 2>&1'.format(
+                  KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD)]
+EMPTY_TRIES = 3                      # its semaphore's key has 8 bits of a pid: two that start at once may meet there
+EMPTY_START_S = 10.0
+CARRIED = struct.Struct("=i")        # what the supervisor says first: pid of the kernel that `empty` runs, 0 if none
 
 FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
     "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"))
@@ -256,6 +271,8 @@ class RunSpec(NamedTuple):
     scratch: str                     # the run directory is made in it
     umid: str
     extra: Tuple[str, ...]
+    empty: Optional[str]             # this program is to carry the channel
+    empty_asked: bool                # and without it there is to be no run
     environment: Dict[bytes, bytes]
     job_directory: bytes             # empty: none
     job_alias: bytes
@@ -295,6 +312,7 @@ class Machine(NamedTuple):
     report: int                      # read end, when the guest is gone: "exec ERRNO", "ended STATUS", "helper" or
                                      # "network MESSAGE"; before that LOST when the network is gone
     directory: str
+    carried: int                     # pid of the kernel if `empty` carries the channel, else 0
 
 
 class Stdio(NamedTuple):
@@ -407,12 +425,18 @@ def decode_modes(modes: bytes) -> List[Any]:
     return [*flags, [bytes([c]) for c in characters]]
 
 
+def build_command_line(spec: RunSpec, disk: str) -> List[str]:
+    """What is started: the kernel, or `empty` with the kernel."""
+    return ([spec.empty] + EMPTY_ARGS if spec.empty else []) + build_kernel_args(spec, disk)
+
+
 def build_job(spec: RunSpec, stdio: Stdio) -> bytes:
     uid, gid = os.getuid(), os.getgid()
     fields = [
         (b"job", spec.job_directory), (b"alias", spec.job_alias), (b"cwd", spec.cwd), (b"user", user_name(uid)),
         (b"uid", b"%d" % uid), (b"root", b"%d" % spec.as_root), (b"umask", b"%d" % spec.umask),
-        (b"stdio", stdio.kinds), (b"confined", b"%d" % (find_landlock() > 0)), (b"persistent", b"%d" % spec.persistent)]
+        (b"stdio", stdio.kinds), (b"confined", b"%d" % is_confined(spec.empty)),
+        (b"persistent", b"%d" % spec.persistent)]
     if stdio.terminal:
         # In hexadecimal, as values hold no NUL.
         fields += [(b"modes", stdio.terminal.modes.hex().encode()), (b"window", stdio.terminal.window.hex().encode()),
@@ -853,6 +877,38 @@ def make_executable(path: str) -> bool:
         except OSError:
             pass
     return os.access(path, os.X_OK)
+
+
+def find_empty(io: str, option: Optional[str]) -> Tuple[Optional[str], bool]:
+    """The `empty` that is to carry the channel, if any, and whether it was asked for, not just found beside us."""
+    asked = bool(io == "empty" or option or os.environ.get("APPPOT_EMPTY"))
+    if io == "builtin":
+        if option:
+            raise Fatal("--empty with --io builtin: " + option, "leave out one of the two")
+        return None, False
+    if asked:
+        path = find_part(option, "APPPOT_EMPTY", EMPTY_NAMES, "empty", True)
+        check_is_empty(path)
+    else:
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), EMPTY_NAMES[0])
+        try:
+            check_is_empty(path)
+        except Fatal:                             # any file may have that name
+            return None, False
+    return os.path.abspath(path), asked
+
+
+def check_is_empty(path: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            is_empty = EMPTY_MARK in file.read(1 << 20)
+    except OSError as error:
+        raise Fatal("`empty` cannot be read, {}: {}".format(error.strerror, path),
+                    "--empty names the program, --io builtin does without it")
+    if not is_empty:
+        raise Fatal("not the program `empty`: " + path, "build it from github.com/mezantrop/empty, or use --io builtin")
+    if not make_executable(path):
+        raise Fatal("`empty` is not executable: " + path, "chmod +x it; a file system mounted noexec cannot hold it")
 
 
 def ask_version(kernel: str) -> str:
@@ -1442,8 +1498,17 @@ def find_landlock() -> int:
     return abi if abi >= LANDLOCK_ABI_MIN else 0
 
 
-def describe_confinement() -> str:
-    return "confined by " + ("Landlock" if find_landlock() else "the guest's agent, as this machine has no Landlock")
+def is_confined(empty: Optional[str]) -> bool:
+    """Whether Landlock is to be had and will do: an `empty` that is a script has an interpreter that opens anything."""
+    if empty:
+        with open(empty, "rb") as file:
+            if file.read(4) != b"\x7fELF":
+                return False
+    return find_landlock() > 0
+
+
+def describe_confinement(empty: Optional[str]) -> str:
+    return "confined by " + ("Landlock" if is_confined(empty) else "the guest's agent, as Landlock is not to be had")
 
 
 def confine(rules: Iterable[Tuple[AnyPath, int]]) -> None:
@@ -1511,15 +1576,15 @@ def read_name(pid: int) -> bytes:
         return b""
 
 
-def kill_children() -> None:
-    """Kill and reap until no child is left; orphans of those killed come to us, the subreaper, in turn."""
-    while True:
-        for pid in list_children(os.getpid()):
+def kill_children(spared: int = 0) -> None:
+    """Kill and reap until no other child is left; orphans of those killed come to us, the subreaper, in turn."""
+    pids = [0]
+    while pids:
+        pids = [pid for pid in list_children(os.getpid()) if pid != spared]
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
+        for pid in pids:
+            os.waitpid(pid, 0)
 
 
 def remove_tree(path: str) -> None:
@@ -1706,18 +1771,21 @@ def fill_run_directory(spec: RunSpec, directory: str) -> None:
 def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, int]]:
     """Which files of the host the kernel may open, and with which rights: what confines a guest's root."""
     rules: List[Tuple[AnyPath, int]] = [(directory, READ_WRITE) for directory in directories]
-    rules += [(path, READ_FILE | EXECUTE) for path in [spec.kernel, *list_libraries(spec.kernel)]]
     rules += [(path, READ_FILE) for path in ("/etc/ld.so.cache", "/proc/cpuinfo")]
-    rules += [(path, READ_FILE | WRITE_FILE) for path in ("/dev/null", "/dev/zero", "/dev/ptmx", "/dev/pts")]
+    rules += [("/dev/" + name, READ_FILE | WRITE_FILE) for name in ("null", "zero", "ptmx", "pts", "tty")]
     rules.append((spec.image, READ_FILE | (WRITE_FILE if spec.write else 0)))
     if spec.cow:
         rules.append((spec.cow, READ_FILE | WRITE_FILE))
+    programs = [spec.kernel]
+    if spec.empty:
+        programs += [spec.empty, "/bin/sh"]
     if spec.network.kind == SLIRP:                # the kernel executes it
-        rules += [(path, READ_FILE | EXECUTE) for path in [spec.network.helper, *list_libraries(spec.network.helper)]]
+        programs.append(spec.network.helper)
         rules += [("/etc/" + name, READ_FILE) for name in ("host.conf", "resolv.conf", "nsswitch.conf", "hosts")]
     if spec.job_directory:
         rules.append((spec.job_directory, READ_WRITE))
     rules += [(bind.source, READ_ONLY if bind.read_only else READ_WRITE) for bind in spec.binds]
+    rules += [(path, READ_FILE | EXECUTE) for program in programs for path in [program, *list_libraries(program)]]
     # A disk or a socket that the user gives to the kernel.
     words = [word for argument in spec.extra for word in re.split("[=,]", argument) if word.startswith("/")]
     return rules + [(word, READ_WRITE) for word in words]
@@ -1979,9 +2047,17 @@ def start_slirp4netns(network: Network, lifeline: int) -> Tuple[int, int]:
 
 # --- The supervisor -----------------------------------------------------------------------------------------
 
-def spawn_kernel(spec: RunSpec, argv: List[str], ram_directory: str, rules: Sequence[Tuple[AnyPath, int]],
-                 keep: Dict[int, int]) -> int:
-    """Fork and execute the kernel in the current directory, with the descriptors `keep` (there to here)."""
+class Launch(NamedTuple):
+    """What a kernel is started with."""
+    directories: Directories
+    rules: Sequence[Tuple[AnyPath, int]]       # of Landlock
+    keep: Dict[int, int]             # its descriptors: number there to number here
+    lifeline: int
+    helper: int                      # pid of the network helper, a child like the kernel; 0: none
+
+
+def spawn_kernel(spec: RunSpec, argv: List[str], launch: Launch) -> int:
+    """Fork and execute argv in the current directory as a kernel is."""
     supervisor = os.getpid()
     error_read, error_write = os.pipe()
     pid = os.fork()
@@ -1994,16 +2070,16 @@ def spawn_kernel(spec: RunSpec, argv: List[str], ram_directory: str, rules: Sequ
                 os._exit(EXIT_FAILED)
             raise_limits()
             os.umask(0)                           # the guest has its own; this one would come on top of it on hostfs
-            high = {there: fcntl.fcntl(here, fcntl.F_DUPFD, 32) for there, here in keep.items()}
+            high = {there: fcntl.fcntl(here, fcntl.F_DUPFD, 32) for there, here in launch.keep.items()}
             for there, here in high.items():
                 os.dup2(here, there)
                 os.close(here)
-            if rules:
-                confine(rules)
-            environment = dict(os.environ, TMPDIR=ram_directory)
+            if launch.rules:
+                confine(launch.rules)
+            environment = dict(os.environ, TMPDIR=launch.directories.ram)
             if spec.network.kind == SLIRP:        # it would run programs for the guest, and read ~/.slirprc
                 environment.update(PATH=os.devnull, HOME=".")
-            os.execve(spec.kernel, argv, environment)
+            os.execve(argv[0], argv, environment)
         except OSError as error:
             os.write(error_write, b"%d" % (error.errno or 0))
         finally:
@@ -2038,12 +2114,105 @@ def ask_mconsole(umid: str, command: bytes) -> None:
             pass
 
 
-def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int, check_helper: Callable[[], None]) -> str:
+def start_by_empty(spec: RunSpec, argv: List[str], launch: Launch) -> Optional[Tuple[int, int]]:
+    """Start `empty` with the kernel; pids of the kernel and of `empty`, None if that cannot be had.
+
+    SIGCHLD is blocked in `empty`: it would reap the kernel and keep the status to itself. This way the dead kernel
+    is left for us; see find_end().
+    """
+    deadline = time.monotonic() + EMPTY_START_S
+    leashes = [os.pipe()[0], os.pipe()[0]]        # the write ends stay open until we end, however that be
+    launch = launch._replace(keep={**launch.keep, **dict(zip(KERNEL_LEASH_FDS, leashes))})
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    try:
+        for _ in range(EMPTY_TRIES):
+            first = spawn_kernel(spec, argv, launch)
+            pids = find_carried_kernel(first, launch, deadline)
+            if pids:
+                for leash, pid in zip(leashes, pids):
+                    tie_to_us(leash, pid)
+                return pids
+            kill_children(launch.helper)
+            for name in (EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST):
+                remove_tree(name)
+    except OSError:
+        kill_children(launch.helper)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    return None
+
+
+def find_carried_kernel(first: int, launch: Launch, deadline: float) -> Optional[Tuple[int, int]]:
+    """Wait for `empty` to be a daemon and have a child; None if it ends, takes too long, or nobody waits.
+
+    It leaves two dead processes behind: the first, and the first's child, which becomes ours when the first has ended.
+    """
+    is_daemon = False
+    while time.monotonic() < deadline and not select.select([launch.lifeline], [], [], 0.005)[0]:
+        children = []
+        try:
+            with open(EMPTY_PID) as file:
+                empty = int(file.read())
+            if is_daemon and read_process(empty)[1] == os.getpid():
+                children = list_children(empty)
+        except (OSError, ValueError):
+            pass                                  # not yet
+        ours = [pid for pid in list_children(os.getpid()) if pid != launch.helper]
+        if not ours:
+            return None
+        dead = [pid for pid in ours if os.waitpid(pid, os.WNOHANG)[0]]
+        is_daemon = is_daemon or first in dead
+        if children:
+            return children[0], empty
+    return None
+
+
+def tie_to_us(leash: int, pid: int) -> None:
+    """Have the host's kernel kill `pid` when we are gone: for a grandchild, whom PR_SET_PDEATHSIG cannot reach.
+
+    `leash` is the read end of a pipe that `pid` holds open, too, and nobody but us has the write end of.
+    """
+    fcntl.fcntl(leash, fcntl.F_SETOWN, pid)
+    fcntl.fcntl(leash, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(leash, fcntl.F_SETFL, os.O_ASYNC)
+    os.close(leash)
+
+
+def start_kernel(spec: RunSpec, launch: Launch) -> Optional[Tuple[int, int]]:
+    """Start the kernel; its pid and that of the `empty` around it, 0 without; None if there is to be one and cannot."""
+    disk = name_disk(spec, launch.directories.run)
+    if spec.empty:
+        # `empty` does not tell whether the kernel can be executed, so this does.
+        spawn_kernel(spec, [spec.kernel, "--version"], launch._replace(keep={}))
+        kill_children(launch.helper)
+        pids = start_by_empty(spec, build_command_line(spec, disk), launch)
+        if pids or spec.empty_asked:
+            os.write(launch.keep[KERNEL_OUTPUT_FD], CARRIED.pack(pids[0]) if pids else b"")
+            return pids
+        os.write(launch.keep[KERNEL_OUTPUT_FD], CARRIED.pack(0))
+    return spawn_kernel(spec, build_kernel_args(spec, disk), launch), 0
+
+
+def find_end(kernel: int, empty: int) -> str:
+    """What to report of a kernel, or of the `empty` around it, that has ended; nothing if none has."""
+    if empty:
+        if os.waitpid(empty, os.WNOHANG)[0]:
+            return "empty"
+        if read_process(kernel)[0] != "Z":
+            return ""
+        os.kill(empty, signal.SIGKILL)
+        os.waitpid(empty, 0)                      # the kernel is our child now
+    pid, status = os.waitpid(kernel, os.WNOHANG)
+    return "ended {}".format(status) if pid else ""
+
+
+def watch_kernel(pids: Tuple[int, int], umid: str, lifeline: int, wakeup: int, check_helper: Callable[[], None]) -> str:
     """Wait for the kernel's end or the runner's; return what to report. Stop the guest while the runner is stopped.
 
     A stopped runner means a suspended job. The guest is stopped by its mconsole: it then runs nothing, and none of
     its processes is caught by a SIGSTOP that may follow in a state that would panic it.
     """
+    kernel, empty = pids
     runner = os.getppid()
     suspended = False
     rounds_with_corpse = 0
@@ -2056,9 +2225,9 @@ def watch_kernel(kernel: int, umid: str, lifeline: int, wakeup: int, check_helpe
             return ""
         if wakeup in ready:
             os.read(wakeup, 512)
-            pid, status = os.waitpid(kernel, os.WNOHANG)
-            if pid:
-                return "ended {}".format(status)
+        end = find_end(kernel, empty)
+        if end:
+            return end
             check_helper()
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
@@ -2086,7 +2255,7 @@ def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
     signal.set_wakeup_fd(to_wakeup)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     os.chdir(directories.run)
-    message = ""
+    message = "empty"
     helper = 0
 
     def check_helper() -> None:
@@ -2096,16 +2265,16 @@ def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
             os.write(report, LOST)
 
     try:
-        argv = build_kernel_args(spec, name_disk(spec, directories.run))
-        rules = list_rules(spec, directories) if find_landlock() else []
         if spec.network.kind == SLIRP4NETNS:
             helper, keep[KERNEL_NETWORK_FD] = start_slirp4netns(spec.network, lifeline)
         elif spec.network.kind == SLIRP:
             os.symlink(spec.network.helper, "slirp")
-        kernel = spawn_kernel(spec, argv, directories.ram, rules, keep)
+        rules = list_rules(spec, directories) if is_confined(spec.empty) else []
+        pids = start_kernel(spec, Launch(directories, rules, keep, lifeline, helper))
         for number in {1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD} & set(keep):
             os.close(keep[number])                # so that they end with the kernel
-        message = watch_kernel(kernel, spec.umid, lifeline, wakeup, check_helper)
+        if pids:
+            message = watch_kernel(pids, spec.umid, lifeline, wakeup, check_helper)
     except OSError as error:
         message = "exec {}".format(error.errno)
     except Fatal as fatal:
@@ -2141,8 +2310,8 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
             for descriptor in (0, 1, 2):
                 os.dup2(null, descriptor)
             keep = {0: null, 1: console_end, 2: console_end,
-                    KERNEL_INPUT_FD: input_end, KERNEL_OUTPUT_FD: output_end}
-            keep.update({KERNEL_OUTPUT_FD + 1 + index: lock for index, lock in enumerate(locks)})
+                    KERNEL_INPUT_FD: input_end, KERNEL_OUTPUT_FD: output_end, KERNEL_CONSOLE_FD: console_end}
+            keep.update({KERNEL_CONSOLE_FD + 1 + index: lock for index, lock in enumerate(locks)})
             ours = {0, 1, 2, lifeline_end, report_end} | ({terminal.input} if terminal else set())
             close_all_but(set(keep.values()) | ours)
             supervise(spec, directories, keep, lifeline_end, report_end)
@@ -2153,9 +2322,9 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
             os._exit(0)
     for descriptor in (input_end, output_end, console_end, lifeline_end, report_end):
         os.close(descriptor)
-    machine = Machine(supervisor, from_guest, to_guest, console, lifeline, report, directories.run)
     try:
-        yield machine
+        carried = exchange_channel(directories.run, from_guest, to_guest) if spec.empty else 0
+        yield Machine(supervisor, from_guest, to_guest, console, lifeline, report, directories.run, carried)
     finally:
         os.close(lifeline)
         if read_process(supervisor)[1] == os.getpid():
@@ -2165,13 +2334,36 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
             os.close(descriptor)
 
 
+def exchange_channel(directory: str, from_guest: int, to_guest: int) -> int:
+    """Put the FIFOs of `empty` in the place of the pipes once they are made; pid of its kernel, 0 if it is no use."""
+    said = os.read(from_guest, CARRIED.size)
+    kernel: int = CARRIED.unpack(said)[0] if said else 0
+    if not kernel:
+        return 0
+    try:
+        # The second fails unless it has a reader: `empty` lives, so the first has a writer and will have an end.
+        fifos = [os.open(os.path.join(directory, name), flags | os.O_NONBLOCK)
+                 for name, flags in ((EMPTY_FROM_GUEST, os.O_RDONLY), (EMPTY_TO_GUEST, os.O_WRONLY))]
+    except OSError:
+        return kernel                             # `empty` is dead already, and the report tells
+    widen_pipe(fifos[0])
+    for fifo, descriptor in zip(fifos, (from_guest, to_guest)):
+        os.dup2(fifo, descriptor, False)
+        os.close(fifo)
+    return kernel
+
+
 def make_wide_pipe() -> Tuple[int, int]:
     reader, writer = os.pipe()
+    widen_pipe(writer)
+    return reader, writer
+
+
+def widen_pipe(descriptor: int) -> None:
     try:
-        fcntl.fcntl(writer, F_SETPIPE_SZ, PIPE_SIZE)
+        fcntl.fcntl(descriptor, F_SETPIPE_SZ, PIPE_SIZE)
     except OSError:
         pass                                      # the user's share of pipe pages is used up: slower, no worse
-    return reader, writer
 
 
 def close_all_but(keep: Set[int]) -> None:
@@ -2466,6 +2658,8 @@ class Session:
 
     def _take_frames(self) -> None:
         content = os.read(self._machine.from_guest, PIPE_SIZE)
+        if self._machine.carried and content:
+            self._wake_writer()
         self._channel_open = bool(content)
         self._received += content
         if not self._greeted:
@@ -2483,6 +2677,13 @@ class Session:
             else:
                 self._fail("guest sent what is no message of AppPot ({})".format(error),
                            "did something in the appliance write to /dev/ttyS0?")
+
+    def _wake_writer(self) -> None:
+        """Have User-Mode Linux look whether its full pty has room again: the SIGIO of the pty's own comes too early."""
+        try:
+            os.kill(self._machine.carried, signal.SIGIO)
+        except OSError:
+            pass                                  # it is dead
 
     def _obey(self, kind: int, payload: bytes) -> None:
         if kind in self._writers:
@@ -2635,12 +2836,15 @@ class Session:
         console = self._console.decode("utf-8", "replace")
         if what == "exec":
             return explain_exec_failure(int(number), self._spec.kernel)
-        if what == "helper":
-            return Fatal("a helper process of the kernel was killed", "look for who did, then run the job again")
+        if what == "empty" and not self._greeted:
+            return Fatal("`empty` does not start the kernel: {}".format(self._spec.empty),
+                         "build it from github.com/mezantrop/empty for this machine; --io builtin does without it")
         if what == "network":
             return Fatal(number, "--net none runs without a network")
         if what != "ended":
-            return Fatal("the supervisor process of the run was killed", "look for who did, then run the job again")
+            who = {"empty": "`empty`, which carried the channel,", "helper": "a helper process of the kernel"}.get(
+                what, "the supervisor process of the run")
+            return Fatal(who + " was killed", "look for who did, then run the job again")
         return explain_kernel_end(int(number), console, self._spec, self._running)
 
     def _forward_signal(self, number: int) -> None:
@@ -2751,9 +2955,9 @@ environment of the command:
   --env names it. HOME, USER, LOGNAME, SHELL, PATH and PWD are the guest's.
 
 defaults from the environment:
-  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR, APPPOT_SLIRP; kernel, image and network helper
-  are then looked for beside this script (`linux`, `apppot.img`, `slirp4netns`, `slirp-fullbolt`, `slirp`), in the
-  current directory, and all but the image on PATH (`linux`, `linux.uml`).
+  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR, APPPOT_SLIRP, APPPOT_EMPTY; kernel, image and
+  network helper are then looked for beside this script (`linux`, `apppot.img`, `slirp4netns`, `slirp-fullbolt`,
+  `slirp`), in the current directory, and all but the image on PATH (`linux`, `linux.uml`).
 
 memory and CPUs:
   In a job of Slurm, PBS, Grid Engine or HTCondor, what the job was granted: the least of what the batch system's
@@ -2772,6 +2976,10 @@ exit status:
     add("--id", "--umid", dest="umid", metavar="NAME", help="name of the guest, for `uml_mconsole NAME`")
     add("-X", "--extra", action="append", default=[], metavar="ARG",
         help="one more argument for the kernel command line; repeatable")
+    add("--io", choices=("auto", "builtin", "empty"), default="auto", metavar="HOW",
+        help="what carries the channel to the guest: builtin, the program empty, or auto (default): that program if\n"
+             "it lies beside this script or is named, else builtin")
+    add("--empty", metavar="PATH", help="the program empty, which runs another on a pseudo-terminal")
     add = parser.add_argument_group("command").add_argument
     add("--root", action="store_true", help="run the command as the guest's root")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]",
@@ -2838,11 +3046,12 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     environment = select_environment(dict(os.environb), options.env, options.clean_env)
     if network.lan:
         environment[b"APPPOT_LAN_ADDRESS"] = network.lan.address.encode()
+    empty, empty_asked = find_empty(options.io, options.empty)
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
         mem_mib=mem.value, cpus=cpus.value, ram_directory=ram_directory, scratch=choose_scratch(candidates),
         umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
-        environment=environment, network=network,
+        environment=environment, network=network, empty=empty, empty_asked=empty_asked,
         job_directory=directory, job_alias=alias, binds=tuple(parse_bind(text) for text in options.bind),
         cwd=os.fsencode(options.cwd or ""), as_root=options.root,
         umask=os.umask(0o077),                    # what the runner makes is nobody else's
@@ -2926,11 +3135,12 @@ def run(spec: RunSpec, started: float) -> Result:
             for note in ("run directory " + directory,) + spec.notes:
                 say(note)
             say(describe(spec.network))
-            say("hostfs is " + describe_confinement())
+            say("hostfs is " + describe_confinement(spec.empty))
             say("management console: uml_mconsole " + stack.enter_context(mconsole_name(spec, directory)))
             machine = stack.enter_context(
                 start_machine(spec, stdio.terminal, Directories(directory, ram_directory), locks))
-            say("kernel started")
+            say("kernel started, the channel is carried by " + (spec.empty or "") if machine.carried else
+                "kernel started" + (", without {}, which does not work".format(spec.empty) if spec.empty else ""))
             result = Session(machine, spec, stdio, show, say).run()
         say("nothing left")
         return result
@@ -3046,7 +3256,7 @@ def check_agent(options: argparse.Namespace) -> Finding:
 
 
 def check_hostfs(options: argparse.Namespace) -> Finding:
-    return Finding("ok", describe_confinement())
+    return Finding("ok", describe_confinement(find_empty(options.io, options.empty)[0]))
 
 
 def check_network(options: argparse.Namespace) -> Finding:
@@ -3060,8 +3270,8 @@ def check_network(options: argparse.Namespace) -> Finding:
 
 
 def check_empty(options: argparse.Namespace) -> Finding:
-    found = next(list_candidates(["empty"], True), None)
-    return Finding("ok", found or "not here and not needed: the built-in carrier does its work")
+    empty = find_empty(options.io, options.empty)[0]
+    return Finding("ok", empty or "not here and not needed: the built-in carrier does its work")
 
 
 def check_node_limits(options: argparse.Namespace) -> Finding:
@@ -3142,7 +3352,7 @@ def main(argv: List[str]) -> int:
             return examine(options, command)
         spec = build_spec(options, command)
         if options.dry_run:
-            print(" ".join(shlex.quote(word) for word in build_kernel_args(spec, name_disk(spec, None))), flush=True)
+            print(" ".join(shlex.quote(word) for word in build_command_line(spec, name_disk(spec, None))), flush=True)
             return 0
         result = run(spec, started)
         if result.failure:

@@ -18,6 +18,16 @@ TOP = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
 UNPRIVILEGED = 65534  # nobody
 DEADLINE_S = float(os.environ.get("APPPOT_TEST_DEADLINE", "90"))  # a boot takes 2 s; this is for a machine that does much else
+STAND_IN = TOP / "tests" / "empty.py"
+EMPTY = pathlib.Path(os.environ.pop("APPPOT_EMPTY", None) or shutil.which("empty") or STAND_IN).resolve()
+# For the tests that have no carrier of their own: APPPOT_TEST_IO=empty runs them all with `empty`.
+DEFAULT_CARRIER = os.environ.get("APPPOT_TEST_IO", "builtin")
+both_carriers = pytest.mark.parametrize("carrier", ["builtin", "empty"], indirect=True)
+
+
+def pytest_report_header():
+    what = "the stand-in" if EMPTY == STAND_IN else "the real program"
+    return f"empty: {what} {EMPTY}; channel of most tests: {DEFAULT_CARRIER}"
 
 
 def require(condition, reason):
@@ -50,9 +60,9 @@ def kernel():
 class Node:
     """A place where jobs run, and what they leave there."""
 
-    def __init__(self, kernel, image, uid):
+    def __init__(self, kernel, image, uid, carrier=DEFAULT_CARRIER):
         self.root = pathlib.Path(tempfile.mkdtemp(prefix="apppot-test-"))
-        self.kernel, self.image, self.uid = kernel, image, uid
+        self.kernel, self.image, self.uid, self.carrier = kernel, image, uid, carrier
         self.job, self.scratch = self.root / "job", self.root / "scratch"
         self.mark = os.urandom(8).hex()
         self.started = []
@@ -63,6 +73,14 @@ class Node:
         shutil.copy(TOP / "apppot_start.py", self.root)
         (self.root / "linux").symlink_to(kernel)
         self.environment = {"PATH": os.environ["PATH"], "APPPOT_TMPDIR": str(self.scratch), "APPPOT_TEST": self.mark}
+        if carrier == "empty":
+            self.environment["APPPOT_EMPTY"] = str(self.copy_empty("a-copy-of-empty"))
+
+    def copy_empty(self, name):
+        """The program where every user reaches it."""
+        shutil.copyfile(EMPTY, self.root / name)
+        (self.root / name).chmod(0o755)
+        return self.root / name
 
     def argv(self, *words, python=sys.executable, image=None):
         return [python, str(self.root / "apppot_start.py"), "--image", str(image or self.image), *words]
@@ -152,8 +170,8 @@ class Node:
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def make_node(kernel, image, uid):
-    node = Node(kernel, image, uid)
+def make_node(kernel, image, uid, carrier=DEFAULT_CARRIER):
+    node = Node(kernel, image, uid, carrier)
     try:
         yield node
         for process in node.started:
@@ -164,16 +182,23 @@ def make_node(kernel, image, uid):
 
 
 @pytest.fixture
-def node(kernel, image):
-    yield from make_node(kernel, image, os.getuid())
+def carrier(request):
+    """What carries the channel: "builtin" or "empty"; both_carriers asks for both."""
+    return getattr(request, "param", DEFAULT_CARRIER)
+
+
+@pytest.fixture
+def node(kernel, image, carrier):
+    yield from make_node(kernel, image, os.getuid(), carrier)
 
 
 @pytest.fixture(params=["root", "user"])
-def any_node(request, kernel, image):
+def any_node(request, kernel, image, carrier):
     """The same as root and as an unprivileged user, where the tests run as root."""
     if request.param == "root" and os.getuid() != 0:
         pytest.skip("the tests run as an unprivileged user")
-    yield from make_node(kernel, image, UNPRIVILEGED if request.param == "user" and os.getuid() == 0 else os.getuid())
+    uid = UNPRIVILEGED if request.param == "user" and os.getuid() == 0 else os.getuid()
+    yield from make_node(kernel, image, uid, carrier)
 
 
 def assert_error(result, *words):

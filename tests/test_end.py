@@ -12,6 +12,7 @@ import pytest
 from conftest import (
     DEADLINE_S,
     assert_error,
+    both_carriers,
     make_node,
     mounted,
     pythons,
@@ -40,6 +41,7 @@ def test_a_signal_to_the_runner_reaches_the_whole_process_group(node, name):
     assert node.finish(process)[:2] == (33, b"child\nleader\n")
 
 
+@both_carriers
 def test_an_untrapped_signal_ends_the_command_with_its_number(any_node):
     process = any_node.start_ready("exec sleep 100")
     process.send_signal(signal.SIGUSR2)
@@ -71,6 +73,7 @@ def test_a_signal_during_the_boot_ends_it_at_once(node):
     assert node.finish(process)[:2] == (143, b"")
 
 
+@both_carriers
 def test_a_timeout_ends_the_command_with_124(node):
     result = node.run(
         "--timeout", "4s", "sh", "-c", "trap 'echo warned; exit 0' TERM; while :; do sleep 0.1; done 2> /dev/null"
@@ -80,6 +83,7 @@ def test_a_timeout_ends_the_command_with_124(node):
     assert_error(result, "walltime")
 
 
+@both_carriers
 def test_sigterm_to_every_process_of_a_run_reaches_only_the_command(node):
     process = node.start_ready("trap 'echo told; exit 9' TERM; echo trapped; while :; do sleep 0.1; done")
     assert process.stdout.readline() == b"trapped\n"
@@ -112,6 +116,7 @@ def wait_for_state(pids, states):
     wait_for(is_there)
 
 
+@both_carriers
 def test_sigtstp_then_sigstop_of_everything_then_sigcont_as_slurm_does(any_node):
     process = start_work(any_node)
     process.send_signal(signal.SIGTSTP)
@@ -123,6 +128,7 @@ def test_sigtstp_then_sigstop_of_everything_then_sigcont_as_slurm_does(any_node)
     assert any_node.finish(process) == (0, b"1\n", b"")
 
 
+@both_carriers
 def test_sigstop_and_sigcont_of_the_runner_s_group_as_grid_engine_does(any_node):
     process = start_work(any_node)
     os.killpg(process.pid, signal.SIGSTOP)
@@ -161,6 +167,7 @@ def freezer():
     pytest.skip("no freezer cgroup can be made here")
 
 
+@both_carriers
 def test_a_frozen_cgroup_goes_on(node, freezer):
     group, control, freeze, thaw = freezer
     process = start_work(node, wrap=("sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "-"))
@@ -181,12 +188,37 @@ def descendants(pid):
     return [below for child in children for below in [child, *descendants(child)]]
 
 
-@pytest.mark.parametrize("victim, words", [(0, None), (1, "supervisor"), (2, "guest was killed"), (3, ""), (4, "")])
+@both_carriers
+@pytest.mark.parametrize(
+    "victim, words",
+    [
+        ("runner", None),
+        ("supervisor", "supervisor"),
+        ("kernel", "guest was killed"),
+        ("first child", ""),
+        ("second child", ""),
+    ],
+)
 def test_after_sigkill_of_any_part_nothing_is_left(any_node, victim, words):
-    """0 is the runner, then its supervisor, the kernel, and the first of the kernel's own children."""
+    kill_and_look(any_node, victim, words)
+
+
+@pytest.mark.parametrize("carrier", ["empty"], indirect=True)
+def test_after_sigkill_of_empty_nothing_is_left(any_node):
+    kill_and_look(any_node, "empty", "`empty`, which carried the channel, was killed")
+
+
+def list_parts(node, process):
+    """The runner, its supervisor, `empty`, the kernel, and the first of the kernel's own children."""
+    names = ["runner", "supervisor", "kernel", "first child", "second child"]
+    if node.carrier == "empty":
+        names.insert(2, "empty")
+    return dict(zip(names, [process.pid, *descendants(process.pid)]))
+
+
+def kill_and_look(any_node, victim, words):
     process = any_node.start_ready("exec sleep 100", "--net", "none")  # test_net.py kills its helpers
-    tree = [process.pid, *descendants(process.pid)]
-    os.kill(tree[victim], signal.SIGKILL)
+    os.kill(list_parts(any_node, process)[victim], signal.SIGKILL)
     any_node.wait_until_gone(2)
     status, stdout, stderr = any_node.finish(process)
     if words is None:
@@ -197,13 +229,25 @@ def test_after_sigkill_of_any_part_nothing_is_left(any_node, victim, words):
     wait_for(lambda: not os.listdir(any_node.scratch))
 
 
+@both_carriers
+def test_a_guest_ends_with_runner_and_supervisor_killed_at_once(node):
+    process = node.start_ready("exec sleep 100")
+    parts = list_parts(node, process)
+    for name in ("runner", "supervisor"):
+        os.kill(parts[name], signal.SIGSTOP)  # so that neither acts on the other's end
+    for name in ("supervisor", "runner"):
+        os.kill(parts[name], signal.SIGKILL)
+    process.wait(DEADLINE_S)
+    wait_for(lambda: all(parts.get(name) not in node.processes() for name in ("kernel", "empty")))
+    signal_all(node, signal.SIGKILL)  # 6.1 leaves processes that do nothing, and nobody is there to reap them
+    node.wait_until_gone()
+    assert node.run("true").returncode == 0  # removes what was left of the other
+
+
 def test_what_a_kill_of_everything_left_the_next_run_removes(node):
     process = node.start_ready("exec sleep 100")
-    pids = node.processes()
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)  # so that none has time to clean
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    signal_all(node, signal.SIGSTOP)  # so that none has time to clean
+    signal_all(node, signal.SIGKILL)
     node.finish(process)
     node.wait_until_gone()
     assert os.listdir(node.scratch)
@@ -228,6 +272,7 @@ def test_a_run_does_not_remove_the_directory_of_another(node):
         ("echo b > /proc/sysrq-trigger; sleep 60", "reboot"),
     ],
 )
+@both_carriers
 def test_a_guest_that_goes_away_is_a_failure(any_node, script, words):
     result = any_node.run("--root", "sh", "-c", "echo written; " + script)
     assert result.returncode == 125

@@ -12,7 +12,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import DEADLINE_S, assert_error, replace_agent, wait_for, writable_copy, write_into
+from conftest import DEADLINE_S, assert_error, both_carriers, replace_agent, wait_for, writable_copy, write_into
 
 NONCE = os.urandom(8).hex()
 
@@ -57,6 +57,7 @@ def digest_of(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@both_carriers
 def test_stdout_and_stderr_are_byte_exact_at_once(any_node):
     for name in ("a", "b"):
         with open(any_node.job / name, "wb") as file:
@@ -75,6 +76,7 @@ def test_stdout_and_stderr_are_byte_exact_at_once(any_node):
     assert stderr.hexdigest() == digest_of(any_node.job / "b")
 
 
+@both_carriers
 def test_a_gibibyte_of_stdin_arrives(node):
     process = node.start("sh", "-c", "cat | sha256sum", stdin=subprocess.PIPE)
     digest = hashlib.sha256()
@@ -194,6 +196,7 @@ def test_a_blocked_stdout_does_not_hold_stderr_back(node):
     assert len(process.stdout.read()) == 30000000
 
 
+@both_carriers
 def test_output_written_before_a_kill_is_not_lost(node):
     process = node.start_ready("head -c 3000000 /dev/zero; echo; echo written >&2; kill -9 $$")
     assert process.stdout.read() == b"\0" * 3000000 + b"\n"
@@ -378,6 +381,7 @@ def test_a_whole_disk_image_boots_from_its_linux_partition(node, image, label):
     )
 
 
+@both_carriers
 def test_sixteen_runs_at_once_share_one_unchanged_image(any_node, image):
     before = digest_of(image)
     processes = [
