@@ -17,7 +17,8 @@ import pytest
 TOP = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
 UNPRIVILEGED = 65534  # nobody
-DEADLINE_S = float(os.environ.get("APPPOT_TEST_DEADLINE", "90"))  # a boot takes 2 s; this is for a machine that does much else
+# A boot takes 2 s; this is for a machine that does much else.
+DEADLINE_S = float(os.environ.get("APPPOT_TEST_DEADLINE", "90"))
 STAND_IN = TOP / "tests" / "empty.py"
 EMPTY = pathlib.Path(os.environ.pop("APPPOT_EMPTY", None) or shutil.which("empty") or STAND_IN).resolve()
 # For the tests that have no carrier of their own: APPPOT_TEST_IO=empty runs them all with `empty`.
