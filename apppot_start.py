@@ -287,6 +287,7 @@ class RunSpec(NamedTuple):
     kill_after_s: float
     verbose: bool
     cpus: int = 1
+    mode: str = ""                   # of 6.16 and later: "auto", their seccomp mode if the machine can, or "off": ptrace
     umid_link: Optional[str] = None  # ~/.uml/NAME, where uml_mconsole looks for a guest by its name
     notes: Tuple[str, ...] = ()      # for -v: how it was decided
     network: Network = Network()
@@ -407,11 +408,10 @@ def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
 
 
 def build_cpu_args(spec: RunSpec) -> List[str]:
-    """Several CPUs need the kernel's seccomp mode: "SMP is not supported with PTRACE userspace"."""
-    if spec.cpus == 1:
-        return []
+    """How system calls are trapped, where the kernel has a choice, and how many CPUs; several need its seccomp mode."""
     chosen = any(word.startswith("seccomp=") for word in spec.extra)
-    return ["ncpus={}".format(spec.cpus)] + ([] if chosen else ["seccomp=on"])
+    mode = [] if chosen or not spec.mode else ["seccomp=" + spec.mode]
+    return mode + (["ncpus={}".format(spec.cpus)] if spec.cpus > 1 else [])
 
 
 def encode_modes(attributes: List[Any]) -> bytes:
@@ -1456,16 +1456,17 @@ def choose_cpus(asked: Optional[str], grants: Grants) -> Amount:
     return smallest(grants.cpus + grants.cpu_limits) if grants.cpus else Amount(1, "default")
 
 
-def decide_cpus(asked: Optional[str], grants: Grants, kernel: str) -> Tuple[Amount, Tuple[str, ...]]:
+def decide_cpus(asked: Optional[str], grants: Grants, kernel: str, ptrace: bool) -> Tuple[Amount, Tuple[str, ...]]:
     """CPUs of the guest and notes on them. More than the kernel can have is an error to nobody: it runs slower."""
     cpus = choose_cpus(asked, grants)
-    if cpus.value == 1 or kernel_holds(kernel, HAS_SMP):
+    if cpus.value == 1 or (not ptrace and kernel_holds(kernel, HAS_SMP)):
         return cpus, ()
-    note = "{} but the guest gets 1 CPU: this kernel has no SMP: {}".format(cpus.source, kernel)
+    reason = "--ptrace" if ptrace else "kernel without SMP"
+    note = "{} but the guest gets 1 CPU: {}: {}".format(cpus.source, reason, kernel)
     if asked or os.environ.get("APPPOT_CPUS"):
         write_stderr(one_line("apppot: warning: " + note) + b"\n")
-        return Amount(1, "kernel without SMP"), ()
-    return Amount(1, "kernel without SMP"), (note,)
+        return Amount(1, reason), ()
+    return Amount(1, reason), (note,)
 
 
 def describe_memory(mem: Amount, place: str) -> str:
@@ -2973,6 +2974,7 @@ exit status:
     add("--write", action="store_true", help="boot the image itself read-write instead of a throw-away copy-on-write")
     add("--mem", metavar="NUM", help="memory of the guest in MiB, or with K, M, G, T (default: see below)")
     add("--cpus", metavar="N", help="CPUs of the guest, where the kernel has SMP (default: see below)")
+    add("--ptrace", action="store_true", help="keep a 6.16 or newer kernel from its faster seccomp mode; see README")
     add("--id", "--umid", dest="umid", metavar="NAME", help="name of the guest, for `uml_mconsole NAME`")
     add("-X", "--extra", action="append", default=[], metavar="ARG",
         help="one more argument for the kernel command line; repeatable")
@@ -3034,7 +3036,8 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     mem, floors = choose_memory(options.mem, grants)
     mem, ram_directory = place_memory(mem, floors, kernel, candidates)
     check_limits(mem.value, os.path.getsize(image))
-    cpus, notes = decide_cpus(options.cpus, grants, kernel)
+    cpus, notes = decide_cpus(options.cpus, grants, kernel, options.ptrace)
+    mode = ("off" if options.ptrace else "auto") if kernel_holds(kernel, HAS_SECCOMP) else ""
     umid = options.umid or "guest"
     if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in RESERVED_NAMES:
         raise Fatal("--id is not a name: {!r}".format(umid), "use up to 60 letters, digits and -_.")
@@ -3049,7 +3052,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     empty, empty_asked = find_empty(options.io, options.empty)
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
-        mem_mib=mem.value, cpus=cpus.value, ram_directory=ram_directory, scratch=choose_scratch(candidates),
+        mem_mib=mem.value, cpus=cpus.value, mode=mode, ram_directory=ram_directory, scratch=choose_scratch(candidates),
         umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
         environment=environment, network=network, empty=empty, empty_asked=empty_asked,
         job_directory=directory, job_alias=alias, binds=tuple(parse_bind(text) for text in options.bind),

@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import apppot_init
 import apppot_start
@@ -53,8 +54,8 @@ def test_fields_survive(fields):
 
 def test_host_and_guest_speak_the_same():
     names = (
-        "VERSION PROTOCOL MAGIC FRAME_MAX HELLO STARTED STDOUT STDERR CREDIT STDIN_CLOSED RESULT SCREEN STOPPED RECEIVED "
-        "TERMINATE JOB STDIN STDIN_EOF SIGNAL ACK OUTPUT_CLOSED KEYS WINDOW FOREGROUND NETWORK_LOST SPOOLED "
+        "VERSION PROTOCOL MAGIC FRAME_MAX HELLO STARTED STDOUT STDERR CREDIT STDIN_CLOSED RESULT SCREEN STOPPED "
+        "RECEIVED TERMINATE JOB STDIN STDIN_EOF SIGNAL ACK OUTPUT_CLOSED KEYS WINDOW FOREGROUND NETWORK_LOST SPOOLED "
         "OUTPUT_WINDOW SCREEN_WINDOW"
     ).split()
     assert [getattr(apppot_start, name) for name in names] == [getattr(apppot_init, name) for name in names]
@@ -229,15 +230,12 @@ def test_the_guest_s_memory_leaves_room_in_the_least_limit(environment, files, m
     assert apppot_start.default_mem(find_grants(environment, files, machine_mib)).value == mem
 
 
-def test_several_cpus_are_for_a_kernel_in_its_seccomp_mode():
-    class Spec:
-        cpus, extra = 2, ()
+def test_how_system_calls_are_trapped_is_chosen_and_extra_overrides():
+    def build(mode, cpus, *extra):
+        return apppot_start.build_cpu_args(SimpleNamespace(cpus=cpus, extra=extra, mode=mode))
 
-    assert apppot_start.build_cpu_args(Spec) == ["ncpus=2", "seccomp=on"]
-    Spec.extra = ("seccomp=auto",)
-    assert apppot_start.build_cpu_args(Spec) == ["ncpus=2"]
-    Spec.cpus = 1
-    assert apppot_start.build_cpu_args(Spec) == []
+    assert build("auto", 2) == ["seccomp=auto", "ncpus=2"] and build("off", 1) == ["seccomp=off"]
+    assert build("auto", 2, "seccomp=on") == ["ncpus=2"] and build("", 1) == []
 
 
 VARIABLES = (
