@@ -1614,7 +1614,8 @@ class Terminal:
     With -t and no terminal there, whatever stdin and stdout are takes its place.
     """
 
-    def __init__(self, input_fd: int, output_fd: int) -> None:
+    def __init__(self, input_fd: int, output_fd: int, shares_output: bool = False) -> None:
+        self._shares_output = shares_output       # with other programs of a pipeline
         # Not the caller's own numbers, which lead elsewhere in the supervisor.
         self.input, self.output = (fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3) for number in (input_fd, output_fd))
         self.is_real = os.isatty(input_fd)
@@ -1625,6 +1626,11 @@ class Terminal:
     @property
     def is_raw(self) -> bool:
         return self._state[:1] == b"r"
+
+    @property
+    def ends_lines(self) -> bool:
+        """Whether it makes carriage return and line feed of a line feed itself."""
+        return self.is_real and (self._shares_output or not self.is_raw)
 
     @property
     def modes(self) -> bytes:
@@ -1649,6 +1655,10 @@ class Terminal:
             if not self.is_raw:
                 self._state[1:] = self.modes
             tty.setraw(self.input, termios.TCSANOW)
+            if self._shares_output:
+                raw = termios.tcgetattr(self.input)
+                raw[1] |= termios.OPOST
+                termios.tcsetattr(self.input, termios.TCSANOW, raw)
             self._state[:1] = b"r"
 
     def release(self) -> None:
@@ -1674,7 +1684,7 @@ def find_controlling_terminal() -> Optional[Terminal]:
         descriptor = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
     except OSError:
         return None
-    return Terminal(descriptor, descriptor)
+    return Terminal(descriptor, descriptor, True)
 
 
 @contextmanager
@@ -1685,7 +1695,8 @@ def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
         terminal: Optional[Terminal] = Terminal(0, 1)
         kinds = b"ttt"
     elif any(on_terminal):
-        terminal = Terminal(find_open_for(os.O_WRONLY, on_terminal), find_open_for(os.O_RDONLY, on_terminal))
+        terminal = Terminal(find_open_for(os.O_WRONLY, on_terminal), find_open_for(os.O_RDONLY, on_terminal),
+                            not on_terminal[1])
         kinds = b"".join(b"t" if yes else b"p" for yes in on_terminal)
     else:
         terminal = None if choice is False else find_controlling_terminal()
@@ -2422,8 +2433,8 @@ class OutputWriter(threading.Thread):
 
     def _write(self, content: bytes) -> None:
         terminal = self._session.stdio.terminal
-        if self._kind == SCREEN and terminal and terminal.is_real and not terminal.is_raw:
-            content = content.replace(b"\r\n", b"\n")        # that is then this terminal's own work
+        if self._kind == SCREEN and terminal and terminal.ends_lines:
+            content = content.replace(b"\r\n", b"\n")
         rest = memoryview(content)
         try:
             while rest:
@@ -2739,9 +2750,8 @@ class Session:
     # the command is stopped when it reads, and asks that way for the caller's.
 
     def _open_terminal(self, terminal: Terminal) -> None:
-        for number, handler in ((signal.SIGWINCH, lambda: self.post(encode_frame(WINDOW, terminal.window))),
-                                (signal.SIGCONT, lambda: self._resume(terminal))):
-            signal.signal(number, lambda received, frame, handler=handler: handler())   # type: ignore[misc]
+        for number, handler in ((signal.SIGWINCH, self._tell_window), (signal.SIGCONT, self._resume)):
+            signal.signal(number, lambda received, frame, handler=handler: handler(terminal))   # type: ignore[misc]
             signal.siginterrupt(number, False)    # tcsetattr() in the background is to begin again
         if self.stdio.at_once:
             self._give_terminal(terminal)
@@ -2795,11 +2805,20 @@ class Session:
         if self.stdio.terminal:
             self._resume(self.stdio.terminal)
 
+    def _tell_window(self, terminal: Terminal) -> None:
+        try:
+            self.post(encode_frame(WINDOW, terminal.window))
+        except OSError:                           # it was hung up
+            pass
+
     def _resume(self, terminal: Terminal) -> None:
         """Go on after a stop, in the foreground or, as `bg` has it, without the terminal."""
         if self._has_terminal and terminal.is_ours():
-            terminal.acquire()
-            self.post(encode_frame(WINDOW, terminal.window))
+            try:
+                terminal.acquire()
+            except termios.error:                 # it was hung up, which says SIGCONT, too
+                return
+            self._tell_window(terminal)
         elif self._has_terminal:
             self._has_terminal = False
             self.post(encode_frame(FOREGROUND, b"\0"))
@@ -3115,8 +3134,8 @@ def report(fatal: Fatal) -> int:
 
 def run(spec: RunSpec, started: float) -> Result:
     def show(content: bytes) -> None:
-        is_raw = stdio.terminal is not None and stdio.terminal.is_raw
-        write_stderr(content.replace(b"\n", b"\r\n") if is_raw else content)
+        in_raw_terminal = stdio.terminal and stdio.terminal.is_raw and not stdio.terminal.ends_lines
+        write_stderr(content.replace(b"\n", b"\r\n") if in_raw_terminal else content)
 
     def say(text: str) -> None:
         if spec.verbose:

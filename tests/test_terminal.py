@@ -127,7 +127,7 @@ def test_a_login_shell_has_the_terminal_and_its_status_comes_back(shell):
 def test_job_control_in_the_guest(shell):
     shell.type(command_line(shell.node, "--env", "PS1=guest> ", "bash", "--norc", "--noprofile") + "\n")
     shell.expect("guest> ")
-    job = "sh -c 'trap \"echo back\" CONT; echo up; while :; do sleep 0.1; done'\n"
+    job = "sh -c 'trap \"echo back\" CONT; echo up; read line; read line'\n"
     shell.type(job)
     shell.expect(r"up\r\n")
     shell.type("\x03")
@@ -271,11 +271,11 @@ def test_a_command_in_a_pipeline_gets_the_keyboard_when_it_reads_it(shell):
 
 
 def test_a_command_in_a_pipeline_leaves_the_keyboard_to_others(shell):
-    reader = "cat; echo up; stty -echo -icanon; head -c 1 < /dev/tty | od -c; stty sane"
+    reader = "cat; echo up; stty -echo -icanon < /dev/tty; head -c 1 < /dev/tty | od -c; stty sane < /dev/tty"
     shell.type(
         command_line(shell.node, "sh", "-c", f"echo {NONCE}; sleep 0.2") + " | sh -c " + shlex.quote(reader) + "\n"
     )
-    shell.expect(NONCE + "\rup\r\n")
+    shell.expect(NONCE + "\r\nup\r\n")
     shell.type("k")
     shell.expect("0000000   k")
 
@@ -296,7 +296,7 @@ def test_t_and_big_t_force_it(any_node):
 
 def test_sudo_asks_for_no_password(any_node):
     assert any_node.run("sudo", "id", "-u").stdout == b"0\n"
-    assert any_node.run("-t", "sudo", "id", "-u").stdout == b"0\r\n"
+    assert any_node.run("-t", "sudo", "id", "-u").stdout.endswith(b"0\r\n")
     assert any_node.run("--root", "sh", "-c", "id -u; echo $HOME").stdout == b"0\n/root\n"
 
 
@@ -330,7 +330,7 @@ def test_the_terminal_is_as_before(screen, end):
         os.kill(run_processes(there.node)["runner"], signal.SIGTERM)
     else:
         os.kill(run_processes(there.node)[end], signal.SIGKILL)
-    there.expect(r"ended with \d+\r\n")
+    there.expect(r"ended with \d+\r?\n")
     wait_for(lambda: there.modes() == before)
 
 
@@ -343,5 +343,5 @@ def test_a_terminal_that_is_closed_ends_the_run(node):
 
 def test_v_writes_whole_lines_on_a_raw_terminal(screen):
     there = screen("-v", "sh", "-c", "echo up")
-    there.expect(r"up\r\n")
-    assert re.fullmatch(rb"([^\r\n]*\r+\n)+", there.expect(r"apppot: .*result record.*\r\n").group(0))
+    match = there.expect(r"ended with 0\r\n")
+    assert b"up\r\n" in match.string and not re.search(rb"(?<!\r)\n", match.string[: match.end()])
