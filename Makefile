@@ -19,6 +19,7 @@
 ##   MIRROR        its Debian mirror                           that of this machine's apt
 ##   KERNEL        the UML kernel for demo, check and bench    linux.uml of Debian
 ##   PYTESTARGS    for check, such as "-k signal -x"
+##   JOBS          in how many parts check runs at once        one per CPU
 ##   CACHE         what builds keep; remove it for a fresh Debian
 ##                                                             ~/.cache/apppot
 
@@ -29,6 +30,7 @@ IMAGE_SIZE  ?= 2G
 MIRROR      ?=
 KERNEL      ?= $(APPPOT_KERNEL)
 PYTESTARGS  ?=
+JOBS        ?= $(shell nproc)
 # Debian's own Python, where apt puts pytest: another one may come first in PATH.
 PYTHON      ?= /usr/bin/python3
 # A batch job's HOME may be unset, missing or read-only.
@@ -71,7 +73,23 @@ demo: deps-build deps-run image
 	$(PYTHON) apppot_start.py --image $(IMAGE) sh -c 'uname -a; head -n 1 /etc/os-release'
 
 check: deps-build deps-run deps-tools deps-test image mpi-image
-	$(PYTHON) -m pytest $(PYTESTARGS) tests
+	@mkdir -p build
+	pids=
+	trap 'kill $$pids 2> /dev/null; wait' EXIT
+	for part in $$(seq $(JOBS)); do
+	    $(PYTHON) -m pytest --shard $$part/$(JOBS) $(PYTESTARGS) tests > build/check-$$part.log 2>&1 &
+	    pids+=" $$!"
+	done
+	status=0
+	for pid in $$pids; do
+	    code=0
+	    wait "$$pid" || code=$$?
+	    # 5: no test of this part was selected.
+	    [ $$code = 0 ] || [ $$code = 5 ] || status=1
+	done
+	trap - EXIT
+	for part in $$(seq $(JOBS)); do cat build/check-$$part.log; done
+	exit $$status
 
 bench: deps-build deps-run deps-tools image
 	$(PYTHON) tests/bench.py

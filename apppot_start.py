@@ -2208,8 +2208,12 @@ def start_kernel(spec: RunSpec, launch: Launch) -> Optional[Tuple[int, int]]:
 def find_end(kernel: int, empty: int) -> str:
     """What to report of a kernel, or of the `empty` around it, that has ended; nothing if none has."""
     if empty:
-        if os.waitpid(empty, os.WNOHANG)[0]:
+        pid, status = os.waitpid(empty, os.WNOHANG)
+        if pid and os.WIFSIGNALED(status):
             return "empty"
+        if pid:                                   # it ends by itself when the kernel closes the pty, as it does dying
+            os.kill(kernel, signal.SIGKILL)
+            return "ended {}".format(os.waitpid(kernel, 0)[1])
         if read_process(kernel)[0] != "Z":
             return ""
         os.kill(empty, signal.SIGKILL)

@@ -26,6 +26,16 @@ DEFAULT_CARRIER = os.environ.get("APPPOT_TEST_IO", "builtin")
 both_carriers = pytest.mark.parametrize("carrier", ["builtin", "empty"], indirect=True)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="1/1", metavar="N/M", help="run the Nth of M parts; make check runs all at once")
+
+
+def pytest_collection_modifyitems(config, items):
+    part, parts = map(int, config.getoption("--shard").split("/"))
+    config.hook.pytest_deselected(items=[item for index, item in enumerate(items) if index % parts != part - 1])
+    items[:] = items[part - 1 :: parts]
+
+
 def pytest_report_header():
     what = "the stand-in" if EMPTY == STAND_IN else "the real program"
     return f"empty: {what} {EMPTY}; channel of most tests: {DEFAULT_CARRIER}"
