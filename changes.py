@@ -1061,10 +1061,10 @@ def show_name(name: Any, otherwise: bytes) -> str:
 def write_layer(root: bytes, plan: Plan, output: bytes, report: Report) -> None:
     """Write the layer that makes of the base what is in `root`; never a part of it under the final name."""
     size = sum(member.size for member in plan.members)
-    entries = plan.entries()
+    entries = [member for member in plan.entries() if member.path != LABEL]
     try:
         with new_layer(output, size) as writer, Tree(root) as tree:
-            if entries:
+            if entries and all(member.path != STATE for member in entries):
                 add_state(writer, tree)
             moved: Dict[bytes, bytes] = {}
             done = 0
@@ -1198,7 +1198,6 @@ def read_layer(layer: Layer, report: Report) -> None:
     paths = PathCheck()
     checksums = None                              # of a label: as it says, and as it is
     for member in reader:
-        paths.add(member)
         layer.count += 1
         if layer.count % 500 == 0:
             report.progress("checking", layer.count, layer.size)
@@ -1207,11 +1206,14 @@ def read_layer(layer: Layer, report: Report) -> None:
         if name.startswith(WHITEOUT_META):
             if name == OPAQUE:
                 layer.opaques.append(directory)
-        elif name.startswith(WHITEOUT):
+            continue
+        if name.startswith(WHITEOUT):
             if clean_path(name[len(WHITEOUT):]) != name[len(WHITEOUT):] or name == WHITEOUT:
                 raise Damaged("a whiteout of nothing: " + printable(member.path))
             layer.whiteouts.append(join_path(directory, name[len(WHITEOUT):]))
-        elif member.path == LABEL and member.kind == REGULAR and member.size < SPECIAL_MAX:
+            continue
+        paths.add(member)
+        if member.path == LABEL and member.kind == REGULAR and member.size < SPECIAL_MAX:
             before = reader.crc()
             content = reader.read()
             layer.label = parse_label(content)
@@ -1333,7 +1335,6 @@ class Target(Tree):
                     self.levels[-1].is_touched = True
             parent = self.open(directory)
         level = self.levels[-1]
-        level.is_touched = True
         if level.inherits is None:
             level.inherits = self._inherits(level)
         return parent, name
@@ -1341,6 +1342,7 @@ class Target(Tree):
     def put(self, member: Member, content: Iterable[memoryview]) -> None:
         """Put a member in the place of whatever is there."""
         parent, name = self._open_parent(member.path)
+        self.levels[-1].is_touched = True
         try:
             descriptor = self._make(member, parent, name)
         except FileExistsError:
@@ -1410,6 +1412,7 @@ class Target(Tree):
             parent, name = self._open_parent(member.path)
             try:
                 os.mkdir(name, member.mode & 0o777 | (0 if self._is_root else 0o700), dir_fd=parent)
+                self.levels[-1].is_touched = True
                 inherits = self.levels[-1].inherits
                 self.open(member.path)
                 self.levels[-1].inherits = inherits

@@ -2,10 +2,13 @@
 """Changes files: real trees, compared by a canonical dump that shares no code with what it judges."""
 
 import contextlib
+import gzip
+import hashlib
 import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import stat
@@ -18,7 +21,7 @@ import zlib
 
 import changes
 import pytest
-from conftest import TOP, assert_error
+from conftest import TOP, assert_error, writable_copy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -785,3 +788,201 @@ def test_changes_without_a_base_say_so(place):
     result = snap("changes", "--root", place, place / "l.tar.gz")
     assert result.returncode == 125
     assert_error(result, "no base is recorded", place)
+
+
+# --- Programs that no one here wrote ------------------------------------------------------------------------
+
+
+def make_oci_image(layout, layers):
+    """An OCI image of these layers, in a directory, as the specification's image-layout.md has it."""
+    def put(content):
+        digest = hashlib.sha256(content).hexdigest()
+        (layout / "blobs/sha256" / digest).write_bytes(content)
+        return {"digest": "sha256:" + digest, "size": len(content)}
+
+    (layout / "blobs/sha256").mkdir(parents=True)
+    (layout / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    kind = "application/vnd.oci.image."
+    descriptors, plain = [], []
+    for layer in layers:
+        content = layer.read_bytes()
+        descriptors.append({"mediaType": kind + "layer.v1.tar+gzip", **put(content)})
+        plain.append("sha256:" + hashlib.sha256(gzip.decompress(content)).hexdigest())
+    config = {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": plain},
+              "history": [{"created_by": "test"}] * len(plain)}  # fmt: skip
+    manifest = {"schemaVersion": 2, "mediaType": kind + "manifest.v1+json",
+                "config": {"mediaType": kind + "config.v1+json", **put(json.dumps(config).encode())},
+                "layers": descriptors}  # fmt: skip
+    index = {"schemaVersion": 2, "manifests": [
+        {"mediaType": kind + "manifest.v1+json", **put(json.dumps(manifest).encode()),
+         "annotations": {"org.opencontainers.image.ref.name": "tag"}}]}  # fmt: skip
+    (layout / "index.json").write_text(json.dumps(index))
+
+
+def run_tool(*words, **options):
+    result = subprocess.run([str(word) for word in words], capture_output=True, timeout=120, **options)
+    assert result.returncode == 0, result.stderr.decode()
+    return result.stdout
+
+
+def unpack_with_umoci(place, layout):
+    run_tool("umoci", "unpack", "--image", f"{layout}:tag", place / "bundle")
+    return place / "bundle/rootfs"
+
+
+def unpack_with_buildah(place, layout):
+    """buildah's rootfs is copied out of its store, for what it mounts there to be gone at the end."""
+    buildah = ["buildah", "--storage-driver", "vfs", "--root", place / "store", "--runroot", place / "run"]
+    # A relative name, as it makes a reference of it, which may not have every character.
+    name = run_tool(*buildah, "from", f"oci:{layout.name}:tag", cwd=layout.parent).decode().strip()
+    try:
+        tree = run_tool(*buildah, "mount", name).decode().strip()
+        run_tool("cp", "-a", tree, place / "buildah-rootfs")
+        run_tool(*buildah, "umount", name)
+    finally:
+        run_tool(*buildah, "rm", "--all")
+    return place / "buildah-rootfs"
+
+
+def without_holes(tree):
+    """Those tools write zeros where holes were; and who unpacks may have given a new directory another time."""
+    flat = {}
+    for path, fields in tree.items():
+        if fields[0] == stat.S_IFREG:
+            *fields, pieces, parts = fields
+            content = bytearray(fields[-1])
+            for (start, end), part in zip(pieces, parts):
+                content[start:end] = part
+            fields.append(bytes(content))
+        flat[path] = fields
+    return flat
+
+
+def make_two_trees(place):
+    """A base and what became of it, with every kind of file and of change."""
+    a = appliance(place, "a")
+    for name in ("to-file", "to-link", "stays", "gone", "again"):
+        (a / "dir" / name / "sub").mkdir(parents=True)
+        (a / "dir" / name / "sub" / "file").write_text(name)
+    (a / "link").symlink_to("dir"), os.mkfifo(a / "fifo")
+    (a / "file-to-dir").write_text("1"), (a / "odd \udcff\n").write_text("2")
+    for path in sorted(a.rglob("*"), reverse=True):
+        os.utime(path, ns=(0, 1234567890 * 10**9 + 123456789), follow_symlinks=False)
+    b = place / "b"
+    run_tool("cp", "-a", a, b)
+    for name in ("to-file", "to-link", "gone", "again"):
+        shutil.rmtree(b / "dir" / name)
+    (b / "dir/to-file").write_text("now a file"), (b / "dir/to-link").symlink_to("no such")
+    (b / "dir/again").mkdir(), (b / "dir/again/new").write_text("x")
+    (b / "file-to-dir").unlink(), (b / "file-to-dir").mkdir(0o2775), (b / "file-to-dir/x").write_text("x")
+    (b / "link").unlink(), (b / "link").mkdir()
+    (b / "etc/one").unlink(), (b / "odd \udcff\n").unlink()
+    (b / ("n" * 255)).write_text("long"), (b / "\udcfe\n").write_text("odd")
+    os.link(b / "etc/two", b / "two"), (b / "setuid").write_text("s"), (b / "caps").write_text("c")
+    os.chown(b / "setuid", 3000000, 4000000), (b / "setuid").chmod(0o6755)
+    os.chmod(b / "etc/three", 0o600)
+    os.setxattr(b / "caps", "security.capability", CAPABILITY), os.setxattr(b / "caps", "user.a", b"1\0\n=")
+    os.setxattr(b / "dir/stays", "system.posix_acl_default", ACL)
+    os.mknod(b / "device", stat.S_IFCHR | 0o620, os.makedev(1, 3))
+    with open(b / "sparse", "wb") as file:
+        file.truncate(1 << 20), file.seek(1 << 19), file.write(b"x")
+    return a, b
+
+
+@needs_root
+@pytest.mark.parametrize("unpack", [unpack_with_umoci, unpack_with_buildah])
+def test_other_tools_unpack_base_and_layer_to_the_same_tree(place, unpack):
+    a, b = make_two_trees(place)
+    (place / "empty").mkdir()
+    layers = [diff(place / "empty", a, place / "base.tar.gz"), diff(a, b, place / "layer.tar.gz")]
+    make_oci_image(place / "oci", layers)
+    theirs = unpack(place, place / "oci")
+    (place / "ours").mkdir()
+    merge(place / "ours", *layers)
+    theirs, ours = without_holes(dump(theirs)), without_holes(dump(place / "ours"))
+    if unpack == unpack_with_buildah:  # its vfs store copies trees without default ACLs and the time of their root
+        for tree in (theirs, ours):
+            tree[b"."][3], tree[b"dir/stays"][4] = None, None
+    assert theirs == ours
+
+
+@needs_root
+def test_a_layer_of_umoci_repack_merges_to_the_same_tree(place):
+    a, b = make_two_trees(place)
+    (place / "empty").mkdir()
+    make_oci_image(place / "oci", [diff(place / "empty", a, place / "base.tar.gz")])
+    rootfs = unpack_with_umoci(place, place / "oci")
+    merge(rootfs, diff(a, b, place / "layer.tar.gz"))
+    run_tool("umoci", "repack", "--image", f"{place}/oci:tag", place / "bundle")
+    index = json.loads((place / "oci/index.json").read_text())
+    manifest = json.loads((place / "oci/blobs" / index["manifests"][0]["digest"].replace(":", "/")).read_text())
+    layers = [place / "oci/blobs" / layer["digest"].replace(":", "/") for layer in manifest["layers"]]
+    assert len(layers) == 2
+    (place / "ours").mkdir()
+    merge(place / "ours", *layers)
+    shutil.rmtree(place / "bundle")
+    theirs = unpack_with_umoci(place, place / "oci")
+    assert without_holes(dump(place / "ours")) == without_holes(dump(theirs))
+
+
+# --- In an appliance ----------------------------------------------------------------------------------------
+
+CHANGE_EVERYTHING = """
+set -e
+rm /etc/issue; echo new > /etc/motd; chmod 600 /etc/hostname; chown 3000000:4000000 /etc/issue.net
+mkdir -p /opt/new/deep; echo x > /opt/new/deep/file; ln /opt/new/deep/file /opt/hard; ln -s nowhere /opt/link
+mkfifo /opt/fifo; mknod /opt/null c 1 3; truncate -s 9G /opt/sparse; echo end >> /opt/sparse
+rm -r /usr/share/doc/bash; ln -s /etc /usr/share/doc/bash
+rm /usr/bin/clear; mkdir /usr/bin/clear; mv /usr/share/common-licenses /usr/share/licenses
+ln /usr/bin/cat /usr/bin/cat2; cp -p /usr/bin/tac /usr/bin/tac2; mv /usr/bin/tac2 /usr/bin/tac
+printf 'X' | dd of=/usr/bin/rev bs=1 seek=100 conv=notrunc status=none; touch -r /usr/bin/cut /usr/bin/rev
+python3 -c "
+import os, struct
+os.setxattr('/opt/hard', 'user.a', b'1'); os.setxattr('/usr/bin/wc', 'security.capability', struct.pack('<5I', 0x02000001, 1024, 0, 0, 0))
+os.chmod('/opt/new', 0o6775); open(b'/opt/\\xff\\n' + b'n' * 253, 'w')
+os.utime('/opt/link', ns=(0, 1234567890123456789), follow_symlinks=False)"
+echo excluded > /var/cache/x; echo excluded > /tmp/x
+"""
+DESCRIBE = r"""
+cd /; find . -xdev \( -path ./tmp -o -path ./var/tmp -o -path ./var/cache -o -path ./var/lib/apppot -o -path ./run \
+    -o -path ./root/job -o -path ./var/lib/apt/lists -o -path ./lost+found -o -path ./root \) -prune \
+    -o ! -type d -printf '%P %y %m %U %G %T@ %l %n %s\n' -o -printf '%P %y %m %U %G %T@\n' | LC_ALL=C sort
+find . -xdev -type f -size -100M \( -path './opt/*' -o -path './usr/bin/*' -o -path './etc/*' \) -print0 |
+    LC_ALL=C sort -z | xargs -0 md5sum
+python3 -c "import os; print(os.getxattr('/opt/hard', 'user.a'), os.getxattr('/usr/bin/wc', 'security.capability'))"
+du -k opt/sparse
+"""
+
+
+def in_guest(node, script, *options, **more):
+    result = node.run("--root", *options, "bash", "-c", script, **more)
+    assert result.returncode == 0, result.stderr.decode()
+    return result.stdout
+
+
+def test_changes_of_one_run_merge_into_a_fresh_boot_as_if_the_image_had_been_written(node, image):
+    copy = writable_copy(node, image)
+    in_guest(node, CHANGE_EVERYTHING + "sync; apppot-snap changes c.tar.gz", "--write", image=copy)
+    written = in_guest(node, DESCRIBE, image=copy)
+    again = "apppot-snap merge c.tar.gz; apppot-snap changes again.tar.gz; cmp c.tar.gz again.tar.gz\n"
+    merged = in_guest(node, "set -e\n" + again + DESCRIBE)
+    assert written.splitlines() == merged.splitlines()
+    assert b"opt/link l 777 0 0 1234567890.1234567890 nowhere 1 7" in merged and len(merged) > 100000
+    listing = snap("show", node.job / "c.tar.gz").stdout.decode()
+    assert "D              /etc/issue\n" in listing and "/usr/bin/rev\n" in listing and "excluded" not in listing
+    assert not [line for line in listing.splitlines() if "/usr/bin/cut" in line or "/var/cache" in line]
+
+
+def test_nothing_has_changed_in_a_fresh_boot(node):
+    listing = in_guest(node, "apppot-snap changes -n; apppot-snap changes; ls ~/job/").decode().splitlines()
+    assert listing[-2].startswith("0 added, ") and " 0 deleted, 0 B" in listing[-2]
+    assert re.match(r"apppot\.\d{4}-\d\d-\d\d\.changes\.tar\.gz$", listing[-1])
+
+
+def test_a_damaged_or_foreign_layer_leaves_a_live_system_as_it_was(node):
+    in_guest(node, "echo new > /etc/motd; apppot-snap changes c.tar.gz; rm -f /etc/issue; apppot-snap changes d.tar.gz")
+    content = (node.job / "d.tar.gz").read_bytes()
+    (node.job / "d.tar.gz").write_bytes(content[:-9] + b"\0" + content[-8:])
+    script = "apppot-snap merge c.tar.gz d.tar.gz; echo $?; cat /etc/motd; ls /etc/issue; apppot-snap changes -n | tail -1"
+    lines = in_guest(node, script).decode().splitlines()
+    assert lines[0] == "125" and "new" not in lines and "/etc/issue" in lines and "0 added, 1 modified" in lines[-1]
