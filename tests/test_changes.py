@@ -945,7 +945,7 @@ echo excluded > /var/cache/x; echo excluded > /tmp/x
 """
 DESCRIBE = r"""
 cd /; find . -xdev \( -path ./tmp -o -path ./var/tmp -o -path ./var/cache -o -path ./var/lib/apppot -o -path ./run \
-    -o -path ./root/job -o -path ./var/lib/apt/lists -o -path ./lost+found -o -path ./root \) -prune \
+    -o -path ./root/job -o -path ./var/lib/apt/lists -o -path ./lost+found -o -path ./root -o -path ./dev -o -path ./proc -o -path ./sys \) -prune \
     -o ! -type d -printf '%P %y %m %U %G %T@ %l %n %s\n' -o -printf '%P %y %m %U %G %T@\n' | LC_ALL=C sort
 find . -xdev -type f -size -100M \( -path './opt/*' -o -path './usr/bin/*' -o -path './etc/*' \) -print0 |
     LC_ALL=C sort -z | xargs -0 md5sum
