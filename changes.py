@@ -415,7 +415,7 @@ class Stream:
                 raise Damaged("compressed with {}, not gzip".format(name))
         self.is_gzip = self._packed.startswith(b"\x1f\x8b")
         self._inflate = zlib.decompressobj(31)
-        self._chunk = memoryview(b"")
+        self._chunk = b""
         self._position = 0
         self._crc = 0                             # of a plain tar, up to the chunk
 
@@ -423,11 +423,10 @@ class Stream:
         """The next chunk; False at the end."""
         if not self.is_gzip:
             self._crc = zlib.crc32(self._chunk, self._crc)
-            self._chunk, self._packed = memoryview(self._packed), b""
-            if not self._chunk:
-                self._chunk = memoryview(os.read(self._descriptor, PACKED))
+            self._chunk = self._packed or os.read(self._descriptor, PACKED)
+            self._packed = b""
         else:
-            self._chunk = memoryview(self._unpack())
+            self._chunk = self._unpack()
         self._position = 0
         return len(self._chunk) > 0
 
@@ -453,20 +452,23 @@ class Stream:
         """Up to `limit` bytes, as many as are at hand but at least one."""
         if self._position == len(self._chunk) and not self._refill():
             raise Damaged("it ends early")
-        content = self._chunk[self._position:self._position + limit]
+        content = memoryview(self._chunk)[self._position:self._position + limit]
         self._position += len(content)
         return content
 
     def read(self, size: int) -> bytes:
-        content = self.take(size) if size else memoryview(b"")
-        if len(content) == size:
-            return bytes(content)
-        pieces = [bytes(content)]
+        end = self._position + size
+        content = self._chunk[self._position:end]
+        if end <= len(self._chunk):
+            self._position = end
+            return content
+        self._position = len(self._chunk)
+        pieces = [content]
         rest = size - len(content)
         while rest:
-            content = self.take(rest)
-            pieces.append(bytes(content))
-            rest -= len(content)
+            piece = self.take(rest)
+            pieces.append(bytes(piece))
+            rest -= len(piece)
         return b"".join(pieces)
 
     def skip(self, size: int) -> None:
@@ -479,7 +481,7 @@ class Stream:
     def expect_end(self) -> None:
         """Nothing but zeros to the end: tar fills its last record with them."""
         while self._position < len(self._chunk) or self._refill():
-            if any(self._chunk[self._position:]):
+            if self._chunk[self._position:].strip(b"\0"):
                 raise Damaged("something follows its end")
             self._position = len(self._chunk)
 
@@ -597,11 +599,12 @@ class LayerReader:
 
     def _decode(self, header: bytes, records: Dict[bytes, bytes]) -> Tuple[Member, int]:
         (name, mode, uid, gid, size, mtime, _, kind, link, magic, _, _, major, minor, prefix) = HEADER.unpack(header)
-        name, link, prefix = (field.partition(b"\0")[0] for field in (name, link, prefix))
-        if prefix and magic == b"ustar\00000":
-            name = prefix + b"/" + name
-        name = records.get(b"GNU.sparse.name", records.get(b"path", name))
-        link = records.get(b"linkpath", link)
+        name, link = name.partition(b"\0")[0], link.partition(b"\0")[0]
+        if prefix[0] and magic == b"ustar\00000":
+            name = prefix.partition(b"\0")[0] + b"/" + name
+        if records:
+            name = records.get(b"GNU.sparse.name", records.get(b"path", name))
+            link = records.get(b"linkpath", link)
         kind = REGULAR if kind in b"\0" + b"7" else kind
         kind = DIRECTORY if kind == REGULAR and name.endswith(b"/") else kind
         time_ns = parse_time(records[b"mtime"]) if b"mtime" in records else parse_number(mtime) * 10 ** 9
