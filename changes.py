@@ -64,6 +64,7 @@ NAME_MAX, SYMLINK_MAX = 255, 4095    # include/uapi/linux/limits.h
 ID_MAX = (1 << 32) - 2               # chown(2) takes -1 for "leave it"
 TIME_MAX_NS = (1 << 40) * 10 ** 9
 TICK_NS = 20 * 10 ** 6               # a time stamp may be that old when it is given: HZ is 100 or more
+INDEX_MAX = 250000                   # members kept in memory, 500 bytes each
 BUFFER, PACKED = 1 << 18, 1 << 16
 LEVEL = 3                            # of zlib: 1.7 to 2.3 times as fast as 6, 9 % larger (measured on /usr)
 STORED_MAX = 65535                   # RFC 1951: bytes in a block that is not compressed
@@ -478,6 +479,11 @@ class Stream:
     def crc(self) -> int:
         return zlib.crc32(self._chunk[:self._position], self._crc)
 
+    def expect_whole(self) -> None:
+        """To the end, for the checksum of gzip."""
+        while self._refill():
+            pass
+
     def expect_end(self) -> None:
         """Nothing but zeros to the end: tar fills its last record with them."""
         while self._position < len(self._chunk) or self._refill():
@@ -538,27 +544,50 @@ def decode_xattrs(records: Dict[bytes, bytes]) -> Tuple[Tuple[str, bytes], ...]:
                   for key, value in records.items() if key.startswith(XATTR)])
 
 
-class LayerReader:
-    """Iterates over the members of a layer; content() gives what the present one holds."""
+Index = List[Tuple[Member, int, int]]              # member, bytes up to its content from the end of the last, its bytes
 
-    def __init__(self, descriptor: int) -> None:
+
+class LayerReader:
+    """Iterates over the members of a layer; content() gives what the present one holds.
+
+    The first pass through a layer makes an index, which spares the second the headers.
+    """
+
+    def __init__(self, descriptor: int, index: Optional[Index] = None) -> None:
         self._stream = Stream(descriptor)
+        self._known = index
+        self.index: Index = []
+        self._before = 0                          # bytes from the end of the last content
         self._left = 0                            # bytes of content not read yet
         self.is_gzip = self._stream.is_gzip
 
     def __iter__(self) -> Iterator[Member]:
+        for member, before, size in self._scan() if self._known is None else self._known:
+            if self._known is not None:
+                self._stream.skip(before)
+                self._left = size
+            yield member
+            self._stream.skip(self._left)
+            self._left = 0
+        if self._known is not None:
+            self._stream.expect_whole()
+
+    def _scan(self) -> Iterator[Tuple[Member, int, int]]:
+        padding = 0
         while True:
+            self._stream.skip(padding)
+            self._before = padding
             header = self._read_header()
             if header is None:
                 return
-            member, size = self._decode(*header)
-            padding = -size % BLOCK
-            self._left = size
+            member, self._left = self._decode(*header)
+            padding = -self._left % BLOCK
             if member.pieces is not None:
                 member = self._read_pieces(member)
-            yield member
-            self._stream.skip(self._left + padding)
-            self._left = 0
+            entry = member, self._before, self._left
+            if len(self.index) <= INDEX_MAX:
+                self.index.append(entry)
+            yield entry
 
     def content(self) -> Iterator[memoryview]:
         while self._left:
@@ -577,6 +606,7 @@ class LayerReader:
         records: Dict[bytes, bytes] = {}
         while True:
             header = self._stream.read(BLOCK)
+            self._before += BLOCK
             if not header.strip(b"\0"):
                 if records or self._stream.read(BLOCK).strip(b"\0"):
                     raise Damaged("a block of zeros is not its end")
@@ -592,6 +622,7 @@ class LayerReader:
             if not 0 <= size <= SPECIAL_MAX:
                 raise Damaged("an extended header of {} bytes".format(size))
             content = self._stream.read(size + -size % BLOCK)[:size]
+            self._before += size + -size % BLOCK
             if kind == b"x":
                 records.update(parse_records(content))
             elif kind in b"LK":                   # GNU's long names
@@ -657,6 +688,7 @@ class LayerReader:
             step = max(BLOCK, min(self._left, wanted)) // BLOCK * BLOCK   # 2 bytes a number or more
             text += self._stream.read(step)
             self._left -= step
+            self._before += step
             wanted = 1 + 2 * parse_decimal(bytes(text[:20]).partition(b"\n")[0])
         numbers = [parse_decimal(line) for line in bytes(text).split(b"\n")[1:wanted]]
         pieces = tuple(zip(numbers[::2], numbers[1::2]))
@@ -1166,6 +1198,7 @@ class Layer:
         self.whiteouts: List[bytes] = []
         self.opaques: List[bytes] = []            # directories of which nothing in lower layers stays
         self.count = self.size = 0                # members, and bytes that they take when unpacked
+        self.index: Optional[Index] = None
 
     def __enter__(self) -> "Layer":
         return self
@@ -1174,7 +1207,7 @@ class Layer:
         os.close(self.descriptor)
 
     def reader(self) -> LayerReader:
-        return LayerReader(self.descriptor)
+        return LayerReader(self.descriptor, self.index)
 
 
 def check_layer(path: bytes, report: Report, show: bool = False) -> Layer:
@@ -1225,6 +1258,7 @@ def read_layer(layer: Layer, report: Report) -> None:
         else:
             size = member.size if member.pieces is None else sum(length for _, length in member.pieces)
             layer.size += size + -size % 4096 if member.kind != HARD_LINK else 0
+    layer.index = reader.index if len(reader.index) <= INDEX_MAX else None
     if not layer.count and not reader.is_gzip:
         raise Damaged("it is empty")
     if checksums and not reader.is_gzip and checksums[0] != checksums[1]:
