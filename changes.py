@@ -788,22 +788,22 @@ def scan(tree: Tree, exclude: "re.Pattern[bytes]", skipped: Dict[bytes, str]
             continue
         found = []
         try:
-            with os.scandir(tree.open(path)) as entries:
-                for entry in entries:
-                    child = join_path(path, os.fsencode(entry.name))
-                    if exclude.fullmatch(b"/" + child):
-                        skipped[child] = "excluded"
-                        continue
-                    try:
-                        child_status = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue                  # removed meanwhile
-                    if child_status.st_dev != tree.device:
-                        skipped[child] = "a mount point"
-                    elif split_path(child)[1].startswith(WHITEOUT):
-                        skipped[child] = "a name with a meaning of its own in layers"
-                    else:
-                        found.append((child, child_status))
+            directory = tree.open(path)
+            for name in map(os.fsencode, os.listdir(directory)):               # scandir() of 3.6 takes no descriptor
+                child = join_path(path, name)
+                if exclude.fullmatch(b"/" + child):
+                    skipped[child] = "excluded"
+                    continue
+                try:
+                    child_status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue                      # removed meanwhile
+                if child_status.st_dev != tree.device:
+                    skipped[child] = "a mount point"
+                elif name.startswith(WHITEOUT):
+                    skipped[child] = "a name with a meaning of its own in layers"
+                else:
+                    found.append((child, child_status))
         except (FileNotFoundError, NotADirectoryError, Mounted):
             continue
         found.sort(reverse=True)
@@ -962,7 +962,7 @@ def find_changes(root: bytes, old: Dict[bytes, bytes], exclude: "re.Pattern[byte
 
 
 def compare_trees(old_root: bytes, new_root: bytes, exclude: "re.Pattern[bytes]", report: Report) -> Plan:
-    """What differs between two trees, where nothing but all metadata and contents tells."""
+    """What differs between two trees, where nothing but all metadata and all content tells."""
     with Tree(old_root) as old_tree, Tree(new_root) as new_tree:
         old = dict(describe(old_tree, exclude, {}, []))
         changed: Dict[bytes, Member] = {}
@@ -1503,13 +1503,11 @@ class Target(Tree):
             descriptor = self.open(path)
             self.levels[-1].is_touched = len(pending) == 1
             below = []
-            with os.scandir(descriptor) as entries:
-                for entry in entries:
-                    name = os.fsencode(entry.name)
-                    if entry.is_dir(follow_symlinks=False):
-                        below.append(join_path(path, name))
-                    else:
-                        os.unlink(name, dir_fd=descriptor)
+            for name in map(os.fsencode, os.listdir(descriptor)):
+                try:
+                    os.unlink(name, dir_fd=descriptor)
+                except IsADirectoryError:
+                    below.append(join_path(path, name))
             pending += below
             if not below:
                 pending.pop()
@@ -1896,6 +1894,7 @@ def run_command(options: Any) -> None:
 
 def main(argv: Sequence[str]) -> int:
     import signal
+
     for number in (signal.SIGTERM, signal.SIGHUP):             # so that no temporary file stays
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
