@@ -189,7 +189,8 @@ import os, random, subprocess, sys, time
 count, size, repeat = int(sys.argv[1]), int(sys.argv[2]) << 20, int(sys.argv[3])
 EXCLUDE = " ".join("--exclude=./" + name for name in "proc sys dev run tmp var/cache var/lib/apppot".split())
 SAVE = "tar -C / --one-file-system %s --listed-incremental=/run/state%s -c%sf %s . 2>/dev/null || true"
-sh = lambda command: subprocess.run(command, shell=True, check=True)
+def sh(command):
+    subprocess.run(command, shell=True, check=True)
 def seconds(command):
     os.sync()
     start = time.monotonic()
@@ -215,18 +216,21 @@ for _ in range(repeat):
     sh("rm -rf /data")
     print("merge", seconds("apppot-snap merge /var/cache/ours.tar.gz"), flush=True)
     sh("rm -rf /data")
-    print("merge-tar", seconds("tar -C / --listed-incremental=/dev/null -xzf /var/cache/theirs.tar.gz"), flush=True)
+    # Of /data alone: incremental extraction removes what the archive does not list, in host directories, too.
+    print("merge-tar", seconds("tar -C / --listed-incremental=/dev/null -xzf /var/cache/theirs.tar.gz ./data"), flush=True)
 """
 
 
 def measure_changes(count: int, size_mib: int, repeat: int) -> List[List[str]]:
     """Saving and merging, beside GNU tar as the original used it, in the same appliance and run."""
-    output = subprocess.run(
-        RUNNER + ["--root", "python3", "-c", CHANGES_SCRIPT, str(count), str(size_mib), str(repeat)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        check=True,
-    ).stdout.decode()
+    with tempfile.TemporaryDirectory() as directory:           # for the guest to find nothing else of the host
+        output = subprocess.run(
+            RUNNER + ["--root", "python3", "-c", CHANGES_SCRIPT, str(count), str(size_mib), str(repeat)],
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout.decode()
     times: Dict[str, List[float]] = {}
     for line in output.splitlines():
         name, value = line.split()
