@@ -43,7 +43,8 @@ IN_IMAGE := python3 bash sudo less procps ca-certificates curl vim-tiny
 AS_ROOT    := $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --map-auto)
 BUILD_DEPS := mmdebstrap:mmdebstrap e2fsprogs:mke2fs mount:mount $(if $(AS_ROOT),uidmap:newuidmap)
 RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml) slirp4netns:slirp4netns
-TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl
+TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl \
+              umoci:umoci buildah:buildah
 TEST_DEPS  := python3-pytest python3-hypothesis
 
 SHELL       := /bin/bash
@@ -133,9 +134,9 @@ deps-test:
 	$(install_missing)
 
 # ---- image -------------------------------------------------------------------------------------------------------
-# Two recipes, each cached under a hash of its text and of what it reads: BOOTSTRAP makes a tar of a Debian system (the
-# slow part, once per suite and package list), COMPOSE turns it into a file system with the agent (a few seconds).
-# They run with $tmp, a directory of their own, and $rootfs, the tar.
+# Three recipes, cached under a hash of their text and of what they read: BOOTSTRAP makes a tar of a Debian system (the
+# slow part, once per suite and package list), COMPOSE turns it into a file system with the agent, and RECORD boots that
+# to record it as the base (a few seconds). They run with $tmp, a directory of their own, and $rootfs, the tar.
 
 define BOOTSTRAP
 mmdebstrap --variant=minbase --format=tar \
@@ -166,7 +167,10 @@ chroot "$$root" /usr/bin/python3 -IS -m compileall -q --invalidation-mode unchec
 printf '%s\n' '#!/usr/bin/python3 -IS' \
     'import sys; sys.path.insert(0, "/usr/lib/apppot")' \
     'import apppot_init; apppot_init.main()' > "$$root/sbin/apppot-init"
-chmod 755 "$$root/sbin/apppot-init"
+printf '%s\n' '#!/usr/bin/python3 -IS' \
+    'import sys; sys.path.insert(0, "/usr/lib/apppot")' \
+    'import changes; sys.exit(changes.main(sys.argv[1:]))' > "$$root/usr/bin/apppot-snap"
+chmod 755 "$$root/sbin/apppot-init" "$$root/usr/bin/apppot-snap"
 echo 'ALL ALL=(ALL:ALL) NOPASSWD: ALL' > "$$root/etc/sudoers.d/apppot"
 chmod 440 "$$root/etc/sudoers.d/apppot"
 echo apppot > "$$root/etc/hostname"
@@ -184,7 +188,23 @@ mke2fs -q -F -t ext4 -L apppot -U "$$base_id" -m 0 -J size=16 \
 }
 endef
 
-export BOOTSTRAP COMPOSE
+# In a guest, since only there the files have the inode numbers and times by which changes to them are seen.
+define RECORD
+cd "$$tmp"
+status=0
+TMPDIR=$$tmp "$${APPPOT_KERNEL:-linux.uml}" ubd0=image root=/dev/ubda rw mem=256M con=null \
+    con0=null,fd:1 uml_dir=. init=/bin/sh -- -c '"mount -n -t proc proc /proc && apppot-snap base &&
+    mount -n -o remount,ro / && echo 77 > /proc/exitcode; echo o > /proc/sysrq-trigger; sleep 60"' \
+    > console 2>&1 < /dev/null || status=$$?
+[ $$status = 77 ] || {
+    cat console >&2
+    echo "make: error: the image does not boot far enough to record its base: status $$status" >&2
+    echo "make: hint: look at its console above" >&2
+    exit 1
+}
+endef
+
+export BOOTSTRAP COMPOSE RECORD
 
 image: $(IMAGE)
 
@@ -192,9 +212,9 @@ mpi-image:
 	@$(MAKE) --no-print-directory image IMAGE=build/mpi.img PACKAGES="openmpi-bin python3-mpi4py"
 
 # make's own time stamps cannot tell that a variable changed, and --write changes the image's: so the recipe decides.
-$(IMAGE): FORCE deps-build
+$(IMAGE): FORCE deps-build deps-run
 	@rootfs_key=$$({ uname -m; echo "$$BOOTSTRAP"; } | sha256sum | cut -c 1-16)
-	image_key=$$({ echo "$$rootfs_key $$COMPOSE"; sha256sum $(AGENT); } | sha256sum | cut -c 1-16)
+	image_key=$$({ echo "$$rootfs_key $$COMPOSE $$RECORD"; sha256sum $(AGENT); } | sha256sum | cut -c 1-16)
 	say() { echo "image: $$*"; }
 	die() { echo "make: error: $$1" >&2; echo "make: hint: $$2" >&2; exit 1; }
 	is_built() { [ -e $@ ] && [ "$$(cat $@.key 2>/dev/null)" = "$$image_key" ]; }
@@ -250,6 +270,7 @@ $(IMAGE): FORCE deps-build
 	if [ ! -e "$$image" ]; then
 	    say "file system of $(IMAGE_SIZE) with the agent"
 	    run $(AS_ROOT) bash -euo pipefail -c "$$COMPOSE"
+	    run bash -euo pipefail -c "$$RECORD"
 	    mv "$$tmp/image" "$$image"
 	fi
 
