@@ -141,7 +141,7 @@ deps-test:
 define BOOTSTRAP
 mmdebstrap --variant=minbase --format=tar \
     --include="$(IN_IMAGE) $(PACKAGES)" \
-    --aptopt='Acquire::Languages "none"' \
+    --aptopt='Acquire::Languages "none"' --aptopt='Acquire::GzipIndexes "true"' --skip=cleanup/apt/lists \
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
     --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/info/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-include=/usr/share/locale/locale.alias' \

@@ -17,7 +17,10 @@ import struct
 import sys
 import termios
 import time
-from typing import Dict, Iterable, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterable, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+
+if TYPE_CHECKING:
+    import changes
 
 VERSION = "0.1"
 
@@ -29,7 +32,7 @@ FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
 HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
-SCREEN, STOPPED, RECEIVED, TERMINATE = 8, 9, 10, 11
+SCREEN, STOPPED, RECEIVED, TERMINATE, WARNING, SAVING = 8, 9, 10, 11, 12, 13
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 NETWORK_LOST = 42
@@ -114,6 +117,9 @@ class Job(NamedTuple):
     job_alias: bytes                 # the same as the caller's $PWD names it
     binds: Tuple[Bind, ...]
     confined: bool                   # the host sees to it that hostfs leads nowhere else
+    layers: Tuple[bytes, ...]        # changes files to merge, by their paths on the host
+    force: bool                      # merge those of another base, too
+    save: bytes                      # name of the changes file to write after the command; empty: none
     cwd: bytes                       # empty: the job directory
     user: bytes
     uid: int
@@ -185,7 +191,8 @@ def parse_job(payload: bytes) -> Job:
         argv=tuple(fields.get(b"arg", [])), environment=dict(pairs(b"env")),
         job_directory=one(b"job"), job_alias=one(b"alias"),
         binds=tuple(parse_bind(number, value) for number, value in enumerate(fields.get(b"bind", []))),
-        confined=one(b"confined") == b"1", cwd=one(b"cwd"), user=one(b"user"), uid=int(one(b"uid")),
+        confined=one(b"confined") == b"1", layers=tuple(fields.get(b"layer", [])), force=one(b"force") == b"1",
+        save=one(b"save"), cwd=one(b"cwd"), user=one(b"user"), uid=int(one(b"uid")),
         groups=tuple(Group(int(gid), name) for gid, name in pairs(b"group")), as_root=one(b"root") == b"1",
         umask=int(one(b"umask")), ignored_signals=tuple(int(number) for number in fields.get(b"ignore", [])),
         stdio=one(b"stdio"), modes=bytes.fromhex(one(b"modes").decode()), window=bytes.fromhex(one(b"window").decode()),
@@ -413,6 +420,98 @@ def take_spool_file(name: bytes) -> bytes:
         content = file.read()
     os.unlink(path)
     return content
+
+
+# --- The changes files --------------------------------------------------------------------------------------
+# The module changes, in the image beside this one, is imported only by who needs it: that takes 0.1 s.
+
+def show_path(path: bytes) -> str:
+    return path.decode("utf-8", "backslashreplace")
+
+
+def make_report(channel: Channel) -> "changes.Report":
+    import changes
+
+    class ChannelReport(changes.Report):
+        def warn(self, text: str) -> None:
+            channel.send(WARNING, text.encode("utf-8", "backslashreplace"))
+    return ChannelReport()
+
+
+def merge_layers(job: Job, channel: Channel) -> None:
+    """Before anything of the host is mounted but the layers themselves, and those for a moment."""
+    import changes
+
+    places = [b"/run/apppot/layer%d" % number for number in range(len(job.layers))]
+    paths = [os.path.join(place, os.path.basename(layer)) for place, layer in zip(places, job.layers)]
+    for place in places:
+        os.mkdir(place, 0o700)
+        mount(b"none", place, b"hostfs", MS_RDONLY | MS_NOSUID | MS_NODEV, os.path.basename(place))
+    try:
+        changes.run_apply(paths, b"/", False, job.force, make_report(channel))
+    except changes.Fatal as fatal:
+        message = fatal.message
+        for path, layer in zip(paths, job.layers):
+            message = message.replace(show_path(path), show_path(layer))
+        raise Fatal(message, fatal.hint)
+    finally:
+        for place in places:
+            call("umount2", place, MNT_DETACH)
+
+
+class OwnFiles:
+    """What the agent itself changes in the appliance, which is not for a changes file unless the command does, too."""
+
+    def __init__(self, job: Job) -> None:
+        import changes
+
+        self._sign = changes.sign
+        self._base = changes.read_manifest(b"/")
+        self._unchanged: List[bytes] = []         # until now; paths without the leading slash
+        names = {job.user, b"root"}
+        homes = [choose_home(find_account(read_file("/etc/passwd"), name), name, job.job_directory) for name in names]
+        self._expect([b"/etc/passwd", b"/etc/group", os.path.realpath(RESOLV_CONF.encode()), *homes, job.job_directory,
+                      job.job_alias, *(bind.target for bind in job.binds)])
+
+    def _signature(self, path: bytes) -> Optional[bytes]:
+        try:
+            return self._sign(os.lstat(b"/" + path))
+        except FileNotFoundError:
+            return None
+
+    def _expect(self, paths: Iterable[bytes]) -> None:
+        """The agent may change these, what is above them, and below if they are new."""
+        for path in paths:
+            parts = path.strip(b"/").split(b"/")
+            for above in (b"/".join(parts[:count]) for count in range(1, len(parts) + 1)):
+                if above not in self._unchanged and self._signature(above) == self._base.get(above):
+                    self._unchanged.append(above)
+
+    def list_changed(self) -> Dict[bytes, bytes]:
+        """Signatures of what the agent has changed, to be asked for before the command starts."""
+        known = {}
+        for path in self._unchanged:
+            signature = self._signature(path)
+            if signature and signature != self._base.get(path):
+                known[path] = signature
+                if path not in self._base and os.path.isdir(b"/" + path) and not os.path.islink(b"/" + path):
+                    self._unchanged += [os.path.join(path, name) for name in os.listdir(b"/" + path)]
+        return known
+
+
+def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
+    import changes
+
+    channel.send(SAVING)
+    place = b"/run/apppot/save"
+    os.mkdir(place, 0o700)
+    mount(b"none", place, b"hostfs", MS_NOSUID | MS_NODEV, b"save")
+    try:
+        changes.save_changes(b"/", os.path.join(place, job.save), [], make_report(channel), known)
+    except changes.Fatal as fatal:
+        raise Fatal(fatal.message.replace(show_path(place) + "/", ""), fatal.hint)
+    finally:
+        call("umount2", place, MNT_DETACH)
 
 
 # --- The caller's account and directories -------------------------------------------------------------------
@@ -1041,9 +1140,13 @@ def run_job(channel: Channel, wakeup: int) -> None:
         greet(channel)
         prepare_system()
         job = wait_for_job(channel)
+        if job.layers:
+            merge_layers(job, channel)
+        own_files = OwnFiles(job) if job.save else None
         raise_network(job)
         account = make_account(job)
         places = Places(job, account)
+        known = own_files.list_changed() if own_files else {}
         if not job.confined:
             forbid_mounts()
         command = start_command(job, account, places.job_directory)
@@ -1051,6 +1154,8 @@ def run_job(channel: Channel, wakeup: int) -> None:
         relay = Relay(channel, command, wakeup)
         relay.run()
         flush_mounts(places, job.persistent)
+        if job.save:
+            save_layer(job, known, channel)
         channel.send(RESULT, encode_result(relay))
     except Fatal as fatal:
         channel.send(RESULT, encode_failure(fatal))

@@ -62,7 +62,7 @@ FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
 HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
-SCREEN, STOPPED, RECEIVED, TERMINATE = 8, 9, 10, 11
+SCREEN, STOPPED, RECEIVED, TERMINATE, WARNING, SAVING = 8, 9, 10, 11, 12, 13
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 NETWORK_LOST = 42
@@ -287,10 +287,13 @@ class RunSpec(NamedTuple):
     kill_after_s: float
     verbose: bool
     cpus: int = 1
-    mode: str = ""                   # of 6.16 and later: "auto", their seccomp mode if the machine can, or "off": ptrace
+    mode: str = ""                   # of 6.16 and later: "auto", seccomp if the machine can, or "off", ptrace
     umid_link: Optional[str] = None  # ~/.uml/NAME, where uml_mconsole looks for a guest by its name
     notes: Tuple[str, ...] = ()      # for -v: how it was decided
     network: Network = Network()
+    layers: Tuple[str, ...] = ()     # changes files to merge, in this order
+    force_changes: bool = False      # merge those of another base, too
+    saved_changes: Optional[str] = None   # where to write a changes file after the command
 
     @property
     def persistent(self) -> bool:
@@ -301,6 +304,7 @@ class Directories(NamedTuple):
     """The private ones of a run."""
     run: str                         # with the COW file, the hostfs root and the mconsole
     ram: str                         # for the file that is the guest's memory; may be the same
+    save: str                        # beside the changes file that is to be, until it is complete; may be the same
 
 
 class Machine(NamedTuple):
@@ -436,13 +440,16 @@ def build_job(spec: RunSpec, stdio: Stdio) -> bytes:
         (b"job", spec.job_directory), (b"alias", spec.job_alias), (b"cwd", spec.cwd), (b"user", user_name(uid)),
         (b"uid", b"%d" % uid), (b"root", b"%d" % spec.as_root), (b"umask", b"%d" % spec.umask),
         (b"stdio", stdio.kinds), (b"confined", b"%d" % is_confined(spec.empty)),
-        (b"persistent", b"%d" % spec.persistent)]
+        (b"persistent", b"%d" % spec.persistent), (b"force", b"%d" % spec.force_changes)]
     if stdio.terminal:
         # In hexadecimal, as values hold no NUL.
         fields += [(b"modes", stdio.terminal.modes.hex().encode()), (b"window", stdio.terminal.window.hex().encode()),
                    (b"foreground", b"%d" % stdio.at_once)]
     fields += [(b"group", b"%d=%s" % (group, group_name(group)))
                for group in [gid] + [group for group in os.getgroups() if group != gid]]
+    fields += [(b"layer", os.fsencode(layer)) for layer in spec.layers]
+    if spec.saved_changes:
+        fields.append((b"save", os.path.basename(os.fsencode(spec.saved_changes))))
     # A name holds no slash, and a target begins with one.
     fields += [(b"bind", (b"r" if bind.read_only else b"w") + bind.name + bind.target) for bind in spec.binds]
     fields += [(b"ignore", b"%d" % number) for number in spec.ignored_signals]
@@ -1768,16 +1775,20 @@ def private_directory(parent: str) -> Iterator[Tuple[str, int]]:
         os.close(lock)
 
 
-def fill_run_directory(spec: RunSpec, directory: str) -> None:
+def fill_run_directory(spec: RunSpec, directories: Directories) -> None:
     """What the guest finds under its hostfs root, and the COW file."""
-    os.makedirs(os.path.join(directory, "hostfs/spool"))
-    hostfs = os.path.join(os.fsencode(directory), b"hostfs")
+    os.makedirs(os.path.join(directories.run, "hostfs/spool"))
+    hostfs = os.path.join(os.fsencode(directories.run), b"hostfs")
+    if spec.saved_changes:
+        os.symlink(os.fsencode(directories.save), os.path.join(hostfs, b"save"))
+    for number, layer in enumerate(spec.layers):
+        os.symlink(os.path.dirname(os.fsencode(layer)), os.path.join(hostfs, b"layer%d" % number))
     if spec.job_directory:
         os.symlink(spec.job_directory, os.path.join(hostfs, b"job"))
     for number, bind in enumerate(spec.binds):
         os.symlink(bind.directory, os.path.join(hostfs, b"bind%d" % number))
     if not spec.write and not (spec.cow and os.path.exists(spec.cow)):
-        create_cow(spec.cow or os.path.join(directory, "cow"), spec.image)
+        create_cow(spec.cow or os.path.join(directories.run, "cow"), spec.image)
 
 
 def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, int]]:
@@ -1796,6 +1807,7 @@ def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, i
         rules += [("/etc/" + name, READ_FILE) for name in ("host.conf", "resolv.conf", "nsswitch.conf", "hosts")]
     if spec.job_directory:
         rules.append((spec.job_directory, READ_WRITE))
+    rules += [(layer, READ_FILE) for layer in spec.layers]
     rules += [(bind.source, READ_ONLY if bind.read_only else READ_WRITE) for bind in spec.binds]
     rules += [(path, READ_FILE | EXECUTE) for program in programs for path in [program, *list_libraries(program)]]
     # A disk or a socket that the user gives to the kernel.
@@ -1858,6 +1870,16 @@ def mconsole_name(spec: RunSpec, directory: str) -> Iterator[str]:
         yield name
     finally:
         release_umid(spec.umid_link, target)
+
+
+def place_changes(made: str, path: str) -> None:
+    """Give a complete changes file, safe on its disk, its name."""
+    if not os.path.exists(made):
+        raise Fatal("changes were not saved, as the run was killed: " + path, "--kill-after gives the command longer")
+    descriptor = os.open(made, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    os.rename(made, path)
 
 
 def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
@@ -2212,8 +2234,11 @@ def find_end(kernel: int, empty: int) -> str:
         if pid and os.WIFSIGNALED(status):
             return "empty"
         if pid:                                   # it ends by itself when the kernel closes the pty, as it does dying
-            os.kill(kernel, signal.SIGKILL)
-            return "ended {}".format(os.waitpid(kernel, 0)[1])
+            try:
+                os.kill(kernel, signal.SIGKILL)
+                return "ended {}".format(os.waitpid(kernel, 0)[1])
+            except (ProcessLookupError, ChildProcessError):
+                return "ended 0"                  # `empty` has it reaped, and the status is lost
         if read_process(kernel)[0] != "Z":
             return ""
         os.kill(empty, signal.SIGKILL)
@@ -2705,17 +2730,18 @@ class Session:
         if kind in self._writers:
             self._writers[kind].put(payload)
         elif kind == CREDIT:
-            stream, count = struct.unpack("<BI", payload)
-            if stream == STDIN:
-                self._reader.credit(count)
-            else:
-                self._key_room += count
+            self._take_credit(*struct.unpack("<BI", payload))
         elif kind == RECEIVED:
             self._line_room += struct.unpack("<I", payload)[0]
         elif kind == STOPPED:
             self._stopped = payload[0]
         elif kind == STDIN_CLOSED:
             self._reader.close_input()
+        elif kind == WARNING:
+            self._show(b"apppot: warning: " + one_line(payload.decode("utf-8", "replace")) + b"\n")
+        elif kind == SAVING:                      # the command has ended, and what comes now takes its time
+            self._say("saving the changes")
+            self._deadlines.clear()
         elif kind == TERMINATE:                   # Ctrl-Alt-Del by mconsole
             self._forward_signal(signal.SIGTERM)
         elif kind == HELLO:
@@ -2727,6 +2753,12 @@ class Session:
             self._say("result record: status {}".format(self._told.status))
             for writer in self._writers.values():
                 writer.put(None)
+
+    def _take_credit(self, stream: int, count: int) -> None:
+        if stream == STDIN:
+            self._reader.credit(count)
+        else:
+            self._key_room += count
 
     def _begin_relay(self) -> None:
         self._say("command started")
@@ -2740,6 +2772,8 @@ class Session:
             self._open_terminal(self.stdio.terminal)
 
     def _greet(self, hello: Dict[bytes, List[bytes]]) -> None:
+        if self._spec.layers:                     # merging takes its time
+            self._deadlines.pop("boot", None)
         self._say("agent {} in base {}".format(hello[b"agent"][0].decode(), hello[b"base"][0].decode() or "without id"))
         if hello[b"protocol"] != [b"%d" % PROTOCOL]:
             self._fail("appliance has an agent of protocol {}, this runner speaks {}".format(
@@ -2979,9 +3013,10 @@ environment of the command:
   --env names it. HOME, USER, LOGNAME, SHELL, PATH and PWD are the guest's.
 
 defaults from the environment:
-  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR, APPPOT_SLIRP, APPPOT_EMPTY; kernel, image and
-  network helper are then looked for beside this script (`linux`, `apppot.img`, `slirp4netns`, `slirp-fullbolt`,
-  `slirp`), in the current directory, and all but the image on PATH (`linux`, `linux.uml`).
+  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR, APPPOT_SLIRP, APPPOT_EMPTY, APPPOT_CHANGES
+  (files with colons between); kernel, image and network helper are then looked for beside this script (`linux`,
+  `apppot.img`, `slirp4netns`, `slirp-fullbolt`, `slirp`), in the current directory, and all but the image on PATH
+  (`linux`, `linux.uml`).
 
 memory and CPUs:
   In a job of Slurm, PBS, Grid Engine or HTCondor, what the job was granted: the least of what the batch system's
@@ -3005,6 +3040,11 @@ exit status:
         help="what carries the channel to the guest: builtin, the program empty, or auto (default): that program if\n"
              "it lies beside this script or is named, else builtin")
     add("--empty", metavar="PATH", help="the program empty, which runs another on a pseudo-terminal")
+    add("--changes", "--merge", action="append", metavar="FILE",
+        help="merge a changes file into the base image's system before the command starts; repeatable, in order")
+    add("--force-changes", action="store_true", help="even one that was made for another base")
+    add("--save-changes", metavar="FILE", help="when the command has ended, write a changes file: all that differs "
+        "from the base, what --changes merged included")
     add = parser.add_argument_group("command").add_argument
     add("--root", action="store_true", help="run the command as the guest's root")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]",
@@ -3073,12 +3113,15 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     if network.lan:
         environment[b"APPPOT_LAN_ADDRESS"] = network.lan.address.encode()
     empty, empty_asked = find_empty(options.io, options.empty)
+    layers = options.changes or [path for path in os.environ.get("APPPOT_CHANGES", "").split(":") if path]
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
         mem_mib=mem.value, cpus=cpus.value, mode=mode, ram_directory=ram_directory, scratch=choose_scratch(candidates),
         umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
         environment=environment, network=network, empty=empty, empty_asked=empty_asked,
         job_directory=directory, job_alias=alias, binds=tuple(parse_bind(text) for text in options.bind),
+        layers=tuple(check_layer_file(path) for path in layers), force_changes=options.force_changes,
+        saved_changes=check_saved_changes(options.save_changes) if options.save_changes else None,
         cwd=os.fsencode(options.cwd or ""), as_root=options.root,
         umask=os.umask(0o077),                    # what the runner makes is nobody else's
         ignored_signals=tuple(n for n in FORWARDED_SIGNALS if signal.getsignal(n) == signal.SIG_IGN),
@@ -3086,6 +3129,26 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose,
         notes=grants.notes + notes + describe_resources(mem, ram_directory, cpus, kernel) if options.verbose else ())
+
+
+def check_layer_file(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise Fatal("changes file is no regular file: " + path, "--changes names a file, not a pipe")
+    except OSError as error:
+        raise Fatal("changes file cannot be read, {}: {}".format(error.strerror, path),
+                    "--changes and APPPOT_CHANGES name files that --save-changes or apppot-snap wrote")
+    return os.path.realpath(path)
+
+
+def check_saved_changes(path: str) -> str:
+    directory = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.path.basename(path):
+        raise Fatal("--save-changes is a directory: " + path, "name a file in it")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise Fatal("--save-changes cannot be written: " + path, "its directory must exist and be writable")
+    return os.path.abspath(path)
 
 
 def find_image(options: argparse.Namespace) -> Tuple[str, Optional[str]]:
@@ -3153,21 +3216,27 @@ def run(spec: RunSpec, started: float) -> Result:
                 locks.append(lock_image(spec.cow, True))
             directory, lock = stack.enter_context(private_directory(spec.scratch))
             locks.append(lock)
-            ram_directory = directory
+            directories = Directories(directory, directory, directory)
             if spec.ram_directory not in (spec.scratch, MEMFD):
                 ram_directory, lock = stack.enter_context(private_directory(spec.ram_directory))
+                directories = directories._replace(ram=ram_directory)
                 locks.append(lock)
-            fill_run_directory(spec, directory)
+            if spec.saved_changes:
+                save_directory, lock = stack.enter_context(private_directory(os.path.dirname(spec.saved_changes)))
+                directories = directories._replace(save=save_directory)
+                locks.append(lock)
+            fill_run_directory(spec, directories)
             for note in ("run directory " + directory,) + spec.notes:
                 say(note)
             say(describe(spec.network))
             say("hostfs is " + describe_confinement(spec.empty))
             say("management console: uml_mconsole " + stack.enter_context(mconsole_name(spec, directory)))
-            machine = stack.enter_context(
-                start_machine(spec, stdio.terminal, Directories(directory, ram_directory), locks))
+            machine = stack.enter_context(start_machine(spec, stdio.terminal, directories, locks))
             say("kernel started, the channel is carried by " + (spec.empty or "") if machine.carried else
                 "kernel started" + (", without {}, which does not work".format(spec.empty) if spec.empty else ""))
             result = Session(machine, spec, stdio, show, say).run()
+            if spec.saved_changes and not result.failure:
+                place_changes(os.path.join(directories.save, os.path.basename(spec.saved_changes)), spec.saved_changes)
         say("nothing left")
         return result
     except OSError as error:

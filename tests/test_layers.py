@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changes files in runs: merged before the command, written after it."""
+
+import gzip
+import os
+import signal
+import subprocess
+import sys
+
+import apppot_start
+import pytest
+from conftest import TOP, assert_error, mounted, wait_for
+
+NONCE = os.urandom(8).hex()
+
+
+def save(node, script, *options, name="c.tar.gz"):
+    result = node.run("--root", "--save-changes", name, *options, "sh", "-ec", script)
+    assert (result.returncode, result.stderr) == (0, b"")
+    return node.job / name
+
+
+def show(path):
+    command = [sys.executable, TOP / "changes.py", "show", path]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode().splitlines()
+
+
+def test_what_one_run_changes_the_next_one_has(any_node):
+    save(any_node, f"echo {NONCE} > /etc/motd; mkdir -p /opt/tool; cp /bin/true /opt/tool; rm /etc/issue; echo h > ~/h")
+    script = "cat /etc/motd; /opt/tool/true && ls /etc/issue; stat -c %u:%a /opt/tool/true; sudo cat /root/h"
+    result = any_node.run("--changes", "c.tar.gz", "sh", "-c", script)
+    assert result.stdout.decode() == f"{NONCE}\n0:755\nh\n" and b"/etc/issue" in result.stderr
+    assert any_node.run("--merge", "c.tar.gz", "--no-job-dir", "cat", "/etc/motd").stdout.decode() == NONCE + "\n"
+
+
+def test_nothing_but_the_command_s_own_changes_is_saved(any_node):
+    any_node.run("--save-changes", "none.tar.gz", "--bind", f"{any_node.job}:/data/below", "true")
+    assert show(any_node.job / "none.tar.gz")[0].startswith("0 added, 0 modified, 0 deleted")
+    any_node.run("--save-changes", "home.tar.gz", "sh", "-c", "echo mine > ~/mine; chmod 700 ~")
+    listing = show(any_node.job / "home.tar.gz")
+    assert any(line.endswith("/mine") for line in listing) and listing[-2].startswith("1 added")
+    assert any_node.run("--changes", "home.tar.gz", "sh", "-c", "cat ~/mine").stdout == b"mine\n"
+
+
+def test_layers_are_merged_in_order_and_saved_as_one(node):
+    first = save(node, "echo 1 > /opt/a; echo 1 > /opt/b", name="first.tar.gz")
+    second = save(node, "echo 2 > /opt/b; rm /opt/a", "--changes", str(first), name="second.tar.gz")
+    assert node.run("--changes", first, "--changes", second, "sh", "-c", "cat /opt/*").stdout == b"2\n"
+    assert node.run("--changes", second, "sh", "-c", "cat /opt/*").stdout == b"2\n"  # needs not the first
+    assert node.run("--changes", second, "--changes", first, "sh", "-c", "cat /opt/*").stdout == b"1\n1\n"
+    both = {"APPPOT_CHANGES": f"{second}:{first}"}
+    assert node.run("sh", "-c", "cat /opt/*", env=both).stdout == b"1\n1\n"
+    assert node.run("--changes", second, "sh", "-c", "cat /opt/*", env={"APPPOT_CHANGES": "/none"}).stdout == b"2\n"
+
+
+def test_the_command_s_status_stays_and_its_changes_are_saved(any_node):
+    result = any_node.run("--save-changes", "c.tar.gz", "bash", "-c", "echo late > ~/f; kill -USR1 $$")
+    assert result.returncode == 128 + signal.SIGUSR1
+    assert any_node.run("--changes", "c.tar.gz", "sh", "-c", "cat ~/f").stdout == b"late\n"
+
+
+def test_a_file_that_was_there_stays_until_the_new_one_is_complete(any_node):
+    target = any_node.job / "c.tar.gz"
+    target.write_bytes(b"old")
+    os.chown(target, any_node.uid, -1)
+    process = any_node.start_ready("sleep 100", "--save-changes", "c.tar.gz")
+    os.kill(process.pid, signal.SIGKILL)
+    assert any_node.finish(process)[0] == -signal.SIGKILL
+    any_node.wait_until_gone()
+    wait_for(lambda: os.listdir(any_node.job) == ["c.tar.gz"])
+    assert target.read_bytes() == b"old"
+    any_node.run("--save-changes", "c.tar.gz", "true")
+    assert show(target) and os.listdir(any_node.job) == ["c.tar.gz"]
+    assert target.stat().st_uid == any_node.uid
+
+
+def test_a_layer_of_another_base_is_refused_with_both_ids_unless_forced(node):
+    layer = save(node, f"echo {NONCE} > /etc/motd")
+    base = apppot_start.find_root_device(str(node.image)).base_id
+    other = "12345678-1234-1234-1234-123456789abc"
+    # The label's length stays, and so the layer is whole but for its sum, which gzip's own replaces.
+    content = gzip.decompress(layer.read_bytes())
+    assert content.count(base.encode()) == 1
+    process = node.run(
+        "--root",
+        "--save-changes",
+        "d.tar.gz",
+        "sh",
+        "-c",
+        f"echo {other} > /var/lib/apppot/base-id; echo x > /etc/motd",
+    )
+    assert process.returncode == 0
+    result = node.run("--changes", "d.tar.gz", "cat", "/etc/motd")
+    assert (result.returncode, result.stdout) == (125, b"")
+    assert_error(result, base, other, "d.tar.gz")
+    assert node.run("--changes", "d.tar.gz", "--force-changes", "cat", "/etc/motd").stdout == b"x\n"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "longer"])
+def test_a_damaged_layer_ends_the_run_before_the_command(node, damage):
+    layer = save(node, "head -c 100000 /dev/urandom > /opt/data")
+    content = layer.read_bytes()
+    middle = len(content) // 2
+    layer.write_bytes(
+        {
+            "cut": content[:middle],
+            "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+            "text": b"no layer at all\n" * 100,
+            "longer": content + b"rubbish",
+        }[damage]
+    )
+    result = node.run("--changes", "c.tar.gz", "sh", "-c", "echo run > ran")
+    assert (result.returncode, result.stdout) == (125, b"") and os.listdir(node.job) == ["c.tar.gz"]
+    assert_error(result, layer)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--changes", "/no/such"],
+        ["--changes", "."],
+        ["--changes", "fifo"],
+        ["--save-changes", "."],
+        ["--save-changes", "/no/such/file"],
+        ["--save-changes", "/proc/new"],
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_boot(node, words):
+    os.mkfifo(node.job / "fifo") if "fifo" in words else None
+    if "fifo" in words:
+        os.close(os.open(node.job / "fifo", os.O_RDWR))
+    result = node.run("-v", *words, "true")
+    assert result.returncode == 125 and b"Linux version" not in result.stderr
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_what_is_needed(node):
+    if os.getuid() != 0:
+        pytest.skip("the tests run as an unprivileged user")
+    out = node.root / "out"
+    out.mkdir()
+    script = "head -c 3000000 /dev/urandom > /opt/data"
+    wrap = mounted(f"mount -t tmpfs -o size=1m tmpfs {out}")
+    result = node.run("--root", "--save-changes", f"{out}/c.tar.gz", "sh", "-c", script, wrap=wrap)
+    assert result.returncode == 125
+    assert_error(result, "c.tar.gz", "M")
+
+
+def test_the_base_s_boot_does_not_import_what_merging_needs(node):
+    script = "import sys; print([name for name in sys.modules if name in ('changes', 'zlib', 'tarfile')])"
+    source = (TOP / "apppot_init.py").read_text()
+    before = source[: source.index("# --- The changes files")]
+    assert "\nimport changes" not in before and "\nimport zlib" not in source
+    assert node.run("python3", "-IS", "-c", script).stdout == b"[]\n"
