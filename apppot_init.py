@@ -483,7 +483,7 @@ class OwnFiles:
         """The agent may change these, what is above them, and below if they are new."""
         for path in paths:
             parts = path.strip(b"/").split(b"/")
-            for above in (b"/".join(parts[:count]) for count in range(1, len(parts) + 1)):
+            for above in (b"/".join(parts[:count]) for count in range(len(parts) + 1)):
                 if above not in self._unchanged and self._signature(above) == self._base.get(above):
                     self._unchanged.append(above)
 

@@ -3133,9 +3133,9 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
 
 def check_layer_file(path: str) -> str:
     try:
-        with open(path, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise Fatal("changes file is no regular file: " + path, "--changes names a file, not a pipe")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise Fatal("changes file is no regular file: " + path, "--changes names a file, not a directory or pipe")
+        open(path, "rb").close()
     except OSError as error:
         raise Fatal("changes file cannot be read, {}: {}".format(error.strerror, path),
                     "--changes and APPPOT_CHANGES name files that --save-changes or apppot-snap wrote")

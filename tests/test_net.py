@@ -44,7 +44,7 @@ def helper(request, kernel):
     """The name of a helper that this machine has and the kernel has a driver for."""
     programs = [name for name, kind in apppot_start.HELPERS.items() if kind == request.param]
     require(any(map(shutil.which, programs)), f"no {request.param}: apt-get install {request.param}")
-    if not apppot_start.holds(str(kernel), apppot_start.KERNEL_OPTION[request.param]):
+    if not apppot_start.kernel_holds(str(kernel), apppot_start.KERNEL_OPTION[request.param]):
         pytest.skip(f"this kernel has no driver for {request.param}")
     return request.param
 
@@ -508,7 +508,7 @@ def lan():
 
 @pytest.fixture
 def lan_node(node, kernel):
-    if not apppot_start.holds(str(kernel), apppot_start.KERNEL_OPTION["lan"]):
+    if not apppot_start.kernel_holds(str(kernel), apppot_start.KERNEL_OPTION["lan"]):
         pytest.skip("this kernel has no multicast network")
     return node
 
