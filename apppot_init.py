@@ -53,6 +53,7 @@ READ_SIZE = 1 << 18
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
 FIONREAD = termios.FIONREAD
+NETWORK_GRACE_S = 2.0                # for the last bytes of the command's connections
 TERMINAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096   # include/uapi/linux/mount.h
@@ -1104,6 +1105,18 @@ def kill_everything() -> None:
 
 # --- The end ------------------------------------------------------------------------------------------------
 
+def send_rest() -> None:
+    """Let what the command has written to its TCP connections go out: on a host the kernel would do so after its end."""
+    deadline = time.monotonic() + NETWORK_GRACE_S
+    unsent = True
+    while unsent and time.monotonic() < deadline:
+        sockets = [line.split() for line in (read_file("/proc/net/tcp") + read_file("/proc/net/tcp6")).split(b"\n")]
+        # The fifth field is tx_queue:rx_queue, in hexadecimal; the headings have no colon there.
+        unsent = any(int(fields[4].partition(b":")[0], 16) for fields in sockets if b":" in b"".join(fields[4:5]))
+        if unsent:
+            time.sleep(0.01)
+
+
 def flush_mounts(places: Places, persistent: bool) -> None:
     """Leave nothing in the guest that the host would miss when it ends this kernel the moment it hears of the end."""
     kill_everything()
@@ -1153,6 +1166,8 @@ def run_job(channel: Channel, wakeup: int) -> None:
         channel.send(STARTED)
         relay = Relay(channel, command, wakeup)
         relay.run()
+        if job.interfaces:
+            send_rest()
         flush_mounts(places, job.persistent)
         if job.save:
             save_layer(job, known, channel)

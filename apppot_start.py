@@ -99,6 +99,7 @@ SPOOL_CHUNK = 1 << 20
 STDIN_WINDOW = 8 << 20
 KEYS_WINDOW = 64 << 10
 END_OF_FILE = b"\4"                  # Ctrl-D
+TYPED_AHEAD_MAX = 64                 # lines
 ACK_STEP = 512 << 10
 WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
 MEMFD = ""                           # in place of a directory for the guest's memory: the kernel needs none
@@ -1539,8 +1540,9 @@ def confine(rules: Iterable[Tuple[AnyPath, int]]) -> None:
 
 
 def list_libraries(program: str) -> List[str]:
-    """The files that the dynamic loader opens for a program, itself included."""
-    if not read_loader(program):
+    """The dynamic loader of a program and the files that it opens."""
+    loader = read_loader(program)
+    if not loader:
         return []                                 # linked statically
     reader, writer = os.pipe()
     pid = os.fork()
@@ -1554,7 +1556,7 @@ def list_libraries(program: str) -> List[str]:
     with os.fdopen(reader, encoding="utf-8", errors="surrogateescape") as output:
         text = output.read()
     os.waitpid(pid, 0)
-    return re.findall(r"(/\S.*) \(0x", text)
+    return [loader] + re.findall(r"(/\S.*) \(0x", text)
 
 
 def list_children(pid: int) -> List[int]:
@@ -2796,8 +2798,10 @@ class Session:
 
     def _give_terminal(self, terminal: Terminal) -> None:
         try:
+            if terminal.is_real and terminal.is_ours():
+                self._take_typed_ahead(terminal)
             terminal.acquire()
-        except termios.error:                     # in the background for ever, without a shell
+        except (termios.error, OSError):          # in the background for ever, without a shell; or hung up
             self.post(encode_frame(KEYS, END_OF_FILE))
         self._has_terminal = True
         self.post(encode_frame(FOREGROUND, b"\1"))
@@ -2807,6 +2811,15 @@ class Session:
             self._take_keys(terminal)
         if self._stopped and all(writer.is_idle for writer in self._writers.values()):
             self._follow_stop(terminal)           # not before all is written: this may stop us, too
+
+    def _take_typed_ahead(self, terminal: Terminal) -> None:
+        """Read as it was typed, in the caller's modes; an end of file would be none any more in a raw terminal."""
+        for _ in range(TYPED_AHEAD_MAX):
+            if not select.select([terminal.input], [], [], 0)[0]:
+                break
+            content = os.read(terminal.input, INLINE_MAX) or END_OF_FILE
+            self._key_room -= len(content)
+            self.post(encode_frame(KEYS, content))
 
     def _take_keys(self, terminal: Terminal) -> None:
         try:

@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/python3
 # SPDX-License-Identifier: Apache-2.0
 """A stand-in for the program `empty` (github.com/mezantrop/empty) where the tests do not find it.
 

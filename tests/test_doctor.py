@@ -4,13 +4,14 @@
 import os
 import pathlib
 import re
+import shutil
 import struct
 import subprocess
 import sys
 
 import apppot_start
 import pytest
-from conftest import TOP, assert_error, mounted, pythons, replace_agent, writable_copy
+from conftest import EMPTY, TOP, assert_error, mounted, pythons, replace_agent, writable_copy
 
 LINE = re.compile(r"(ok|warn|fail) +([a-z]+) +(\S.*)")
 NEEDS = "python kernel ptrace seccomp memory cpus scratch image agent hostfs network empty limits batch".split()
@@ -236,10 +237,10 @@ def test_a_caller_that_ignores_the_end_of_children_is_no_matter(node):
 
 
 def test_helpers_are_found_beside_the_runner(node):
-    for name in ("slirp4netns", "empty"):
-        (node.root / name).write_text("")
+    (node.root / "slirp4netns").symlink_to(shutil.which("slirp4netns"))
+    (node.root / "empty").symlink_to(EMPTY)
     findings = examine(node)
-    assert findings["network"] == ("ok", str(node.root / "slirp4netns"))
+    assert findings["network"] == ("ok", "network by " + str(node.root / "slirp4netns"))
     assert findings["empty"] == ("ok", str(node.root / "empty"))
 
 
