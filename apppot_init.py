@@ -26,7 +26,7 @@ VERSION = "0.1"
 
 # --- What crosses host and guest (apppot_start.py has the same; a test compares them) -----------------------
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may carry noise before the agent owns it
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20

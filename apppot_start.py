@@ -56,7 +56,7 @@ AnyPath = Union[str, bytes]
 
 # --- What crosses host and guest (apppot_init.py has the same; a test compares them) -------------------------
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may carry noise before the agent owns it
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
@@ -2137,17 +2137,22 @@ def raise_limits() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
-def ask_mconsole(umid: str, command: bytes) -> None:
-    """Send a command to the kernel's mconsole, in the current directory; no answer within a second is no matter."""
+def ask_mconsole(directory: str, umid: str, command: bytes) -> None:
+    """Send a command to the kernel's mconsole in a run directory; no answer within a second is no matter."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
         client.settimeout(1)
+        place = -1
         try:
+            place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)   # the path of a socket has 107 bytes
             client.bind("")                       # an abstract address by autobind, for the answer
             client.sendto(MCONSOLE.pack(MCONSOLE_MAGIC, MCONSOLE_VERSION, len(command), command),
-                          "./{}/mconsole".format(umid))
+                          "/proc/self/fd/{}/{}/mconsole".format(place, umid))
             client.recv(1024)
         except OSError:
             pass
+        finally:
+            if place >= 0:
+                os.close(place)
 
 
 def start_by_empty(spec: RunSpec, argv: List[str], launch: Launch) -> Optional[Tuple[int, int]]:
@@ -2271,10 +2276,10 @@ def watch_kernel(pids: Tuple[int, int], umid: str, lifeline: int, wakeup: int, c
         end = find_end(kernel, empty)
         if end:
             return end
-            check_helper()
+        check_helper()
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
-            ask_mconsole(umid, b"stop" if suspended else b"go")
+            ask_mconsole(".", umid, b"stop" if suspended else b"go")
         rounds_with_corpse = rounds_with_corpse + 1 if has_dead_helper(kernel) else 0
         if rounds_with_corpse * WATCH_INTERVAL_S >= 1:
             return "helper"
@@ -2740,7 +2745,7 @@ class Session:
         elif kind == STDIN_CLOSED:
             self._reader.close_input()
         elif kind == WARNING:
-            self._show(b"apppot: warning: " + one_line(payload.decode("utf-8", "replace")) + b"\n")
+            self._warn(payload.decode("utf-8", "replace"))
         elif kind == SAVING:                      # the command has ended, and what comes now takes its time
             self._say("saving the changes")
             self._deadlines.clear()
@@ -2755,6 +2760,9 @@ class Session:
             self._say("result record: status {}".format(self._told.status))
             for writer in self._writers.values():
                 writer.put(None)
+
+    def _warn(self, text: str) -> None:
+        self._show(b"apppot: warning: " + one_line(text) + b"\n")
 
     def _take_credit(self, stream: int, count: int) -> None:
         if stream == STDIN:
@@ -2852,7 +2860,10 @@ class Session:
         # By default SIGTSTP does nothing to a process group without a shell, as a batch job's is.
         if self.stdio.terminal:
             self.stdio.terminal.release()
+        # The supervisor sees to that, too, but later, and SIGSTOP of everything may be near.
+        ask_mconsole(self._machine.directory, self._spec.umid, b"stop")
         os.kill(os.getpid(), signal.SIGSTOP)
+        ask_mconsole(self._machine.directory, self._spec.umid, b"go")
         if self.stdio.terminal:
             self._resume(self.stdio.terminal)
 
@@ -2899,7 +2910,7 @@ class Session:
         if not self._running:
             self._fail("network helper was killed: " + self._spec.network.helper, "--net none runs without a network")
             return
-        warn("network helper was killed, the command goes on without a network: " + self._spec.network.helper)
+        self._warn("network helper was killed, the command goes on without a network: " + self._spec.network.helper)
         self.post(encode_frame(NETWORK_LOST, b"vec0"))
 
     def _explain_end(self) -> Fatal:
