@@ -1455,15 +1455,20 @@ def check_space(layer: Layer, root: bytes, taken: int = 0) -> None:
 
 def used_space(tree: Tree, path: bytes, with_directories: bool) -> int:
     """Bytes that come free when a path is removed."""
-    directory, name = split_path(path)
-    try:
-        status = os.stat(name or b".", dir_fd=tree.open(directory), follow_symlinks=False)
-        if not stat.S_ISDIR(status.st_mode):
-            return status.st_blocks * BLOCK * (status.st_nlink == 1)
-        return with_directories and sum(
-            used_space(tree, join_path(path, below), True) for below in map(os.fsencode, os.listdir(tree.open(path))))
-    except (OSError, Mounted):
-        return 0
+    size = 0
+    pending = [path]
+    while pending:
+        path = pending.pop()
+        directory, name = split_path(path)
+        try:
+            status = os.stat(name or b".", dir_fd=tree.open(directory), follow_symlinks=False)
+            if not stat.S_ISDIR(status.st_mode):
+                size += status.st_blocks * BLOCK * (status.st_nlink == 1)
+            elif with_directories:
+                pending += [join_path(path, below) for below in map(os.fsencode, os.listdir(tree.open(path)))]
+        except (OSError, Mounted):
+            pass                                  # it is not there, or stays
+    return size
 
 
 def check_tree(layers: Sequence[Layer], root: bytes) -> None:
@@ -1684,7 +1689,7 @@ class Target(Tree):
 
     def _expect_no_mount(self, path: bytes) -> None:
         for mount in self.mounts:
-            if mount == path or mount.startswith(join_path(path, b"")) or not path:
+            if mount == path or mount.startswith(join_path(path, b"")):
                 raise Mounted(mount)
 
     def clear(self, path: bytes) -> None:
@@ -1928,7 +1933,7 @@ def save_changes(root: bytes, output: bytes, exclude: Sequence[str], report: Rep
 
 
 def build_parser() -> Any:
-    import argparse                               # not for the agent
+    import argparse  # not for the agent
 
 
     class Parser(argparse.ArgumentParser):

@@ -19,11 +19,12 @@ import tarfile
 import tempfile
 import zlib
 
-import changes
 import pytest
 from conftest import TOP, assert_error, writable_copy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import changes
 
 IS_ROOT = os.getuid() == 0
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="owners, devices and mounts need root")
@@ -127,8 +128,8 @@ def build(node, name, directory):
     if kind != "symlink":
         os.chmod(name, node["mode"], **where)
     for key, value in node.get("xattrs", {}).items():
-        value = {"system.posix_acl_access": ACL, "security.capability": CAPABILITY}.get(key, value)
-        os.setxattr(path, key, value, follow_symlinks=False)
+        valid = {"system.posix_acl_access": ACL, "security.capability": CAPABILITY}.get(key, value)
+        os.setxattr(path, key, valid, follow_symlinks=False)
     os.utime(name, ns=(0, node["mtime"]), follow_symlinks=False, **where)
 
 
@@ -339,8 +340,8 @@ def appliance(place, name="system"):
     for directory in ("etc", "usr/bin", "var/lib/apppot", "tmp", "root"):
         (root / directory).mkdir(parents=True)
     (root / "var/lib/apppot/base-id").write_text("11111111-2222-3333-4444-555555555555\n")
-    for name in ("etc/one", "etc/two", "usr/bin/tool", "etc/three"):
-        (root / name).write_text(name)
+    for file in ("etc/one", "etc/two", "usr/bin/tool", "etc/three"):
+        (root / file).write_text(file)
     os.link(root / "etc/three", root / "usr/three")
     return root
 
@@ -553,6 +554,117 @@ def test_of_several_layers_none_is_applied_if_one_is_damaged(place):
     make_layer(place / "good", [("file", b"1")]), (place / "bad").write_bytes((place / "good").read_bytes()[:-1])
     result = snap("merge", "--root", place / "root", place / "good", place / "bad")
     assert result.returncode == 125 and os.listdir(place / "root") == []
+
+
+SYMLINK, LINK = {"type": tarfile.SYMTYPE, "linkname": "etc"}, tarfile.LNKTYPE
+UNFIT = {
+    "below a symlink of the tree": [[("first", b"1"), ("link/x", b"evil")]],
+    "below a file of the tree": [[("first", b"1"), ("etc/one/deep/x", b"evil")]],
+    "a directory's whiteout below a symlink": [[("first", b"1"), ("link/.wh.two", b"")]],
+    "below a symlink of the layer before": [[("first", b"1"), ("new", SYMLINK)], [("new/x", b"evil")]],
+    "below what the layer made a file": [[("first", b"1"), (".wh.etc", b""), ("etc", b"file"), ("etc/x", b"")]],
+    "a hard link to nothing": [[("first", b"1"), ("h", {"type": LINK, "linkname": "etc/no-such"})]],
+    "a hard link to what comes later": [[("first", b"1"), ("h", {"type": LINK, "linkname": "z"}), ("z", b"1")]],
+    "a hard link to what was deleted": [[("first", b"1"), ("etc/.wh.one", b""),
+                                         ("h", {"type": LINK, "linkname": "etc/one"})]],
+    "a hard link to a directory": [[("first", b"1"), ("h", {"type": LINK, "linkname": "etc"})]],
+    "a hard link to a directory of the layer": [[("d", {"type": tarfile.DIRTYPE}),
+                                                 ("h", {"type": LINK, "linkname": "d"})]],
+    "a hard link through a symlink": [[("first", b"1"), ("h", {"type": LINK, "linkname": "link/one"})]],
+    "a file larger than any": [[("first", b"1"), ("s", {"pax_headers": {
+        "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "s", "GNU.sparse.realsize": "9" * 20}})]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(UNFIT))
+def test_what_the_tree_cannot_take_is_refused_before_anything_of_it_is_applied(place, case):
+    root = appliance(place)
+    (root / "link").symlink_to("etc")
+    layers = [make_layer(place / str(number), members) for number, members in enumerate(UNFIT[case])]
+    before = dump(root)
+    result = snap("merge", "--root", root, *layers)
+    assert result.returncode == 125 and dump(root) == before
+    assert_error(result, place)
+
+
+def test_what_a_layer_clears_out_of_its_way_is_not_in_its_way(place):
+    root = appliance(place)
+    for name in ("one", "two", "three"):
+        (root / name).symlink_to("etc")
+    layers = [
+        make_layer(place / "1", [(".wh.one", b""), ("one/x", b"1"), ("two", {"type": tarfile.DIRTYPE, "mode": 0o755}),
+                                 ("two/deep/x", b"2"), ("etc", SYMLINK)]),
+        make_layer(place / "2", [("one/y", b"1"), ("two/y", b"2"), ("three", b"now a file"),
+                                 ("hard", {"type": LINK, "linkname": "usr/bin/tool"})]),
+        make_layer(place / "3", [(".wh.three", b""), ("three/x", b"3"), (".wh.etc", b""), ("etc/one", b"4"),
+                                 ("h", {"type": LINK, "linkname": "hard"})]),
+    ]  # fmt: skip
+    merge(root, *layers)
+    texts = ["one/x", "one/y", "two/deep/x", "two/y", "three/x", "etc/one"]
+    assert [(root / name).read_text() for name in texts] == ["1", "1", "2", "2", "3", "4"]
+    assert os.listdir(root / "etc") == ["one"] and (root / "h").stat().st_nlink == 3
+
+
+@needs_root
+def test_a_tree_without_permission_or_room_is_left_as_it_is(place):
+    root = appliance(place)
+    (root / "usr/bin").chmod(0o555), (root / "etc/device").write_text("mine")
+    run_tool("chown", "-R", "65534:65534", root), place.chmod(0o755)
+    before = dump(root)
+    script = shutil.copy(TOP / "changes.py", place)
+    unprivileged = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, script]
+    layer = make_layer(place / "l", [("etc/one", b"new"), ("usr/bin/new", b"new")])
+    result = subprocess.run([*unprivileged, "apply", layer, root], capture_output=True)
+    assert result.returncode == 125 and dump(root) == before
+    assert_error(result, "/usr/bin")
+    device = {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}
+    layer = make_layer(place / "l", [("etc/device", device), ("h", {"type": LINK, "linkname": "etc/device"})])
+    result = subprocess.run([*unprivileged, "apply", layer, root], capture_output=True)
+    assert result.returncode == 0 and result.stderr.count(b"warning: left out") == 1
+    assert (root / "etc/device").read_text() == (root / "h").read_text() == "mine"
+
+
+@needs_root
+def test_room_is_counted_as_the_layer_uses_it_up(place):
+    """Where 1 MiB is free, a file of 3 MiB may come after another of that size has gone, not before."""
+    large = os.urandom(3 << 20)
+    make_layer(place / "early", [("new", large), ("old", b"small")])
+    make_layer(place / "late", [("old", b"small"), ("new", large)])
+    make_layer(place / "whiteout", [(".wh.d", b""), ("more", large)])
+    (place / "root").mkdir()
+    script = f"""
+        mount -t tmpfs -o size=8m none {place}/root; cd {place}/root
+        mkdir d; truncate -s 1M d/rest; head -c 3M /dev/zero > d/file; cp d/file old; head -c 1M /dev/zero > rest
+        merge() {{ {sys.executable} {TOP}/changes.py apply {place}/$1 .; }}
+        merge early || echo $?; ls; merge late; ls; merge whiteout; ls"""
+    result = subprocess.run(["unshare", "-m", "sh", "-ec", script], capture_output=True, check=True)
+    assert result.stdout.decode().split() == ["125", *"d old rest d new old rest more new old rest".split()]
+    assert_error(subprocess.CompletedProcess([], 125, b"", result.stderr), "3.0 MiB")
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["directory", "file"])
+def test_bind_mounts_of_the_same_file_system_are_neither_saved_nor_changed(place, what):
+    """stat() tells nothing of them."""
+    root, outside = appliance(place), place / "out side"
+    outside.mkdir(), (outside / "kept").write_text("kept")
+    assert snap("base", "--root", root).returncode == 0
+    point = root / "etc/mount \n point"
+    point.mkdir() if what == "directory" else point.write_text("")
+    members = [("etc/.wh.mount \n point", b""), ("etc/mount \n point/kept", b"evil"), ("etc/.wh..wh..opq", b"")]
+    if what == "file":
+        members = [("etc/mount \n point", b"evil"), ("h", {"type": LINK, "linkname": "etc/mount \n point"}),
+                   (".wh.etc", b"")]  # fmt: skip
+    make_layer(place / "l", [*members, ("first", b"1")])
+    source = outside if what == "directory" else outside / "kept"
+    script = """mount --bind "$1" "$2"; shift 2; "$1" "$2" changes --root "$3" "$4"; "$1" "$2" merge --root "$3" "$5" """
+    result = subprocess.run(["unshare", "-m", "sh", "-ec", script, "sh", source, point, sys.executable,
+                             TOP / "changes.py", root, place / "c.tar.gz", place / "l"], capture_output=True)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert [name for name in names_in(place / "c.tar.gz") if "apppot" not in name] == ["etc"]
+    assert os.listdir(outside) == ["kept"] and (outside / "kept").read_text() == "kept"
+    assert (root / "first").exists() and (root / "etc/one").exists() and not (root / "h").exists()
+    assert result.stderr.count(b"as something is mounted on /etc/mount") == 3
 
 
 # --- Layers of others ---------------------------------------------------------------------------------------
