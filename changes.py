@@ -59,7 +59,7 @@ WHITEOUT, OPAQUE, WHITEOUT_META = b".wh.", b".wh..wh..opq", b".wh..wh."
 XATTR = b"SCHILY.xattr."
 SPECIAL_MAX = 1 << 20                # bytes of a pax header; archive/tar of Go has the same
 PIECES_MAX = 1 << 21                 # of a sparse file
-OCTAL_MAX = 8 ** 11 - 1
+OCTAL_MAX, ID_OCTAL_MAX = 8 ** 11 - 1, 8 ** 7 - 1
 
 NAME_MAX, SYMLINK_MAX = 255, 4095    # include/uapi/linux/limits.h
 ID_MAX = (1 << 32) - 2               # chown(2) takes -1 for "leave it"
@@ -117,6 +117,15 @@ class Label(NamedTuple):
     base: str
     created: str
     tool: str
+
+
+class Found(NamedTuple):
+    """What a look at a tree brought to light, by paths."""
+    changed: Dict[bytes, Member]
+    groups: Iterable[List[Member]]   # the names of an inode
+    directories: Dict[bytes, Member]
+    gone: Iterable[bytes]
+    skipped: Dict[bytes, str]        # with the reason
 
 
 class Plan(NamedTuple):
@@ -257,11 +266,12 @@ def encode_time(time_ns: int) -> bytes:
     return b"-" * (time_ns < 0) + b"%d.%09d" % (seconds, fraction)
 
 
-def encode_header(name: bytes, kind: bytes, size: int, mode: int = 0o644, uid: int = 0, gid: int = 0, mtime: int = 0,
-                  link: bytes = b"", device: Tuple[int, int] = (0, 0)) -> bytes:
+def encode_header(member: Member) -> bytes:
+    """The numbers have to fit."""
     header = HEADER.pack(
-        name[:100], b"%07o" % mode, b"%07o" % uid, b"%07o" % gid, b"%011o" % size, b"%011o" % mtime, b" " * 8, kind,
-        link[:100], b"ustar\00000", b"", b"", b"%07o" % device[0], b"%07o" % device[1], b"")
+        member.path[:100], b"%07o" % member.mode, b"%07o" % member.uid, b"%07o" % member.gid, b"%011o" % member.size,
+        b"%011o" % (member.mtime_ns // 10 ** 9), b" " * 8, member.kind, member.link[:100], b"ustar\00000", b"", b"",
+        b"%07o" % member.device[0], b"%07o" % member.device[1], b"")
     return header[:148] + b"%06o\0 " % add_bytes(header) + header[156:]
 
 
@@ -291,9 +301,9 @@ def encode_pieces(pieces: Sequence[Tuple[int, int]]) -> bytes:
 
 def encode_member(member: Member) -> bytes:
     """All that comes before the content."""
-    name = member.path + b"/" if member.kind == DIRECTORY else member.path
-    name = name if member.path else b"./"
+    name = (member.path or b".") + b"/" if member.kind == DIRECTORY else member.path
     size = member.size if member.kind == REGULAR else 0
+    uid, gid, time_ns = member.uid, member.gid, member.mtime_ns
     records = []
     sparse_map = b""
     if member.pieces is not None:
@@ -302,28 +312,31 @@ def encode_member(member: Member) -> bytes:
                     (b"GNU.sparse.realsize", b"%d" % size)]
         name = b"GNUSparseFile.0/" + member.path[-80:]
         size = len(sparse_map) + sum(length for _, length in member.pieces)
-    seconds, fraction = divmod(member.mtime_ns, 10 ** 9)
-    octal = {b"uid": member.uid, b"gid": member.gid, b"size": size, b"mtime": seconds}
-    for key, limit in ((b"uid", 8 ** 7 - 1), (b"gid", 8 ** 7 - 1), (b"size", OCTAL_MAX)):
-        if octal[key] > limit:
-            records.append((key, b"%d" % octal[key]))
-            octal[key] = 0
-    if fraction or not 0 <= seconds <= OCTAL_MAX:
-        records.append((b"mtime", encode_time(member.mtime_ns)))
-        octal[b"mtime"] = min(max(seconds, 0), OCTAL_MAX)
+    if uid > ID_OCTAL_MAX:
+        records.append((b"uid", b"%d" % uid))
+        uid = 0
+    if gid > ID_OCTAL_MAX:
+        records.append((b"gid", b"%d" % gid))
+        gid = 0
+    if size > OCTAL_MAX:
+        records.append((b"size", b"%d" % size))
+        size = 0
+    if time_ns % 10 ** 9 or not 0 <= time_ns < OCTAL_MAX * 10 ** 9:
+        records.append((b"mtime", encode_time(time_ns)))
+        time_ns = min(max(time_ns, 0), OCTAL_MAX * 10 ** 9)
     records += [(key, value) for key, value in ((b"path", name), (b"linkpath", member.link)) if len(value) > 100]
     # As GNU tar has it: a key ends at the first "=".
     records += [(XATTR + os.fsencode(key).replace(b"%", b"%25").replace(b"=", b"%3D"), value)
                 for key, value in member.xattrs]
     if member.change == b"M":
         records.append((b"comment", b"modified"))              # the one keyword of pax that readers pass over
-    header = encode_header(name, member.kind, octal[b"size"], member.mode, octal[b"uid"], octal[b"gid"],
-                           octal[b"mtime"], member.link, member.device)
-    if records:
-        extended = b"".join(encode_record(key, value) for key, value in records)
-        header = (encode_header(b"PaxHeaders.0/" + member.path[-80:], b"x", len(extended), mtime=octal[b"mtime"])
-                  + extended + pad(len(extended)) + header)
-    return header + sparse_map
+    header = encode_header(Member(name, member.kind, member.mode, uid, gid, size, time_ns, member.device, member.link))
+    if not records:
+        return header + sparse_map
+    extended = b"".join(encode_record(key, value) for key, value in records)
+    name = b"PaxHeaders.0/" + member.path[-80:]
+    return (encode_header(Member(name, b"x", 0o644, 0, 0, len(extended), time_ns))
+            + extended + pad(len(extended)) + header + sparse_map)
 
 
 class LayerWriter:
@@ -987,7 +1000,7 @@ def find_changes(root: bytes, old: Dict[bytes, bytes], exclude: "re.Pattern[byte
                 if is_changed:
                     changed[path] = member
     gone = {path for path in gone if not exclude.fullmatch(b"/" + path)}
-    return make_plan(changed, groups.values(), directories, gone, skipped, report)
+    return make_plan(Found(changed, groups.values(), directories, gone, skipped), report)
 
 
 def compare_trees(old_root: bytes, new_root: bytes, exclude: "re.Pattern[bytes]", report: Report) -> Plan:
@@ -1003,15 +1016,13 @@ def compare_trees(old_root: bytes, new_root: bytes, exclude: "re.Pattern[bytes]"
             gone.discard(path)
             known = old.get(path)
             if known is None:
-                member = member._replace(change=b"A")
+                changed[path] = member._replace(change=b"A")
             elif known != (member, first) or (
                     member.kind == REGULAR and path == first and not is_same_content(old_tree, new_tree, member)):
-                member = member._replace(change=b"M")
-            if member.change != b"C":
-                changed[path] = member
+                changed[path] = member._replace(change=b"M")
             if member.kind == DIRECTORY:
-                directories[path] = member
-        return make_plan(changed, groups, directories, gone, skipped, report)
+                directories[path] = changed.get(path, member)
+        return make_plan(Found(changed, groups, directories, gone, skipped), report)
 
 
 def describe(tree: Tree, exclude: "re.Pattern[bytes]", skipped: Dict[bytes, str], groups: List[List[Member]],
@@ -1038,19 +1049,17 @@ def describe(tree: Tree, exclude: "re.Pattern[bytes]", skipped: Dict[bytes, str]
 def is_same_content(one: Tree, other: Tree, member: Member) -> bool:
     with open_member(one, member) as (_, left), open_member(other, member) as (_, right):
         for start, length in member.pieces if member.pieces is not None else ((0, member.size),):
-            os.lseek(left, start, os.SEEK_SET)
-            os.lseek(right, start, os.SEEK_SET)
-            while length > 0:
-                content = os.read(left, min(BUFFER, length))
-                if not content or content != os.read(right, len(content)):
+            for offset in range(start, start + length, BUFFER):
+                size = min(BUFFER, start + length - offset)
+                content = os.pread(left, size, offset)
+                if len(content) < size or content != os.pread(right, size, offset):
                     return False
-                length -= len(content)
     return True
 
 
-def make_plan(changed: Dict[bytes, Member], groups: Iterable[List[Member]], directories: Dict[bytes, Member],
-              gone: Iterable[bytes], skipped: Dict[bytes, str], report: Report) -> Plan:
+def make_plan(found: Found, report: Report) -> Plan:
     """Complete what has changed: the other names of an inode, and directories, as unpacking alters their mtime."""
+    changed, groups, directories, gone, skipped = found
     for group in groups:
         if any(member.path in changed for member in group):
             first = group[0]
@@ -1722,14 +1731,15 @@ def write_content(descriptor: int, member: Member, content: Iterable[memoryview]
     pieces = iter(member.pieces)
     left = 0
     for piece in content:
-        while piece:
+        done = 0
+        while done < len(piece):
             while left == 0:
                 start, left = next(pieces)
                 os.lseek(descriptor, start, os.SEEK_SET)
-            part = piece[:left]
+            part = piece[done:done + left]
             write_all(descriptor, part)
             left -= len(part)
-            piece = piece[len(part):]
+            done += len(part)
     os.truncate(descriptor, member.size)
 
 
@@ -1828,9 +1838,7 @@ def show_members(members: Iterable[Member], is_ours: bool = True) -> str:
     for member in members:
         if member.path in (LABEL, STATE):
             continue
-        if is_ours and member.change == b"C":
-            member = member._replace(change=b"A")
-        letter, line = show_member(member)
+        letter, line = show_member(member._replace(change=b"A") if is_ours and member.change == b"C" else member)
         print(line)
         counts[letter] += 1
         size += member.size
@@ -1876,8 +1884,8 @@ def run_squash(paths: Sequence[bytes], output: bytes, just_print: bool, report: 
             squash_layers(layers, output, report)
 
 
-def run_save(root: bytes, plan: Plan, output: bytes, just_print: bool, report: Report) -> None:
-    if just_print:
+def run_save(root: bytes, plan: Plan, output: bytes, report: Report) -> None:
+    if not output:
         print(show_members(plan.entries()))
         return
     write_layer(root, plan, output, report)
@@ -1924,12 +1932,15 @@ def choose_exclude(root: bytes, asked: Iterable[str], output: bytes = b"") -> "r
 
 
 def save_changes(root: bytes, output: bytes, exclude: Sequence[str], report: Report,
-                 known: Optional[Dict[bytes, bytes]] = None, just_print: bool = False) -> None:
-    """What `apppot-snap changes` does. `known` has signatures of files that count as unchanged, such as the agent's."""
+                 known: Optional[Dict[bytes, bytes]] = None) -> None:
+    """What `apppot-snap changes` does; without an output it prints what it would write.
+
+    `known` has signatures of files that count as unchanged, such as the agent's.
+    """
     manifest = read_manifest(root)
     manifest.update(known or {})
     plan = find_changes(root, manifest, choose_exclude(root, exclude, output), report)
-    run_save(root, plan, output, just_print, report)
+    run_save(root, plan, output, report)
 
 
 def build_parser() -> Any:
@@ -1961,20 +1972,20 @@ def build_parser() -> Any:
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
     commands.required = True
 
-    def add(name: str, parents: Sequence[Parser], *arguments: str, **options: Any) -> None:
-        command = commands.add_parser(name, parents=[common, *parents], **options)
-        for argument in arguments:
+    def add(name: str, parents: Sequence[Parser], arguments: str, text: str) -> None:
+        command = commands.add_parser(name, parents=[common, *parents], help=text)
+        for argument in arguments.split():
             nargs = {"+": "+", "?": "?"}.get(argument[-1])
             command.add_argument(argument.rstrip("+?"), nargs=nargs, metavar=argument.rstrip("+?").upper())
 
-    add("base", (system, chosen), help="record the present state, which `changes` compares with")
-    add("changes", (system, chosen), "file?", help="write what differs from the base "
+    add("base", (system, chosen), "", "record the present state, which `changes` compares with")
+    add("changes", (system, chosen), "file?", "write what differs from the base "
         "(default: ~/job/apppot.YYYY-MM-DD.changes.tar.gz)")
-    add("merge", (system, forced), "file+", help="apply changes files to this system, in their order")
-    add("show", (), "file", help="check a changes file and list what is in it")
-    add("squash", (result,), "file+", help="make one changes file of several")
-    add("diff", (chosen, result), "dir_a", "dir_b", help="write what makes DIR_B of DIR_A")
-    add("apply", (forced,), "file", "dir", help="apply a changes file to a plain tree")
+    add("merge", (system, forced), "file+", "apply changes files to this system, in their order")
+    add("show", (), "file", "check a changes file and list what is in it")
+    add("squash", (result,), "file+", "make one changes file of several")
+    add("diff", (chosen, result), "dir_a dir_b", "write what makes DIR_B of DIR_A")
+    add("apply", (forced,), "file dir", "apply a changes file to a plain tree")
     return parser
 
 
@@ -1984,8 +1995,8 @@ def run_command(options: Any) -> None:
     if options.command == "base":
         run_base(os.fsencode(options.root), options.exclude, just_print, report)
     elif options.command == "changes":
-        output = os.fsencode(options.file or "") if options.file or just_print else default_output()
-        save_changes(os.fsencode(options.root), output, options.exclude, report, None, just_print)
+        output = b"" if just_print else os.fsencode(options.file) if options.file else default_output()
+        save_changes(os.fsencode(options.root), output, options.exclude, report)
     elif options.command == "merge":
         run_apply([os.fsencode(name) for name in options.file], os.fsencode(options.root), just_print,
                   options.force_changes, report)
@@ -1996,7 +2007,7 @@ def run_command(options: Any) -> None:
     elif options.command == "diff":
         old, new = os.fsencode(options.dir_a), os.fsencode(options.dir_b)
         plan = compare_trees(old, new, compile_exclude(options.exclude), report)
-        run_save(new, plan, os.fsencode(options.output), just_print, report)
+        run_save(new, plan, b"" if just_print else os.fsencode(options.output), report)
     elif options.command == "apply":
         run_apply([os.fsencode(options.file)], os.fsencode(options.dir), just_print, options.force_changes, report)
 
