@@ -664,7 +664,8 @@ def test_bind_mounts_of_the_same_file_system_are_neither_saved_nor_changed(place
         mount --bind "$1" "$2"; shift 2
         "$1" "$2" changes --root "$3" "$4"; "$1" "$2" merge --root "$3" "$5\""""
     result = subprocess.run(["unshare", "-m", "sh", "-ec", script, "sh", source, point,
-                             sys.executable, TOP / "changes.py", root, place / "c.tar.gz", place / "l"], capture_output=True)  # fmt: skip
+                             sys.executable, TOP / "changes.py", root, place / "c.tar.gz", place / "l"],
+                            capture_output=True)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert [name for name in names_in(place / "c.tar.gz") if "apppot" not in name] == ["etc"]
     assert os.listdir(outside) == ["kept"] and (outside / "kept").read_text() == "kept"
