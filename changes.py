@@ -54,14 +54,16 @@ HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
 REGULAR, HARD_LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO = (b"%d" % number for number in range(7))
 KINDS = {stat.S_IFREG: REGULAR, stat.S_IFLNK: SYMLINK, stat.S_IFCHR: CHARACTER, stat.S_IFBLK: BLOCK_DEVICE,
          stat.S_IFDIR: DIRECTORY, stat.S_IFIFO: FIFO}
+DEVICES = (CHARACTER, BLOCK_DEVICE)
 WHITEOUT, OPAQUE, WHITEOUT_META = b".wh.", b".wh..wh..opq", b".wh..wh."
 XATTR = b"SCHILY.xattr."
 SPECIAL_MAX = 1 << 20                # bytes of a pax header; archive/tar of Go has the same
 PIECES_MAX = 1 << 21                 # of a sparse file
-OCTAL_MAX = 8 ** 11 - 1
+OCTAL_MAX, ID_OCTAL_MAX = 8 ** 11 - 1, 8 ** 7 - 1
 
 NAME_MAX, SYMLINK_MAX = 255, 4095    # include/uapi/linux/limits.h
 ID_MAX = (1 << 32) - 2               # chown(2) takes -1 for "leave it"
+SIZE_MAX = (1 << 44) - 4096          # of a file of ext4
 TIME_MAX_NS = (1 << 40) * 10 ** 9
 TICK_NS = 20 * 10 ** 6               # a time stamp may be that old when it is given: HZ is 100 or more
 INDEX_MAX = 250000                   # members kept in memory, 500 bytes each
@@ -91,7 +93,7 @@ class Damaged(Exception):
 
 
 class Mounted(Exception):
-    """The path leads into another file system."""
+    """The path leads to what is mounted there, or has it below."""
 
 
 class Member(NamedTuple):
@@ -115,6 +117,15 @@ class Label(NamedTuple):
     base: str
     created: str
     tool: str
+
+
+class Found(NamedTuple):
+    """What a look at a tree brought to light, by paths."""
+    changed: Dict[bytes, Member]
+    groups: Iterable[List[Member]]   # the names of an inode
+    directories: Dict[bytes, Member]
+    gone: Iterable[bytes]
+    skipped: Dict[bytes, str]        # with the reason
 
 
 class Plan(NamedTuple):
@@ -190,6 +201,10 @@ def whiteout_of(path: bytes) -> Member:
     return Member(join_path(directory, WHITEOUT + name), REGULAR, 0, 0, 0, 0, 0)
 
 
+def is_whiteout(path: bytes) -> bool:
+    return path.startswith(WHITEOUT, path.rfind(b"/") + 1)
+
+
 def link_of(member: Member, first: Member) -> Member:
     return member._replace(kind=HARD_LINK, link=first.path, size=0, pieces=None)
 
@@ -251,12 +266,21 @@ def encode_time(time_ns: int) -> bytes:
     return b"-" * (time_ns < 0) + b"%d.%09d" % (seconds, fraction)
 
 
-def encode_header(name: bytes, kind: bytes, size: int, mode: int = 0o644, uid: int = 0, gid: int = 0, mtime: int = 0,
-                  link: bytes = b"", device: Tuple[int, int] = (0, 0)) -> bytes:
+def encode_header(member: Member) -> bytes:
+    """The numbers have to fit."""
     header = HEADER.pack(
-        name[:100], b"%07o" % mode, b"%07o" % uid, b"%07o" % gid, b"%011o" % size, b"%011o" % mtime, b" " * 8, kind,
-        link[:100], b"ustar\00000", b"", b"", b"%07o" % device[0], b"%07o" % device[1], b"")
+        member.path[:100], b"%07o" % member.mode, b"%07o" % member.uid, b"%07o" % member.gid, b"%011o" % member.size,
+        b"%011o" % (member.mtime_ns // 10 ** 9), b" " * 8, member.kind, member.link[:100], b"ustar\00000", b"", b"",
+        b"%07o" % member.device[0], b"%07o" % member.device[1], b"")
     return header[:148] + b"%06o\0 " % add_bytes(header) + header[156:]
+
+
+def keep_memory() -> None:
+    """Let glibc's malloc keep what is freed, up to twice the largest block that was mapped and freed (mallopt(3)).
+
+    Else the buffers of zlib come from the kernel anew each time, and in the guest a page fault costs 70 us.
+    """
+    bytes(16 << 20)
 
 
 def add_bytes(content: bytes) -> int:
@@ -277,9 +301,9 @@ def encode_pieces(pieces: Sequence[Tuple[int, int]]) -> bytes:
 
 def encode_member(member: Member) -> bytes:
     """All that comes before the content."""
-    name = member.path + b"/" if member.kind == DIRECTORY else member.path
-    name = name if member.path else b"./"
+    name = (member.path or b".") + b"/" if member.kind == DIRECTORY else member.path
     size = member.size if member.kind == REGULAR else 0
+    uid, gid, time_ns = member.uid, member.gid, member.mtime_ns
     records = []
     sparse_map = b""
     if member.pieces is not None:
@@ -288,28 +312,31 @@ def encode_member(member: Member) -> bytes:
                     (b"GNU.sparse.realsize", b"%d" % size)]
         name = b"GNUSparseFile.0/" + member.path[-80:]
         size = len(sparse_map) + sum(length for _, length in member.pieces)
-    seconds, fraction = divmod(member.mtime_ns, 10 ** 9)
-    octal = {b"uid": member.uid, b"gid": member.gid, b"size": size, b"mtime": seconds}
-    for key, limit in ((b"uid", 8 ** 7 - 1), (b"gid", 8 ** 7 - 1), (b"size", OCTAL_MAX)):
-        if octal[key] > limit:
-            records.append((key, b"%d" % octal[key]))
-            octal[key] = 0
-    if fraction or not 0 <= seconds <= OCTAL_MAX:
-        records.append((b"mtime", encode_time(member.mtime_ns)))
-        octal[b"mtime"] = min(max(seconds, 0), OCTAL_MAX)
+    if uid > ID_OCTAL_MAX:
+        records.append((b"uid", b"%d" % uid))
+        uid = 0
+    if gid > ID_OCTAL_MAX:
+        records.append((b"gid", b"%d" % gid))
+        gid = 0
+    if size > OCTAL_MAX:
+        records.append((b"size", b"%d" % size))
+        size = 0
+    if time_ns % 10 ** 9 or not 0 <= time_ns < OCTAL_MAX * 10 ** 9:
+        records.append((b"mtime", encode_time(time_ns)))
+        time_ns = min(max(time_ns, 0), OCTAL_MAX * 10 ** 9)
     records += [(key, value) for key, value in ((b"path", name), (b"linkpath", member.link)) if len(value) > 100]
     # As GNU tar has it: a key ends at the first "=".
     records += [(XATTR + os.fsencode(key).replace(b"%", b"%25").replace(b"=", b"%3D"), value)
                 for key, value in member.xattrs]
     if member.change == b"M":
         records.append((b"comment", b"modified"))              # the one keyword of pax that readers pass over
-    header = encode_header(name, member.kind, octal[b"size"], member.mode, octal[b"uid"], octal[b"gid"],
-                           octal[b"mtime"], member.link, member.device)
-    if records:
-        extended = b"".join(encode_record(key, value) for key, value in records)
-        header = (encode_header(b"PaxHeaders.0/" + member.path[-80:], b"x", len(extended), mtime=octal[b"mtime"])
-                  + extended + pad(len(extended)) + header)
-    return header + sparse_map
+    header = encode_header(Member(name, member.kind, member.mode, uid, gid, size, time_ns, member.device, member.link))
+    if not records:
+        return header + sparse_map
+    extended = b"".join(encode_record(key, value) for key, value in records)
+    name = b"PaxHeaders.0/" + member.path[-80:]
+    return (encode_header(Member(name, b"x", 0o644, 0, 0, len(extended), time_ns))
+            + extended + pad(len(extended)) + header + sparse_map)
 
 
 class LayerWriter:
@@ -654,6 +681,7 @@ class LayerReader:
             if (records.get(b"GNU.sparse.major"), records.get(b"GNU.sparse.minor")) != (b"1", b"0"):
                 raise Damaged("a sparse file in an old format: " + printable(member.path))
             member = member._replace(size=parse_decimal(records.get(b"GNU.sparse.realsize", b"")), pieces=())
+            self._check(member)
         return member, stored
 
     @staticmethod
@@ -661,7 +689,7 @@ class LayerReader:
         what = None
         if member.kind not in KINDS.values() and member.kind != HARD_LINK:
             what = "a member of unknown type {!r}".format(member.kind)
-        elif not (0 <= member.uid <= ID_MAX and 0 <= member.gid <= ID_MAX and member.size >= 0):
+        elif not (0 <= member.uid <= ID_MAX and 0 <= member.gid <= ID_MAX and 0 <= member.size <= SIZE_MAX):
             what = "an impossible owner or size"
         elif abs(member.mtime_ns) > TIME_MAX_NS:
             what = "an impossible time"
@@ -704,6 +732,18 @@ class LayerReader:
 T = TypeVar("T", bound="Tree")
 
 
+def find_mounts(root: bytes) -> Set[bytes]:
+    """Mount points below a root, relative to it; for bind mounts of the same file system no stat() tells (proc(5))."""
+    top = os.path.realpath(root).rstrip(b"/") + b"/"
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            points = [line.split(b" ", 5)[4] for line in file]
+    except FileNotFoundError:
+        return set()
+    plain = [re.sub(br"\\(\d{3})", lambda match: bytes([int(match.group(1), 8)]), point) for point in points]
+    return {point[len(top):] for point in plain if point.startswith(top) and point != top}
+
+
 class Level:
     """An open directory on the way down, and what is to be done when it is left."""
     __slots__ = ("name", "descriptor", "status", "inherits", "is_touched", "is_new", "member")
@@ -727,6 +767,7 @@ class Tree:
         descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.levels = [Level(b"", descriptor, os.fstat(descriptor))]
         self.device = self.levels[0].status.st_dev
+        self.mounts = find_mounts(root)
         self._path = b""
 
     def __enter__(self: T) -> T:
@@ -747,13 +788,14 @@ class Tree:
         return self.levels[-1].descriptor
 
     def _enter(self, name: bytes) -> None:
+        path = join_path(self._path, name)
         descriptor = os.open(name, self.FLAGS, dir_fd=self.levels[-1].descriptor)
         status = os.fstat(descriptor)
-        if status.st_dev != self.device:
+        if status.st_dev != self.device or path in self.mounts:
             os.close(descriptor)
-            raise Mounted(join_path(self._path, name))
+            raise Mounted(path)
         self.levels.append(Level(name, descriptor, status))
-        self._path = join_path(self._path, name)
+        self._path = path
         if len(self.levels) > DESCRIPTORS + 1:
             far = self.levels[-DESCRIPTORS]
             os.close(far.descriptor)
@@ -798,7 +840,7 @@ def scan(tree: Tree, exclude: "re.Pattern[bytes]", skipped: Dict[bytes, str]
                     child_status = os.stat(name, dir_fd=directory, follow_symlinks=False)
                 except FileNotFoundError:
                     continue                      # removed meanwhile
-                if child_status.st_dev != tree.device:
+                if child_status.st_dev != tree.device or child in tree.mounts:
                     skipped[child] = "a mount point"
                 elif name.startswith(WHITEOUT):
                     skipped[child] = "a name with a meaning of its own in layers"
@@ -958,7 +1000,7 @@ def find_changes(root: bytes, old: Dict[bytes, bytes], exclude: "re.Pattern[byte
                 if is_changed:
                     changed[path] = member
     gone = {path for path in gone if not exclude.fullmatch(b"/" + path)}
-    return make_plan(changed, groups.values(), directories, gone, skipped, report)
+    return make_plan(Found(changed, groups.values(), directories, gone, skipped), report)
 
 
 def compare_trees(old_root: bytes, new_root: bytes, exclude: "re.Pattern[bytes]", report: Report) -> Plan:
@@ -974,15 +1016,13 @@ def compare_trees(old_root: bytes, new_root: bytes, exclude: "re.Pattern[bytes]"
             gone.discard(path)
             known = old.get(path)
             if known is None:
-                member = member._replace(change=b"A")
+                changed[path] = member._replace(change=b"A")
             elif known != (member, first) or (
                     member.kind == REGULAR and path == first and not is_same_content(old_tree, new_tree, member)):
-                member = member._replace(change=b"M")
-            if member.change != b"C":
-                changed[path] = member
+                changed[path] = member._replace(change=b"M")
             if member.kind == DIRECTORY:
-                directories[path] = member
-        return make_plan(changed, groups, directories, gone, skipped, report)
+                directories[path] = changed.get(path, member)
+        return make_plan(Found(changed, groups, directories, gone, skipped), report)
 
 
 def describe(tree: Tree, exclude: "re.Pattern[bytes]", skipped: Dict[bytes, str], groups: List[List[Member]],
@@ -1009,19 +1049,17 @@ def describe(tree: Tree, exclude: "re.Pattern[bytes]", skipped: Dict[bytes, str]
 def is_same_content(one: Tree, other: Tree, member: Member) -> bool:
     with open_member(one, member) as (_, left), open_member(other, member) as (_, right):
         for start, length in member.pieces if member.pieces is not None else ((0, member.size),):
-            os.lseek(left, start, os.SEEK_SET)
-            os.lseek(right, start, os.SEEK_SET)
-            while length > 0:
-                content = os.read(left, min(BUFFER, length))
-                if not content or content != os.read(right, len(content)):
+            for offset in range(start, start + length, BUFFER):
+                size = min(BUFFER, start + length - offset)
+                content = os.pread(left, size, offset)
+                if len(content) < size or content != os.pread(right, size, offset):
                     return False
-                length -= len(content)
     return True
 
 
-def make_plan(changed: Dict[bytes, Member], groups: Iterable[List[Member]], directories: Dict[bytes, Member],
-              gone: Iterable[bytes], skipped: Dict[bytes, str], report: Report) -> Plan:
+def make_plan(found: Found, report: Report) -> Plan:
     """Complete what has changed: the other names of an inode, and directories, as unpacking alters their mtime."""
+    changed, groups, directories, gone, skipped = found
     for group in groups:
         if any(member.path in changed for member in group):
             first = group[0]
@@ -1167,6 +1205,14 @@ def save_content(writer: LayerWriter, member: Member, descriptor: int, report: R
         report.warn("changed while it was saved: /" + printable(member.path))
 
 
+def needed_space(member: Member) -> int:
+    """Bytes on a disk with blocks of 4 KiB."""
+    if member.kind != REGULAR:
+        return 4096 * (member.kind == DIRECTORY)
+    size = member.size if member.pieces is None else sum(length for _, length in member.pieces)
+    return size + -size % 4096
+
+
 def free_space(path: bytes) -> int:
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
@@ -1209,18 +1255,28 @@ class Layer:
     def reader(self) -> LayerReader:
         return LayerReader(self.descriptor, self.index)
 
+    def members(self) -> Iterable[Member]:
+        """Without their content."""
+        return self.reader() if self.index is None else [member for member, _, _ in self.index]
 
-def check_layer(path: bytes, report: Report, show: bool = False) -> Layer:
+
+@contextmanager
+def refusal(path: bytes) -> Iterator[None]:
+    try:
+        yield
+    except Damaged as error:
+        raise Fatal("changes file is damaged, {}: {}".format(error, printable(path)),
+                    "nothing of it was applied; copy it again, or make it again with `apppot-snap changes`")
+
+
+def check_layer(path: bytes, report: Report) -> Layer:
     """Open a layer and read all of it: what is wrong with it must be known before any of it is applied."""
     layer = Layer(path)
     try:
-        if not stat.S_ISREG(os.fstat(layer.descriptor).st_mode):
-            raise Damaged("it is not a regular file")
-        read_layer(layer, report)
-    except Damaged as error:
-        os.close(layer.descriptor)
-        raise Fatal("changes file is damaged, {}: {}".format(error, printable(path)),
-                    "nothing of it was applied; copy it again, or make it again with `apppot-snap changes`")
+        with refusal(path):
+            if not stat.S_ISREG(os.fstat(layer.descriptor).st_mode):
+                raise Damaged("it is not a regular file")
+            read_layer(layer, report)
     except BaseException:
         os.close(layer.descriptor)
         raise
@@ -1231,7 +1287,6 @@ def check_layer(path: bytes, report: Report, show: bool = False) -> Layer:
 
 def read_layer(layer: Layer, report: Report) -> None:
     reader = layer.reader()
-    paths = PathCheck()
     checksums = None                              # of a label: as it says, and as it is
     for member in reader:
         layer.count += 1
@@ -1248,7 +1303,6 @@ def read_layer(layer: Layer, report: Report) -> None:
                 raise Damaged("a whiteout of nothing: " + printable(member.path))
             layer.whiteouts.append(join_path(directory, name[len(WHITEOUT):]))
             continue
-        paths.add(member)
         if member.path == LABEL and member.kind == REGULAR and member.size < SPECIAL_MAX:
             before = reader.crc()
             content = reader.read()
@@ -1256,39 +1310,12 @@ def read_layer(layer: Layer, report: Report) -> None:
             head, key, tail = content.rpartition(b'"crc32": "')
             checksums = (tail, b'%08x"\n}\n' % zlib.crc32(head + key, before))
         else:
-            size = member.size if member.pieces is None else sum(length for _, length in member.pieces)
-            layer.size += size + -size % 4096 if member.kind != HARD_LINK else 0
+            layer.size += needed_space(member)
     layer.index = reader.index if len(reader.index) <= INDEX_MAX else None
     if not layer.count and not reader.is_gzip:
         raise Damaged("it is empty")
     if checksums and not reader.is_gzip and checksums[0] != checksums[1]:
         raise Damaged("its checksum is wrong")
-
-
-class PathCheck:
-    """Refuses a layer that puts something below what it made a file or a symlink before."""
-
-    def __init__(self) -> None:
-        self._files: Set[bytes] = set()
-        self._directories: Set[bytes] = {b""}     # known not to be below a file
-
-    def add(self, member: Member) -> None:
-        parent = split_path(member.path)[0]
-        way = []
-        while parent not in self._directories:
-            if parent in self._files:
-                raise Damaged("{} is below {}, which is no directory".format(
-                    printable(member.path), printable(parent)))
-            way.append(parent)
-            parent = split_path(parent)[0]
-        self._directories.update(way)
-        if member.kind == DIRECTORY:
-            self._files.discard(member.path)
-        elif member.path in self._directories:
-            self._directories = {b""}
-            self._files.add(member.path)
-        else:
-            self._files.add(member.path)
 
 
 def check_base(layer: Layer, base_id: str, force: bool) -> None:
@@ -1299,26 +1326,196 @@ def check_base(layer: Layer, base_id: str, force: bool) -> None:
                     "use the image it was made with; --force-changes merges it all the same")
 
 
+# --- Several layers as one ----------------------------------------------------------------------------------
+
+class Node:
+    """What the layers so far say about a path."""
+    __slots__ = ("children", "member", "origin", "is_gone", "is_opaque", "is_new")
+
+    def __init__(self, is_new: bool = False) -> None:
+        self.children: Dict[bytes, Node] = {}
+        self.member: Optional[Member] = None
+        self.origin = (0, 0)                      # layer and number of the member with the content
+        self.is_gone = self.is_opaque = False     # nothing of lower layers is left: at the path, below it
+        self.is_new = is_new                      # nor has anything of the tree been left for these layers
+
+    def descend(self, path: bytes) -> "Node":
+        node = self
+        for name in path.split(b"/") if path else ():
+            if node.member and node.member.kind != DIRECTORY:
+                raise Damaged("{} is below {}, which is no directory".format(
+                    printable(path), printable(node.member.path)))
+            child = node.children.get(name)
+            if child is None:
+                child = node.children[name] = Node(node.is_new or node.is_gone or node.is_opaque)
+            node = child
+        return node
+
+    def remove(self) -> None:
+        self.__init__(self.is_new)  # type: ignore[misc]
+        self.is_gone = True
+
+    def put(self, member: Member, origin: Tuple[int, int]) -> None:
+        before = self.member
+        change = before.change if before else b"M" if self.is_gone else member.change
+        if member.kind != DIRECTORY:
+            self.children, self.is_opaque = {}, False
+        elif self.is_gone or before and before.kind != DIRECTORY:
+            self.is_opaque = True
+        self.is_gone = False
+        self.member, self.origin = member._replace(change=change) if change != member.change else member, origin
+
+    def link(self, source: "Node", member: Member, origin: Tuple[int, int]) -> None:
+        """A name more of the source's inode; it stays a hard link if that is not of these layers."""
+        first = source.member
+        if first and first.kind != DIRECTORY:
+            self.put(first._replace(path=member.path, change=member.change), source.origin)
+        elif first or source.is_gone or source.is_new:
+            raise Damaged("a hard link to what is no file: " + printable(member.path))
+        else:
+            self.put(member, origin)
+
+    def walk(self) -> "Iterator[Tuple[bytes, Node]]":
+        pending = [(b"", self)]
+        while pending:
+            path, node = pending.pop()
+            yield path, node
+            pending += [(join_path(path, name), node.children[name]) for name in sorted(node.children, reverse=True)]
+
+
+def stack_layers(layers: Sequence[Layer]) -> Node:
+    """What all the layers say together, the later ones having the last word."""
+    root = Node()
+    for index, layer in enumerate(layers):
+        with refusal(layer.path):
+            stack_layer(root, index, layer)
+    return root
+
+
+def stack_layer(root: Node, index: int, layer: Layer) -> None:
+    for path in layer.opaques:
+        node = root.descend(path)
+        node.children, node.is_opaque = {}, True
+    for path in layer.whiteouts:
+        root.descend(path).remove()
+    for number, member in enumerate(layer.members()):
+        if is_whiteout(member.path) or member.path == LABEL:
+            continue
+        node = root.descend(member.path)
+        if member.kind == HARD_LINK:
+            node.link(root.descend(member.link), member, (index, number))
+        else:
+            node.put(member, (index, number))
+
+
+def squash_layers(layers: Sequence[Layer], output: bytes, report: Report) -> None:
+    bases = {layer.label.base: layer for layer in layers if layer.label and layer.label.base}
+    if len(bases) > 1:
+        raise Fatal("changes files are for different bases: " + ", ".join(
+            "{} ({})".format(printable(layer.path), base) for base, layer in bases.items()),
+            "squash those of one base")
+    wanted: Dict[Tuple[int, int], List[Member]] = {}
+    with new_layer(output, sum(layer.size for layer in layers)) as writer:
+        for path, node in stack_layers(layers).walk():
+            if node.is_opaque:
+                writer.add(whiteout_of(join_path(path, OPAQUE[len(WHITEOUT):])))
+            if node.is_gone:
+                writer.add(whiteout_of(path))
+            if node.member and node.member.kind == HARD_LINK:
+                raise Fatal("a hard link to a file of the base cannot be squashed: " + printable(path),
+                            "merge the changes files one by one, and save their sum with `apppot-snap changes`")
+            if node.member and node.member.kind == DIRECTORY:
+                writer.add(node.member)
+            elif node.member:
+                wanted.setdefault(node.origin, []).append(node.member)
+        for index, layer in enumerate(layers):
+            reader = layer.reader()
+            for number, _ in enumerate(reader):
+                names = wanted.get((index, number), [])
+                for member in names[:1]:
+                    writer.add(member)
+                    size = 0
+                    for piece in reader.content():
+                        writer.write(piece)
+                        size += len(piece)
+                    writer.write(pad(size))
+                for member in names[1:]:
+                    writer.add(link_of(member, names[0]))
+        writer.finish(next(iter(bases), ""))
+
+
 # --- Applying -----------------------------------------------------------------------------------------------
 
-def check_space(layer: Layer, root: bytes) -> None:
-    """Fatal where the file system is too small even without what the layer replaces; a run would only end later."""
-    free = free_space(root)
-    if layer.size > free and not layer.opaques:
-        with Tree(root) as tree:
-            free += sum(replaced_size(tree, path) for path in [m.path for m in layer.reader()] + layer.whiteouts)
-        if layer.size > free:
-            raise_no_space(layer, root, "nothing of it was applied; ")
+def check_space(layer: Layer, root: bytes, taken: int = 0) -> None:
+    """Fatal where the file system is too small; layers before this one take `taken` bytes."""
+    free = free_space(root) - taken
+    if layer.size <= free:
+        return
+    with Tree(root) as tree:
+        free += sum(used_space(tree, path, True) for path in layer.whiteouts + layer.opaques)
+        gone = set(layer.whiteouts)
+        for member in layer.members():
+            if not is_whiteout(member.path):
+                freed = 0 if member.path in gone else used_space(tree, member.path, member.kind != DIRECTORY)
+                free += freed - needed_space(member)
+            if free < 0:
+                raise_no_space(layer, root, "nothing of it was applied; ")
 
 
-def replaced_size(tree: Tree, path: bytes) -> int:
-    """Bytes that come free when a path is removed; what is in a directory is not counted but taken for enough."""
+def used_space(tree: Tree, path: bytes, with_directories: bool) -> int:
+    """Bytes that come free when a path is removed."""
+    size = 0
+    pending = [path]
+    while pending:
+        path = pending.pop()
+        directory, name = split_path(path)
+        try:
+            status = os.stat(name or b".", dir_fd=tree.open(directory), follow_symlinks=False)
+            if not stat.S_ISDIR(status.st_mode):
+                size += status.st_blocks * BLOCK * (status.st_nlink == 1)
+            elif with_directories:
+                pending += [join_path(path, below) for below in map(os.fsencode, os.listdir(tree.open(path)))]
+        except (OSError, Mounted):
+            pass                                  # it is not there, or stays
+    return size
+
+
+def check_tree(layers: Sequence[Layer], root: bytes) -> None:
+    """Fatal where a tree cannot take the layers, one upon the other, since something else is in their way."""
+    def refuse(what: str, path: bytes) -> NoReturn:
+        raise Fatal("{}, /{}: {}".format(what, printable(path), ", ".join(printable(layer.path) for layer in layers)),
+                    "nothing was applied; was the changes file made for another base?")
+
+    with Tree(root) as tree, Tree(root) as sources:
+        for path, node in stack_layers(layers).walk():
+            if node.member and node.member.kind == HARD_LINK and not is_file(sources, node.member.link):
+                refuse("a hard link leads to what is no file", node.member.link)
+            is_new = node.is_new or node.is_gone
+            if node.children and not is_new:
+                try:
+                    if not os.access(b".", os.W_OK | os.X_OK, dir_fd=tree.open(path), effective_ids=True):
+                        refuse("a directory cannot be written to", path)
+                except (FileNotFoundError, Mounted):
+                    is_new = True
+                except OSError as error:
+                    if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                        raise
+                    is_new = node.member is not None
+                    if not is_new:
+                        refuse("a symbolic link or a file is in the place of a directory", path)
+            for child in node.children.values() if is_new else ():
+                child.is_new = True
+
+
+def is_file(tree: Tree, path: bytes) -> bool:
+    """Or what is below a mount point: nobody links to that."""
     directory, name = split_path(path)
     try:
-        status = os.stat(name or b".", dir_fd=tree.open(directory), follow_symlinks=False)
-    except (OSError, Mounted):
-        return 0
-    return 0 if stat.S_ISDIR(status.st_mode) else status.st_blocks * BLOCK
+        return not stat.S_ISDIR(os.stat(name, dir_fd=tree.open(directory), follow_symlinks=False).st_mode)
+    except Mounted:
+        return True
+    except OSError:
+        return False
 
 
 def raise_no_space(layer: Layer, root: bytes, state: str) -> NoReturn:
@@ -1335,6 +1532,7 @@ class Target(Tree):
         self._report = report
         self._ids = (os.geteuid(), os.getegid())
         self._is_root = os.geteuid() == 0
+        self.left_out: Set[bytes] = set()
         self._sources = Tree(root)                # the way to what hard links are made to
         self.levels[0].inherits = self._inherits(self.levels[0])
 
@@ -1383,6 +1581,8 @@ class Target(Tree):
         try:
             descriptor = self._make(member, parent, name)
         except FileExistsError:
+            if member.kind in DEVICES and not self._is_root:
+                raise PermissionError(errno.EPERM, "mknod")    # while what it would replace is there
             self.remove(member.path)
             parent = self.open(split_path(member.path)[0])
             descriptor = self._make(member, parent, name)
@@ -1402,6 +1602,8 @@ class Target(Tree):
         if member.kind == SYMLINK:
             os.symlink(member.link, name, dir_fd=parent)
         elif member.kind == HARD_LINK:
+            if member.link in self.mounts:
+                raise Mounted(member.link)
             directory, source = split_path(member.link)
             os.link(source, name, src_dir_fd=self._sources.open(directory), dst_dir_fd=parent, follow_symlinks=False)
         elif member.kind == FIFO:
@@ -1438,9 +1640,7 @@ class Target(Tree):
         for name, value in member.xattrs:
             try:
                 os.setxattr(target, name, value, follow_symlinks=isinstance(target, int))
-            except OSError as error:
-                if error.errno not in (errno.ENOTSUP, errno.EPERM):
-                    raise
+            except OSError as error:              # of many kinds: a file system knows what it can keep
                 self._report.warn("left out, attribute {} of /{}: {}".format(
                     printable(os.fsencode(name)), printable(member.path), error.strerror))
 
@@ -1482,7 +1682,8 @@ class Target(Tree):
             os.utime(descriptor, ns=(time_ns, time_ns))
 
     def remove(self, path: bytes) -> None:
-        """Remove what is there, if anything, with all below it; Mounted if that has another file system in it."""
+        """Remove what is there, if anything, with all below it."""
+        self._expect_no_mount(path)
         directory, name = split_path(path)
         try:
             parent = self.open(directory)
@@ -1495,8 +1696,14 @@ class Target(Tree):
             os.rmdir(name, dir_fd=self.open(directory))
             self._sources.open(b"")               # its descriptors may be those of directories removed
 
+    def _expect_no_mount(self, path: bytes) -> None:
+        for mount in self.mounts:
+            if mount == path or mount.startswith(join_path(path, b"")):
+                raise Mounted(mount)
+
     def clear(self, path: bytes) -> None:
         """Remove all that is in a directory."""
+        self._expect_no_mount(path)
         pending = [path]
         while pending:
             path = pending[-1]
@@ -1524,14 +1731,15 @@ def write_content(descriptor: int, member: Member, content: Iterable[memoryview]
     pieces = iter(member.pieces)
     left = 0
     for piece in content:
-        while piece:
+        done = 0
+        while done < len(piece):
             while left == 0:
                 start, left = next(pieces)
                 os.lseek(descriptor, start, os.SEEK_SET)
-            part = piece[:left]
+            part = piece[done:done + left]
             write_all(descriptor, part)
             left -= len(part)
-            piece = piece[len(part):]
+            done += len(part)
     os.truncate(descriptor, member.size)
 
 
@@ -1551,7 +1759,7 @@ def apply_layer(layer: Layer, root: bytes, report: Report) -> None:
                 path = member.path
                 if count % 100 == 0:
                     report.progress("merging", count, 0)
-                if split_path(path)[1].startswith(WHITEOUT) or path == LABEL and not has_state:
+                if is_whiteout(path) or path == LABEL and not has_state:
                     continue
                 report.say(path)
                 put_member(target, member, reader, report)
@@ -1582,13 +1790,19 @@ def put_member(target: Target, member: Member, reader: LayerReader, report: Repo
             target.put_directory(member)
         else:
             target.put(member, reader.content())
+        return
     except Mounted as mounted:
-        report.warn("left out, as something is mounted on /{}: /{}".format(
-            printable(mounted.args[0]), printable(member.path)))
+        reason = "as something is mounted on /" + printable(mounted.args[0])
     except PermissionError:
-        if member.kind not in (CHARACTER, BLOCK_DEVICE):
+        if member.kind not in DEVICES:
             raise
-        report.warn("left out, only root makes devices: /" + printable(member.path))
+        reason = "only root makes devices"
+    except FileNotFoundError:
+        if member.link not in target.left_out:
+            raise
+        reason = "as is its other name, /" + printable(member.link)
+    target.left_out.add(member.path)
+    report.warn("left out, {}: /{}".format(reason, printable(member.path)))
 
 
 def explain_failure(error: OSError, layer: Layer, root: bytes, path: bytes) -> NoReturn:
@@ -1599,105 +1813,6 @@ def explain_failure(error: OSError, layer: Layer, root: bytes, path: bytes) -> N
                     "the tree is incomplete; was the changes file made for another base?")
     raise Fatal("cannot merge /{}, {}: {}".format(printable(path), error.strerror, printable(layer.path)),
                     "the tree is incomplete; merging into a system takes root: sudo apppot-snap")
-
-
-# --- Several layers as one ----------------------------------------------------------------------------------
-
-class Node:
-    """What the layers so far say about a path."""
-    __slots__ = ("children", "member", "origin", "is_gone", "is_opaque")
-
-    def __init__(self) -> None:
-        self.children: Dict[bytes, Node] = {}
-        self.member: Optional[Member] = None
-        self.origin: Optional[Tuple[int, int]] = None          # layer and number of the member with the content
-        self.is_gone = self.is_opaque = False     # nothing of lower layers is left: at the path, below it
-
-    def descend(self, path: bytes) -> "Node":
-        node = self
-        for name in path.split(b"/") if path else []:
-            node = node.children.setdefault(name, Node())
-        return node
-
-    def remove(self) -> None:
-        self.__init__()  # type: ignore[misc]
-        self.is_gone = True
-
-    def put(self, member: Member, origin: Tuple[int, int]) -> None:
-        before = self.member
-        change = before.change if before else b"M" if self.is_gone else member.change
-        if member.kind != DIRECTORY:
-            self.children, self.is_opaque = {}, False
-        elif self.is_gone or before and before.kind != DIRECTORY:
-            self.is_opaque = True
-        self.is_gone = False
-        self.member, self.origin = member._replace(change=change), origin
-
-    def link(self, source: "Node", member: Member) -> None:
-        if source.member is None or source.origin is None:
-            raise Fatal("a hard link to a file of the base cannot be squashed: " + printable(member.path),
-                        "merge the changes files one by one, and save their sum with `apppot-snap changes`")
-        self.put(source.member._replace(path=member.path, change=member.change), source.origin)
-
-    def walk(self) -> "Iterator[Tuple[bytes, Node]]":
-        pending = [(b"", self)]
-        while pending:
-            path, node = pending.pop()
-            yield path, node
-            pending += [(join_path(path, name), node.children[name]) for name in sorted(node.children, reverse=True)]
-
-
-def stack_layers(layers: Sequence[Layer]) -> Node:
-    """What all the layers say together, the later ones having the last word."""
-    root = Node()
-    for index, layer in enumerate(layers):
-        for path in layer.opaques:
-            node = root.descend(path)
-            node.children, node.is_opaque = {}, True
-        for path in layer.whiteouts:
-            root.descend(path).remove()
-        for number, member in enumerate(layer.reader()):
-            if split_path(member.path)[1].startswith(WHITEOUT) or member.path == LABEL:
-                continue
-            node = root.descend(member.path)
-            if member.kind == HARD_LINK:
-                node.link(root.descend(member.link), member)
-            else:
-                node.put(member, (index, number))
-    return root
-
-
-def squash_layers(layers: Sequence[Layer], output: bytes, report: Report) -> None:
-    bases = {layer.label.base: layer for layer in layers if layer.label and layer.label.base}
-    if len(bases) > 1:
-        raise Fatal("changes files are for different bases: " + ", ".join(
-            "{} ({})".format(printable(layer.path), base) for base, layer in bases.items()),
-            "squash those of one base")
-    wanted: Dict[Tuple[int, int], List[Member]] = {}
-    with new_layer(output, sum(layer.size for layer in layers)) as writer:
-        for path, node in stack_layers(layers).walk():
-            if node.is_opaque:
-                writer.add(whiteout_of(join_path(path, OPAQUE[len(WHITEOUT):])))
-            if node.is_gone:
-                writer.add(whiteout_of(path))
-            if node.member and node.member.kind == DIRECTORY:
-                writer.add(node.member)
-            elif node.member and node.origin:
-                wanted.setdefault(node.origin, []).append(node.member)
-        for index, layer in enumerate(layers):
-            reader = layer.reader()
-            for number, _ in enumerate(reader):
-                names = wanted.get((index, number), [])
-                for member in names[:1]:
-                    writer.add(member)
-                    size = 0
-                    for piece in reader.content():
-                        writer.write(piece)
-                        size += len(piece)
-                    writer.write(pad(size))
-                for member in names[1:]:
-                    writer.add(link_of(member, names[0]))
-        writer.finish(next(iter(bases), ""))
 
 
 # --- Commands -----------------------------------------------------------------------------------------------
@@ -1723,9 +1838,7 @@ def show_members(members: Iterable[Member], is_ours: bool = True) -> str:
     for member in members:
         if member.path in (LABEL, STATE):
             continue
-        if is_ours and member.change == b"C":
-            member = member._replace(change=b"A")
-        letter, line = show_member(member)
+        letter, line = show_member(member._replace(change=b"A") if is_ours and member.change == b"C" else member)
         print(line)
         counts[letter] += 1
         size += member.size
@@ -1737,7 +1850,8 @@ def show_members(members: Iterable[Member], is_ours: bool = True) -> str:
 
 def run_show(path: bytes, report: Report) -> None:
     with check_layer(path, report) as layer:
-        print(show_members(layer.reader(), layer.label is not None))
+        stack_layers([layer])
+        print(show_members(layer.members(), layer.label is not None))
         if layer.label:
             print("{}, {}, for {}".format(layer.label.tool, layer.label.created,
                                           "base " + layer.label.base if layer.label.base else "any base"))
@@ -1770,8 +1884,8 @@ def run_squash(paths: Sequence[bytes], output: bytes, just_print: bool, report: 
             squash_layers(layers, output, report)
 
 
-def run_save(root: bytes, plan: Plan, output: bytes, just_print: bool, report: Report) -> None:
-    if just_print:
+def run_save(root: bytes, plan: Plan, output: bytes, report: Report) -> None:
+    if not output:
         print(show_members(plan.entries()))
         return
     write_layer(root, plan, output, report)
@@ -1783,12 +1897,15 @@ def run_apply(paths: Sequence[bytes], root: bytes, just_print: bool, force: bool
     """Check all, then apply them in their order."""
     with ExitStack() as stack:
         layers = [stack.enter_context(check_layer(path, report)) for path in paths]
+        taken = 0
         for layer in layers:
             check_base(layer, read_base_id(root), force)
-            check_space(layer, root)
+            check_space(layer, root, taken)
+            taken += layer.size
+        check_tree(layers, root)
         for layer in layers:
             if just_print:
-                print(show_members(layer.reader(), layer.label is not None))
+                print(show_members(layer.members(), layer.label is not None))
             else:
                 apply_layer(layer, root, report)
 
@@ -1815,16 +1932,19 @@ def choose_exclude(root: bytes, asked: Iterable[str], output: bytes = b"") -> "r
 
 
 def save_changes(root: bytes, output: bytes, exclude: Sequence[str], report: Report,
-                 known: Optional[Dict[bytes, bytes]] = None, just_print: bool = False) -> None:
-    """What `apppot-snap changes` does. `known` has signatures of files that count as unchanged, such as the agent's."""
+                 known: Optional[Dict[bytes, bytes]] = None) -> None:
+    """What `apppot-snap changes` does; without an output it prints what it would write.
+
+    `known` has signatures of files that count as unchanged, such as the agent's.
+    """
     manifest = read_manifest(root)
     manifest.update(known or {})
     plan = find_changes(root, manifest, choose_exclude(root, exclude, output), report)
-    run_save(root, plan, output, just_print, report)
+    run_save(root, plan, output, report)
 
 
 def build_parser() -> Any:
-    import argparse                               # not for the agent
+    import argparse  # not for the agent
 
 
     class Parser(argparse.ArgumentParser):
@@ -1852,20 +1972,20 @@ def build_parser() -> Any:
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
     commands.required = True
 
-    def add(name: str, parents: Sequence[Parser], *arguments: str, **options: Any) -> None:
-        command = commands.add_parser(name, parents=[common, *parents], **options)
-        for argument in arguments:
+    def add(name: str, parents: Sequence[Parser], arguments: str, text: str) -> None:
+        command = commands.add_parser(name, parents=[common, *parents], help=text)
+        for argument in arguments.split():
             nargs = {"+": "+", "?": "?"}.get(argument[-1])
             command.add_argument(argument.rstrip("+?"), nargs=nargs, metavar=argument.rstrip("+?").upper())
 
-    add("base", (system, chosen), help="record the present state, which `changes` compares with")
-    add("changes", (system, chosen), "file?", help="write what differs from the base "
+    add("base", (system, chosen), "", "record the present state, which `changes` compares with")
+    add("changes", (system, chosen), "file?", "write what differs from the base "
         "(default: ~/job/apppot.YYYY-MM-DD.changes.tar.gz)")
-    add("merge", (system, forced), "file+", help="apply changes files to this system, in their order")
-    add("show", (), "file", help="check a changes file and list what is in it")
-    add("squash", (result,), "file+", help="make one changes file of several")
-    add("diff", (chosen, result), "dir_a", "dir_b", help="write what makes DIR_B of DIR_A")
-    add("apply", (forced,), "file", "dir", help="apply a changes file to a plain tree")
+    add("merge", (system, forced), "file+", "apply changes files to this system, in their order")
+    add("show", (), "file", "check a changes file and list what is in it")
+    add("squash", (result,), "file+", "make one changes file of several")
+    add("diff", (chosen, result), "dir_a dir_b", "write what makes DIR_B of DIR_A")
+    add("apply", (forced,), "file dir", "apply a changes file to a plain tree")
     return parser
 
 
@@ -1875,8 +1995,8 @@ def run_command(options: Any) -> None:
     if options.command == "base":
         run_base(os.fsencode(options.root), options.exclude, just_print, report)
     elif options.command == "changes":
-        output = os.fsencode(options.file or "") if options.file or just_print else default_output()
-        save_changes(os.fsencode(options.root), output, options.exclude, report, None, just_print)
+        output = b"" if just_print else os.fsencode(options.file) if options.file else default_output()
+        save_changes(os.fsencode(options.root), output, options.exclude, report)
     elif options.command == "merge":
         run_apply([os.fsencode(name) for name in options.file], os.fsencode(options.root), just_print,
                   options.force_changes, report)
@@ -1887,7 +2007,7 @@ def run_command(options: Any) -> None:
     elif options.command == "diff":
         old, new = os.fsencode(options.dir_a), os.fsencode(options.dir_b)
         plan = compare_trees(old, new, compile_exclude(options.exclude), report)
-        run_save(new, plan, os.fsencode(options.output), just_print, report)
+        run_save(new, plan, b"" if just_print else os.fsencode(options.output), report)
     elif options.command == "apply":
         run_apply([os.fsencode(options.file)], os.fsencode(options.dir), just_print, options.force_changes, report)
 
@@ -1897,6 +2017,7 @@ def main(argv: Sequence[str]) -> int:
     import signal
 
     gc.disable()                                  # nothing here is circular, and there may be a million tuples
+    keep_memory()
     for number in (signal.SIGTERM, signal.SIGHUP):             # so that no temporary file stays
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))

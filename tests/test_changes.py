@@ -19,11 +19,12 @@ import tarfile
 import tempfile
 import zlib
 
-import changes
 import pytest
 from conftest import TOP, assert_error, writable_copy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import changes
 
 IS_ROOT = os.getuid() == 0
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="owners, devices and mounts need root")
@@ -61,7 +62,8 @@ def snap(*words, **options):
 
 # --- Trees: made from a description, and described by a dump ------------------------------------------------
 
-ACL = struct.pack("<I" + "HHI" * 5, 2, 1, 6, 2**32 - 1, 2, 6, 12345, 4, 4, 2**32 - 1, 16, 6, 2**32 - 1, 32, 4, 2**32 - 1)
+NO_ID = 2**32 - 1
+ACL = struct.pack("<I" + "HHI" * 5, 2, 1, 6, NO_ID, 2, 6, 12345, 4, 4, NO_ID, 16, 6, NO_ID, 32, 4, NO_ID)
 CAPABILITY = struct.pack("<5I", 0x02000001, 0x400, 0, 0, 0)  # cap_net_bind_service, linux/capability.h
 
 mtimes = st.one_of(st.integers(-(2**31) * 10**9, 2**33 * 10**9), st.just(10**18), st.just(0))
@@ -84,7 +86,8 @@ nodes = st.recursive(
                                   "device": st.sampled_from([(1, 3), (8, 300), (4000, 1000000)])})] if IS_ROOT else []),
     ),
     lambda children: st.fixed_dictionaries({
-        **common, "kind": st.just("directory"), "children": st.dictionaries(st.sampled_from(NAMES), children, max_size=5),
+        **common, "kind": st.just("directory"),
+        "children": st.dictionaries(st.sampled_from(NAMES), children, max_size=5),
         "xattrs": st.sampled_from([{}, {}, {"user.a": b"1"}]
                                   + [{"system.posix_acl_default": ACL, "system.posix_acl_access": ACL}] * IS_ROOT)}),
     max_leaves=10,
@@ -127,8 +130,8 @@ def build(node, name, directory):
     if kind != "symlink":
         os.chmod(name, node["mode"], **where)
     for key, value in node.get("xattrs", {}).items():
-        value = {"system.posix_acl_access": ACL, "security.capability": CAPABILITY}.get(key, value)
-        os.setxattr(path, key, value, follow_symlinks=False)
+        valid = {"system.posix_acl_access": ACL, "security.capability": CAPABILITY}.get(key, value)
+        os.setxattr(path, key, valid, follow_symlinks=False)
     os.utime(name, ns=(0, node["mtime"]), follow_symlinks=False, **where)
 
 
@@ -339,8 +342,8 @@ def appliance(place, name="system"):
     for directory in ("etc", "usr/bin", "var/lib/apppot", "tmp", "root"):
         (root / directory).mkdir(parents=True)
     (root / "var/lib/apppot/base-id").write_text("11111111-2222-3333-4444-555555555555\n")
-    for name in ("etc/one", "etc/two", "usr/bin/tool", "etc/three"):
-        (root / name).write_text(name)
+    for file in ("etc/one", "etc/two", "usr/bin/tool", "etc/three"):
+        (root / file).write_text(file)
     os.link(root / "etc/three", root / "usr/three")
     return root
 
@@ -555,6 +558,121 @@ def test_of_several_layers_none_is_applied_if_one_is_damaged(place):
     assert result.returncode == 125 and os.listdir(place / "root") == []
 
 
+SYMLINK, LINK = {"type": tarfile.SYMTYPE, "linkname": "etc"}, tarfile.LNKTYPE
+UNFIT = {
+    "below a symlink of the tree": [[("first", b"1"), ("link/x", b"evil")]],
+    "below a file of the tree": [[("first", b"1"), ("etc/one/deep/x", b"evil")]],
+    "a directory's whiteout below a symlink": [[("first", b"1"), ("link/.wh.two", b"")]],
+    "below a symlink of the layer before": [[("first", b"1"), ("new", SYMLINK)], [("new/x", b"evil")]],
+    "below what the layer made a file": [[("first", b"1"), (".wh.etc", b""), ("etc", b"file"), ("etc/x", b"")]],
+    "a hard link to nothing": [[("first", b"1"), ("h", {"type": LINK, "linkname": "etc/no-such"})]],
+    "a hard link to what comes later": [[("first", b"1"), ("h", {"type": LINK, "linkname": "z"}), ("z", b"1")]],
+    "a hard link to what was deleted": [[("first", b"1"), ("etc/.wh.one", b""),
+                                         ("h", {"type": LINK, "linkname": "etc/one"})]],
+    "a hard link to a directory": [[("first", b"1"), ("h", {"type": LINK, "linkname": "etc"})]],
+    "a hard link to a directory of the layer": [[("d", {"type": tarfile.DIRTYPE}),
+                                                 ("h", {"type": LINK, "linkname": "d"})]],
+    "a hard link through a symlink": [[("first", b"1"), ("h", {"type": LINK, "linkname": "link/one"})]],
+    "a file larger than any": [[("first", b"1"), ("s", {"pax_headers": {
+        "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "s", "GNU.sparse.realsize": "9" * 20}})]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(UNFIT))
+def test_what_the_tree_cannot_take_is_refused_before_anything_of_it_is_applied(place, case):
+    root = appliance(place)
+    (root / "link").symlink_to("etc")
+    layers = [make_layer(place / str(number), members) for number, members in enumerate(UNFIT[case])]
+    before = dump(root)
+    result = snap("merge", "--root", root, *layers)
+    assert result.returncode == 125 and dump(root) == before
+    assert_error(result, place)
+
+
+def test_what_a_layer_clears_out_of_its_way_is_not_in_its_way(place):
+    root = appliance(place)
+    for name in ("one", "two", "three"):
+        (root / name).symlink_to("etc")
+    layers = [
+        make_layer(place / "1", [(".wh.one", b""), ("one/x", b"1"), ("two", {"type": tarfile.DIRTYPE, "mode": 0o755}),
+                                 ("two/deep/x", b"2"), ("etc", SYMLINK)]),
+        make_layer(place / "2", [("one/y", b"1"), ("two/y", b"2"), ("three", b"now a file"),
+                                 ("hard", {"type": LINK, "linkname": "usr/bin/tool"})]),
+        make_layer(place / "3", [(".wh.three", b""), ("three/x", b"3"), (".wh.etc", b""), ("etc/one", b"4"),
+                                 ("h", {"type": LINK, "linkname": "hard"})]),
+    ]  # fmt: skip
+    merge(root, *layers)
+    texts = ["one/x", "one/y", "two/deep/x", "two/y", "three/x", "etc/one"]
+    assert [(root / name).read_text() for name in texts] == ["1", "1", "2", "2", "3", "4"]
+    assert os.listdir(root / "etc") == ["one"] and (root / "h").stat().st_nlink == 3
+
+
+@needs_root
+def test_a_tree_without_permission_or_room_is_left_as_it_is(place):
+    root = appliance(place)
+    (root / "usr/bin").chmod(0o555), (root / "etc/device").write_text("mine")
+    run_tool("chown", "-R", "65534:65534", root), place.chmod(0o755)
+    before = dump(root)
+    script = shutil.copy(TOP / "changes.py", place)
+    unprivileged = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, script]
+    layer = make_layer(place / "l", [("etc/one", b"new"), ("usr/bin/new", b"new")])
+    result = subprocess.run([*unprivileged, "apply", layer, root], capture_output=True)
+    assert result.returncode == 125 and dump(root) == before
+    assert_error(result, "/usr/bin")
+    device = {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}
+    layer = make_layer(place / "l", [("etc/device", device), ("h", {"type": LINK, "linkname": "etc/device"})])
+    result = subprocess.run([*unprivileged, "apply", layer, root], capture_output=True)
+    assert result.returncode == 0 and result.stderr.count(b"warning: left out") == 1
+    assert (root / "etc/device").read_text() == (root / "h").read_text() == "mine"
+
+
+@needs_root
+def test_room_is_counted_as_the_layer_uses_it_up(place):
+    """Where 1 MiB is free, a file of 3 MiB may come after another of that size has gone, not before."""
+    large = os.urandom(3 << 20)
+    make_layer(place / "early", [("new", large), ("old", b"small")])
+    make_layer(place / "late", [("old", b"small"), ("new", large)])
+    make_layer(place / "whiteout", [(".wh.d", b""), ("more", large)])
+    (place / "root").mkdir()
+    script = f"""
+        mount -t tmpfs -o size=8m none {place}/root; cd {place}/root
+        mkdir d; truncate -s 1M d/rest; head -c 3M /dev/zero > d/file; cp d/file old; head -c 1M /dev/zero > rest
+        merge() {{ {sys.executable} {TOP}/changes.py apply {place}/$1 .; }}
+        merge early || echo $?; ls; merge late; ls; merge whiteout; ls"""
+    result = subprocess.run(["unshare", "-m", "sh", "-ec", script], capture_output=True, check=True)
+    assert result.stdout.decode().split() == ["125", "d", "old", "rest", "d", "new", "old", "rest",
+                                              "more", "new", "old", "rest"]  # fmt: skip
+    assert_error(subprocess.CompletedProcess([], 125, b"", result.stderr), "3.0 MiB")
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["directory", "file"])
+def test_bind_mounts_of_the_same_file_system_are_neither_saved_nor_changed(place, what):
+    """stat() tells nothing of them."""
+    root, outside = appliance(place), place / "out side"
+    outside.mkdir(), (outside / "kept").write_text("kept")
+    assert snap("base", "--root", root).returncode == 0
+    point = root / "etc/mount \n point"
+    point.mkdir() if what == "directory" else point.write_text("")
+    members = [("etc/.wh.mount \n point", b""), ("etc/mount \n point/kept", b"evil"), ("etc/.wh..wh..opq", b"")]
+    if what == "file":
+        members = [("etc/mount \n point", b"evil"), ("h", {"type": LINK, "linkname": "etc/mount \n point"}),
+                   (".wh.etc", b"")]  # fmt: skip
+    make_layer(place / "l", [*members, ("first", b"1")])
+    source = outside if what == "directory" else outside / "kept"
+    script = """
+        mount --bind "$1" "$2"; shift 2
+        "$1" "$2" changes --root "$3" "$4"; "$1" "$2" merge --root "$3" "$5\""""
+    result = subprocess.run(["unshare", "-m", "sh", "-ec", script, "sh", source, point,
+                             sys.executable, TOP / "changes.py", root, place / "c.tar.gz", place / "l"],
+                            capture_output=True)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert [name for name in names_in(place / "c.tar.gz") if "apppot" not in name] == ["etc"]
+    assert os.listdir(outside) == ["kept"] and (outside / "kept").read_text() == "kept"
+    assert (root / "first").exists() and (root / "etc/one").exists() and not (root / "h").exists()
+    assert result.stderr.count(b"as something is mounted on /etc/mount") == 3
+
+
 # --- Layers of others ---------------------------------------------------------------------------------------
 
 
@@ -680,7 +798,7 @@ def test_no_layer_reaches_anything_outside(members):
 @given(st.binary(max_size=2000), st.integers(0, 3))
 def test_any_bytes_are_refused_without_a_traceback(noise, how):
     with fresh_place() as place:
-        header = changes.encode_header(b"a", b"x", len(noise))
+        header = changes.encode_header(changes.Member(b"a", b"x", 0o644, 0, 0, len(noise), 0))
         content = [noise, header + noise + bytes(-len(noise) % 512), zlib.compress(noise), bytes(2048)][how]
         (place / "l").write_bytes(content)
         with pytest.raises(changes.Fatal):
@@ -848,13 +966,13 @@ def without_holes(tree):
     """Those tools write zeros where holes were; and who unpacks may have given a new directory another time."""
     flat = {}
     for path, fields in tree.items():
+        flat[path] = fields
         if fields[0] == stat.S_IFREG:
-            *fields, pieces, parts = fields
-            content = bytearray(fields[-1])
+            *same, pieces, parts = fields
+            content = bytearray(same[-1])
             for (start, end), part in zip(pieces, parts):
                 content[start:end] = part
-            fields.append(bytes(content))
-        flat[path] = fields
+            flat[path] = [*same, bytes(content)]
     return flat
 
 
@@ -938,14 +1056,16 @@ ln /usr/bin/cat /usr/bin/cat2; cp -p /usr/bin/tac /usr/bin/tac2; mv /usr/bin/tac
 printf 'X' | dd of=/usr/bin/rev bs=1 seek=100 conv=notrunc status=none; touch -r /usr/bin/cut /usr/bin/rev
 python3 -c "
 import os, struct
-os.setxattr('/opt/hard', 'user.a', b'1'); os.setxattr('/usr/bin/wc', 'security.capability', struct.pack('<5I', 0x02000001, 1024, 0, 0, 0))
+os.setxattr('/opt/hard', 'user.a', b'1')
+os.setxattr('/usr/bin/wc', 'security.capability', struct.pack('<5I', 0x02000001, 1024, 0, 0, 0))
 os.chmod('/opt/new', 0o6775); open(b'/opt/\\xff\\n' + b'n' * 253, 'w')
 os.utime('/opt/link', ns=(0, 1234567890123456789), follow_symlinks=False)"
 echo excluded > /var/cache/x; echo excluded > /tmp/x
 """
 DESCRIBE = r"""
 cd /; find . -xdev \( -path ./tmp -o -path ./var/tmp -o -path ./var/cache -o -path ./var/lib/apppot -o -path ./run \
-    -o -path ./root/job -o -path ./var/lib/apt/lists -o -path ./lost+found -o -path ./root -o -path ./dev -o -path ./proc -o -path ./sys \) -prune \
+    -o -path ./root/job -o -path ./var/lib/apt/lists -o -path ./lost+found -o -path ./root \
+    -o -path ./dev -o -path ./proc -o -path ./sys \) -prune \
     -o ! -type d -printf '%P %y %m %U %G %T@ %l %n %s\n' -o -printf '%P %y %m %U %G %T@\n' | LC_ALL=C sort
 find . -xdev -type f -size -100M \( -path './opt/*' -o -path './usr/bin/*' -o -path './etc/*' \) -print0 |
     LC_ALL=C sort -z | xargs -0 md5sum
@@ -983,6 +1103,10 @@ def test_a_damaged_or_foreign_layer_leaves_a_live_system_as_it_was(node):
     in_guest(node, "echo new > /etc/motd; apppot-snap changes c.tar.gz; rm -f /etc/issue; apppot-snap changes d.tar.gz")
     content = (node.job / "d.tar.gz").read_bytes()
     (node.job / "d.tar.gz").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    script = "apppot-snap merge c.tar.gz d.tar.gz; echo $?; cat /etc/motd; ls /etc/issue; apppot-snap changes -n | tail -1"
+    make_layer(node.job / "unfit", [("etc/motd", b"new"), ("etc/.wh.issue", b""), ("bin/new", b"new")])
+    script = """
+        apppot-snap merge c.tar.gz d.tar.gz; echo $?; apppot-snap merge unfit; echo $?
+        cat /etc/motd; ls /etc/issue; apppot-snap changes -n | tail -1"""
     lines = in_guest(node, script).decode().splitlines()
-    assert lines[0] == "125" and "new" not in lines and "/etc/issue" in lines and "0 added, 1 modified" in lines[-1]
+    assert lines[:2] == ["125", "125"] and "new" not in lines and "/etc/issue" in lines
+    assert "0 added, 1 modified" in lines[-1]
