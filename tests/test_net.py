@@ -86,8 +86,15 @@ def script(node, name, text):
     return str(path)
 
 
+def name_of(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/comm").read_text()
+    except OSError:  # it has ended meanwhile, as those of the guest do
+        return ""
+
+
 def process_named(node, name):
-    found = [pid for pid in node.processes() if pathlib.Path(f"/proc/{pid}/comm").read_text().startswith(name)]
+    found = [pid for pid in node.processes() if name_of(pid).startswith(name)]
     assert len(found) == 1, (name, found)
     return found[0]
 
@@ -369,7 +376,7 @@ def children(pid):
 
 def kernel_of(runner):
     supervisor = children(runner)[0]
-    return next(pid for pid in children(supervisor) if "slirp" not in pathlib.Path(f"/proc/{pid}/comm").read_text())
+    return next(pid for pid in children(supervisor) if "slirp" not in name_of(pid))
 
 
 @pytest.mark.parametrize("victim", ["runner", "supervisor", "kernel", "all"])
