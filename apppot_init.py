@@ -39,7 +39,6 @@ NETWORK_LOST = 42
 SPOOLED = 0x80
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
 SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
-WINDOW_SIZE = struct.Struct("4H")    # struct winsize: rows, columns, width and height in pixels
 TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
 
 # --- The guest's own constants ------------------------------------------------------------------------------
@@ -120,7 +119,7 @@ class Job(NamedTuple):
     confined: bool                   # the host sees to it that hostfs leads nowhere else
     layers: Tuple[bytes, ...]        # changes files to merge, by their paths on the host
     force: bool                      # merge those of another base, too
-    save: bytes                      # name of the changes file to write after the command; empty: none
+    save: bytes                      # the changes file to write after the command, its path on the host; empty: none
     cwd: bytes                       # empty: the job directory
     user: bytes
     uid: int
@@ -507,10 +506,11 @@ def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
     place = b"/run/apppot/save"
     os.mkdir(place, 0o700)
     mount(b"none", place, b"hostfs", MS_NOSUID | MS_NODEV, b"save")
+    path = os.path.join(place, os.path.basename(job.save))
     try:
-        changes.save_changes(b"/", os.path.join(place, job.save), [], make_report(channel), known)
+        changes.save_changes(b"/", path, [], make_report(channel), known)
     except changes.Fatal as fatal:
-        raise Fatal(fatal.message.replace(show_path(place) + "/", ""), fatal.hint)
+        raise Fatal(fatal.message.replace(show_path(path), show_path(job.save)), fatal.hint)
     finally:
         call("umount2", place, MNT_DETACH)
 
@@ -695,11 +695,14 @@ class Places:
     def flush(self) -> None:
         """write(2) on hostfs goes through at once, but pages that a program changed through mmap(2) do not."""
         for place in reversed(self._mounted):
-            descriptor = os.open(place, os.O_RDONLY)
-            call("syncfs", descriptor)
-            os.close(descriptor)
-            if place in self._made:
-                call("umount2", place, MNT_DETACH)
+            try:
+                descriptor = os.open(place, os.O_RDONLY)
+                call("syncfs", descriptor)
+                os.close(descriptor)
+                if place in self._made:
+                    call("umount2", place, MNT_DETACH)
+            except OSError:                       # hidden by a mount of the command's, or not for reading
+                call("sync")
         for path in reversed(self._made):
             try:
                 os.rmdir(path) if os.path.isdir(path) else os.unlink(path)

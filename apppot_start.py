@@ -167,7 +167,7 @@ BATCH_VARIABLES = re.compile(
 EXT_MAGIC, EXT_64BIT = 0xEF53, 0x80                            # fs/ext4/ext4.h
 EXT_EXTENTS, EXTENT_MAGIC = 0x80000, 0xF30A
 EXT_UNREADABLE = 0x4 | 0x10 | 0x8000 | 0x10000                 # journal to replay, meta_bg, inline data, encryption
-LINUX_TYPE, EXTENDED_TYPES, GPT_TYPE = 0x83, (0x05, 0x0F, 0x85), 0xEE
+LINUX_TYPE, EXTENDED_TYPES = 0x83, (0x05, 0x0F, 0x85)
 GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")   # Discoverable Partitions Specification
 # arch/um/drivers/cow_user.c, version 3, big-endian: magic, version, mtime and size of the base image, bytes of a
 # sector, alignment, format, path of the base. A bitmap of the sectors follows, then, aligned, the sectors.
@@ -452,7 +452,7 @@ def build_job(spec: RunSpec, stdio: Stdio) -> bytes:
                for group in [gid] + [group for group in os.getgroups() if group != gid]]
     fields += [(b"layer", os.fsencode(layer)) for layer in spec.layers]
     if spec.saved_changes:
-        fields.append((b"save", os.path.basename(os.fsencode(spec.saved_changes))))
+        fields.append((b"save", os.fsencode(spec.saved_changes)))
     # A name holds no slash, and a target begins with one.
     fields += [(b"bind", (b"r" if bind.read_only else b"w") + bind.name + bind.target) for bind in spec.binds]
     fields += [(b"ignore", b"%d" % number) for number in spec.ignored_signals]
@@ -3024,15 +3024,11 @@ class OptionParser(argparse.ArgumentParser):
         return list(words[:index]), tuple(words[index:])
 
 
-def build_parser() -> OptionParser:
-    parser = OptionParser(
-        prog="apppot_start.py", add_help=False, allow_abbrev=False,
-        usage="apppot_start.py [option...] [command [argument...]]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Run a command in a Linux appliance (a disk image) under User-Mode Linux, as an ordinary process.\n"
-                    "Options end at the first word that is not one. Without a command: ./apppot-run in the job\n"
-                    "directory, else ~/apppot-autorun in the appliance, else a login shell.",
-        epilog="""\
+DESCRIPTION = """\
+Run a command in a Linux appliance (a disk image) under User-Mode Linux, as an ordinary process.
+Options end at the first word that is not one. Without a command: ./apppot-run in the job
+directory, else ~/apppot-autorun in the appliance, else a login shell."""
+EPILOG = """\
 environment of the command:
   The guest gets the caller's batch-system variables (SLURM_*, SLURMD_*, PBS_*, SGE_*, JOB_*, _CONDOR_*, LSB_*,
   NSLOTS, NHOSTS, NQUEUES, PE, QUEUE, RESTARTED) and OMP_*, TERM, TZ, LANG, LANGUAGE, LC_*; nothing else unless
@@ -3051,8 +3047,10 @@ memory and CPUs:
 
 exit status:
   that of the command, 128+N if signal N killed it; 124 --timeout is over, 125 AppPot failed,
-  126 the command cannot be executed, 127 it was not found.""")
-    add = parser.add_argument_group("appliance").add_argument
+  126 the command cannot be executed, 127 it was not found."""
+
+
+def add_appliance_options(add: Callable[..., Any]) -> None:
     add("--image", "--apppot", metavar="PATH", help="disk image, or COW:BASE to keep the changes in the file COW")
     add("--kernel", "--linux", "--uml", metavar="PATH", help="User-Mode Linux kernel")
     add("--write", action="store_true", help="boot the image itself read-write instead of a throw-away copy-on-write")
@@ -3071,19 +3069,23 @@ exit status:
     add("--force-changes", action="store_true", help="even one that was made for another base")
     add("--save-changes", metavar="FILE", help="when the command has ended, write a changes file: all that differs "
         "from the base, what --changes merged included")
-    add = parser.add_argument_group("command").add_argument
+
+
+def add_command_options(add: Callable[..., Any]) -> None:
     add("--root", action="store_true", help="run the command as the guest's root")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]",
         help="set a variable, or pass the caller's; repeatable")
     add("--clean-env", action="store_true", help="pass no variable but those of --env")
     add("-B", "--bind", action="append", default=[], metavar="SRC[:DST[:ro]]",
         help="show a file or directory of this machine in the guest, at DST or the same path; repeatable")
-    add("--no-job-dir", dest="job_dir", action="store_false", help="do not; the command starts in its home directory")
+    add("--no-job-dir", dest="job_dir", action="store_false", help="show no job directory; the command starts in its home")
     add("-t", dest="terminal", action="store_true", default=None,
         help="give the command a terminal, whatever the caller has (default: for what is a terminal here)")
     add("-T", dest="terminal", action="store_false", help="give it pipes, even in a terminal")
     add("--cwd", metavar="DIR", help="start in DIR of the guest; relative to the job directory (default: that itself)")
-    add = parser.add_argument_group("network").add_argument
+
+
+def add_network_options(add: Callable[..., Any]) -> None:
     add("--net", default="auto", choices=("auto", SLIRP4NETNS, SLIRP, "none"), help="the helper that connects the "
         "guest, as the caller would be: auto takes slirp4netns, else slirp, if there is one; none leaves no way out")
     add("--slirp", metavar="PATH", help="the helper's program, of either kind")
@@ -3092,19 +3094,34 @@ exit status:
     add("--lan", nargs="?", const="", metavar="GROUP:PORT", help="join the guests that give the same multicast group, "
         "by default those of the same batch job, in a network of their own (eth1); APPPOT_LAN_ADDRESS tells where")
     add("--lan-address", metavar="ADDRESS[/PREFIX]", help="the guest's address in it (default: a random one)")
-    add = parser.add_argument_group("run").add_argument
+
+
+def add_run_options(add: Callable[..., Any]) -> None:
     add("--timeout", metavar="S", help="end the command after S seconds (s, m, h, d may follow) with status 124")
     add("--boot-timeout", default="120", metavar="S", help="give up a guest that does not start (default 120)")
     add("--kill-after", default="10", metavar="S",
         help="kill a command that lives S seconds after SIGTERM; 0: never (default 10)")
     add("--tmpdir", metavar="DIR", help="temporary files (default: the batch system's, TMPDIR, /tmp, /var/tmp)")
     add("--dry-run", action="store_true", help="check everything, print the kernel's command line, start nothing")
-    add = parser.add_argument_group("information").add_argument
+
+
+def add_information_options(add: Callable[..., Any]) -> None:
     add("--doctor", action="store_true", help="tell what a run needs and whether it is here, a line each")
     add("--boot", action="store_true", help="with --doctor: also boot once")
     add("-v", "--verbose", action="store_true", help="show the steps and the guest's console on stderr")
     add("-V", "--version", action="store_true", help="print the version")
     add("-h", "--help", action="store_true", help="print this text")
+
+
+def build_parser() -> OptionParser:
+    parser = OptionParser(
+        prog="apppot_start.py", add_help=False, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG,
+        usage="apppot_start.py [option...] [command [argument...]]",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    for title, add_options in (
+            ("appliance", add_appliance_options), ("command", add_command_options), ("network", add_network_options),
+            ("run", add_run_options), ("information", add_information_options)):
+        add_options(parser.add_argument_group(title).add_argument)
     return parser
 
 

@@ -117,6 +117,11 @@ def test_a_home_may_be_bound_and_keeps_no_link(any_node):
     assert os.listdir(home) == ["file"]
 
 
+def test_a_mount_over_the_job_directory_is_no_failure(node):
+    result = node.run("--root", "sh", "-c", f"echo {NONCE} > made; mount --bind /mnt {node.root}")
+    assert (result.returncode, result.stderr, (node.job / "made").read_text()) == (0, b"", NONCE + "\n")
+
+
 def test_no_job_dir_shows_nothing_of_it(any_node):
     (any_node.job / "apppot-run").write_text("echo wrong\n")
     result = any_node.run("--no-job-dir", "sh", "-c", f"pwd; echo ~; ls -A ~/job {any_node.job}; mount -t hostfs")

@@ -410,17 +410,17 @@ def test_mounts_are_neither_saved_nor_deleted_nor_entered(place):
     root = appliance(place)
     assert snap("base", "--root", root).returncode == 0
     script = f"""
-        mkdir -p {root}/work/job
-        mount -t tmpfs none {root}/work/job; mount -t tmpfs none {root}/etc
-        echo mine > {root}/etc/one; echo mine > {root}/work/job/file
+        mkdir -p {root}/task/job
+        mount -t tmpfs none {root}/task/job; mount -t tmpfs none {root}/etc
+        echo mine > {root}/etc/one; echo mine > {root}/task/job/file
         {sys.executable} {TOP}/changes.py changes --root {root} {place}/c.tar.gz
         {sys.executable} {TOP}/changes.py apply {place}/evil.tar.gz {root}
-        cat {root}/etc/one; ls {root}/etc {root}/work/job"""
-    make_layer(place / "evil.tar.gz", [("etc/one", b"theirs"), ("etc/new", b""), ("work/.wh.job", b""),
-                                       (".wh.etc", b""), ("work/job/x", b""), ("usr/x", b"1")])  # fmt: skip
+        cat {root}/etc/one; ls {root}/etc {root}/task/job"""
+    make_layer(place / "evil.tar.gz", [("etc/one", b"theirs"), ("etc/new", b""), ("task/.wh.job", b""),
+                                       (".wh.etc", b""), ("task/job/x", b""), ("usr/x", b"1")])  # fmt: skip
     result = subprocess.run(["unshare", "-m", "sh", "-ec", script], capture_output=True, check=True)
     assert [name for name in names_in(place / "c.tar.gz") if "apppot" not in name] == ["."]
-    assert result.stdout.split() == [b"mine", f"{root}/etc:".encode(), b"one", f"{root}/work/job:".encode(), b"file"]
+    assert result.stdout.split() == [b"mine", f"{root}/etc:".encode(), b"one", f"{root}/task/job:".encode(), b"file"]
     assert result.stderr.count(b"warning: ") == 5 and (root / "usr/x").read_text() == "1"
 
 

@@ -177,7 +177,6 @@ def test_a_background_run_that_reads_waits_for_the_foreground(shell):
 
 
 def test_bg_lets_a_stopped_run_go_on_without_the_terminal(shell):
-    (shell.node.job / "go").unlink(missing_ok=True)
     script = "echo up; until [ -e go ]; do sleep 0.1; done; echo done; read line; echo got $line"
     shell.type(command_line(shell.node, "bash", "-c", script) + "\n")
     shell.expect(r"up\r\n")
