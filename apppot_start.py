@@ -1565,7 +1565,7 @@ def list_children(pid: int) -> List[int]:
     try:
         with open("/proc/{0}/task/{0}/children".format(pid)) as file:
             return [int(word) for word in file.read().split()]
-    except FileNotFoundError:                     # a kernel without CONFIG_PROC_CHILDREN
+    except OSError:                               # a kernel without CONFIG_PROC_CHILDREN, or it has ended
         every = [int(name) for name in os.listdir("/proc") if name.isdigit()]
         return [child for child in every if read_process(child)[1] == pid]
 
@@ -2157,6 +2157,23 @@ def ask_mconsole(directory: str, umid: str, command: bytes) -> None:
                 os.close(place)
 
 
+def resume_guest(supervisor: int, directory: str, umid: str) -> None:
+    """Let a suspended guest go on, when nothing of it can meet a SIGSTOP any more.
+
+    A batch system continues one process after the other. A traced process keeps its SIGSTOP pending until its own
+    SIGCONT; woken before that it would show the stop to its tracer, which panics. So this continues them all first.
+    """
+    pids = [supervisor]
+    for pid in pids:
+        pids += list_children(pid)
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:                # it has ended meanwhile
+            pass
+    ask_mconsole(directory, umid, b"go")
+
+
 def start_by_empty(spec: RunSpec, argv: List[str], launch: Launch) -> Optional[Tuple[int, int]]:
     """Start `empty` with the kernel; pids of the kernel and of `empty`, None if that cannot be had.
 
@@ -2281,7 +2298,10 @@ def watch_kernel(pids: Tuple[int, int], umid: str, lifeline: int, wakeup: int, c
         check_helper()
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
-            ask_mconsole(".", umid, b"stop" if suspended else b"go")
+            if suspended:
+                ask_mconsole(".", umid, b"stop")
+            else:
+                resume_guest(os.getpid(), ".", umid)
         rounds_with_corpse = rounds_with_corpse + 1 if has_dead_helper(kernel) else 0
         if rounds_with_corpse * WATCH_INTERVAL_S >= 1:
             return "helper"
@@ -2865,7 +2885,7 @@ class Session:
         # The supervisor sees to that, too, but later, and SIGSTOP of everything may be near.
         ask_mconsole(self._machine.directory, self._spec.umid, b"stop")
         os.kill(os.getpid(), signal.SIGSTOP)
-        ask_mconsole(self._machine.directory, self._spec.umid, b"go")
+        resume_guest(self._machine.supervisor, self._machine.directory, self._spec.umid)
         if self.stdio.terminal:
             self._resume(self.stdio.terminal)
 
