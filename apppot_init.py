@@ -66,6 +66,7 @@ CAP_SYS_ADMIN = 21
 SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # include/uapi/linux/sockios.h
 IFF_UP, IFF_RUNNING = 0x1, 0x40                                # include/uapi/linux/if.h
 RTF_UP, RTF_GATEWAY = 0x1, 0x2                                 # include/uapi/linux/route.h
+EXT4_IOC_RESIZE_FS = 0x40086610      # fs/ext4/ext4.h: _IOW('f', 16, __u64), the number of blocks
 RESOLV_CONF = "/etc/resolv.conf"
 MOUNTS = (                           # source, target, type, flags, options
     ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
@@ -132,6 +133,7 @@ class Job(NamedTuple):
     window: bytes                    # empty: no terminal
     foreground: bool                 # the command has the terminal from its start
     persistent: bool                 # the root file system outlives the run
+    disk_bytes: int                  # what it is to grow to; 0: nothing
     interfaces: Tuple[Interface, ...] = ()
     gateway: bytes = b""             # empty: no way out
     nameserver: bytes = b""
@@ -197,6 +199,7 @@ def parse_job(payload: bytes) -> Job:
         umask=int(one(b"umask")), ignored_signals=tuple(int(number) for number in fields.get(b"ignore", [])),
         stdio=one(b"stdio"), modes=bytes.fromhex(one(b"modes").decode()), window=bytes.fromhex(one(b"window").decode()),
         foreground=one(b"foreground") == b"1", persistent=one(b"persistent") == b"1",
+        disk_bytes=int(one(b"disk") or b"0"),
         interfaces=tuple(parse_interface(name, value) for name, value in pairs(b"interface")),
         gateway=parse_address(one(b"gateway")), nameserver=one(b"nameserver"), lan_address=one(b"lan"))
 
@@ -266,6 +269,18 @@ def prepare_system() -> None:
     raise_loopback()
     with open("/proc/sys/kernel/ctrl-alt-del", "w") as file:   # send PID 1 a SIGINT; do not reboot at once
         file.write("0")
+
+
+def grow_root(size: int) -> None:
+    """Let the root file system have `size` bytes of its device, as resize2fs does with a mounted one."""
+    root = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(root, EXT4_IOC_RESIZE_FS, struct.pack("Q", size // os.statvfs("/").f_frsize))
+    except OSError as error:
+        raise Fatal("root file system cannot grow to {} MiB: {}".format(size >> 20, error.strerror),
+                    "run without --disk, or make a larger image: make image IMAGE_SIZE=")
+    finally:
+        os.close(root)
 
 
 def prefer_command() -> None:
@@ -1156,6 +1171,8 @@ def run_job(channel: Channel, wakeup: int) -> None:
         greet(channel)
         prepare_system()
         job = wait_for_job(channel)
+        if job.disk_bytes:
+            grow_root(job.disk_bytes)
         if job.layers:
             merge_layers(job, channel)
         own_files = OwnFiles(job) if job.save else None
