@@ -225,20 +225,24 @@ def measure_many(count: int) -> List[List[str]]:
     return [["{} runs of `true` at once, per run".format(count), "{:.2f} s".format(seconds(run_all) / count), ""]]
 
 
-# In the guest: a tree of COUNT files and MIB MiB, three quarters text, is saved and merged by both ways in turns.
+# In the guest: a tree of COUNT files and MIB MiB, three quarters text, is saved and merged by both ways. They alternate,
+# each goes first in every other round, and each finds what it reads in memory and nothing left to be written.
 CHANGES_SCRIPT = r"""
 import os, random, subprocess, sys, time
 count, size, repeat = int(sys.argv[1]), int(sys.argv[2]) << 20, int(sys.argv[3])
-EXCLUDE = " ".join("--exclude=./" + name for name in "proc sys dev run tmp var/cache var/lib/apppot".split())
-SAVE = "tar -C / --one-file-system %s --listed-incremental=/run/state%s -c%sf %s . 2>/dev/null || true"
+SAVE = "tar -C / --one-file-system --exclude=./proc --exclude=./sys --exclude=./dev --exclude=./run --exclude=./tmp \
+    --exclude=./var/cache --exclude=./var/lib/apppot --listed-incremental=/run/%s -c%sf %s . 2>/dev/null || true"
+OURS, THEIRS = "/var/cache/ours.tar.gz", "/var/cache/theirs.tar.gz"
+WAYS = [  # what, how, what comes before, command
+    ("save", "apppot-snap", "rm -f " + OURS, "apppot-snap changes " + OURS),
+    ("save", "GNU tar", "rm -f %s; cp /run/state /run/state2" % THEIRS, SAVE % ("state2", "z", THEIRS)),
+    ("merge", "apppot-snap", "rm -rf /data; cat %s > /dev/null" % OURS, "apppot-snap merge " + OURS),
+    # Of /data alone: incremental extraction removes what the archive does not list, in host directories, too.
+    ("merge", "GNU tar", "rm -rf /data; cat %s > /dev/null" % THEIRS,
+     "tar -C / --listed-incremental=/dev/null -xzf %s ./data" % THEIRS)]
 def sh(command):
     subprocess.run(command, shell=True, check=True)
-def seconds(command):
-    os.sync()
-    start = time.monotonic()
-    sh(command)
-    return time.monotonic() - start
-sh(SAVE % (EXCLUDE, "", "", "/dev/null"))
+sh(SAVE % ("state", "", "/dev/null"))
 sh("apppot-snap base")
 chance = random.Random(1)
 words = [b"%x" % chance.getrandbits(40) for _ in range(4000)]
@@ -250,40 +254,56 @@ for number in range(count):
     start = chance.randrange(len(text) - length)
     with open(directory + "/%d" % number, "wb") as file:
         file.write(text[start:start + length * 3 // 4] + noise[:length // 4])
-for _ in range(repeat):
-    print("save", seconds("apppot-snap changes /var/cache/ours.tar.gz"), flush=True)
-    sh("cp /run/state /run/state2")
-    print("save-tar", seconds(SAVE % (EXCLUDE + " --exclude=./run", "2", "z", "/var/cache/theirs.tar.gz")), flush=True)
-for _ in range(repeat):
-    sh("rm -rf /data")
-    print("merge", seconds("apppot-snap merge /var/cache/ours.tar.gz"), flush=True)
-    sh("rm -rf /data")
-    # Of /data alone: incremental extraction removes what the archive does not list, in host directories, too.
-    print("merge-tar", seconds("tar -C / --listed-incremental=/dev/null -xzf /var/cache/theirs.tar.gz ./data"), flush=True)
+for pair in WAYS[:2], WAYS[2:]:
+    for turn in range(repeat):
+        for what, how, before, command in pair[::-1 if turn % 2 else 1]:
+            sh(before)
+            os.sync()
+            start = time.monotonic()
+            sh(command)
+            print(what, time.monotonic() - start, how, sep="\t", flush=True)
 """
 
 
-def measure_changes(count: int, size_mib: int, repeat: int) -> List[List[str]]:
+def measure_changes(kernel: str, cpus: str, count: int, size_mib: int, repeat: int) -> List[List[str]]:
     """Saving and merging, beside GNU tar as the original used it, in the same appliance and run."""
+    options = ["--kernel", kernel, "--cpus", cpus, "--root", "--mem", "3G", "python3", "-c", CHANGES_SCRIPT]
     with tempfile.TemporaryDirectory() as directory:           # for the guest to find nothing else of the host
         output = subprocess.run(
-            RUNNER + ["--root", "python3", "-c", CHANGES_SCRIPT, str(count), str(size_mib), str(repeat)],
+            RUNNER + options + [str(number) for number in (count, size_mib, repeat)],
             cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             check=True,
         ).stdout.decode()
-    times: Dict[str, List[float]] = {}
-    for line in output.splitlines():
-        name, value = line.split()
-        times.setdefault(name, []).append(float(value))
+    lines = [line.split("\t") for line in output.splitlines()]
     rows = []
     for name, goal in (("save", 0.7), ("merge", 1.0)):
-        ratio = statistics.median(times[name]) / statistics.median(times[name + "-tar"])
-        what = "{} {} files, {} MiB".format(name, count, size_mib)
-        rows.append([what + ": GNU tar", show(times[name + "-tar"]), ""])
-        rows.append([what + ": apppot-snap", show(times[name]),
-                     "{:.2f} of GNU tar; goal {}: {}".format(ratio, goal, verdict(ratio <= goal))])  # fmt: skip
+        ours, theirs = (
+            [float(value) for what, value, how in lines if (what, how) == (name, way)]
+            for way in ("apppot-snap", "GNU tar")
+        )
+        ratios = [one / other for one, other in zip(ours, theirs)]
+        what = "{} {} files, {} MiB, {}".format(name, count, size_mib, describe_guest(kernel, cpus))
+        rows.append([what + ": GNU tar", show(theirs), ""])
+        rows.append([what + ": apppot-snap", show(ours),
+                     "{}; goal {}: {}".format(show(ratios, "of GNU tar"), goal, verdict(statistics.median(ratios) <= goal))])  # fmt: skip
+    return rows
+
+
+def describe_guest(kernel: str, cpus: str) -> str:
+    version = subprocess.run([kernel, "--version"], stdout=subprocess.PIPE).stdout.decode().strip()
+    return "{}, {} CPU{}".format(version, cpus, "s" if cpus != "1" else "")
+
+
+def measure_all_changes(repeat: int) -> List[List[str]]:
+    """With the kernel chosen and with Debian's; with a second CPU where the kernel has more than one."""
+    rows = []
+    for kernel in sorted({KERNEL, shutil.which("linux.uml") or KERNEL}):
+        config = subprocess.run([kernel, "--showconfig"], stdout=subprocess.PIPE).stdout
+        for cpus in ("1", "2") if b"CONFIG_SMP=y" in config else ("1",):
+            rows += measure_changes(kernel, cpus, 5000, 100, repeat)
+            rows += measure_changes(kernel, cpus, 50000, 500, max(2, repeat // 2))
     return rows
 
 
@@ -309,7 +329,7 @@ def main(argv: List[str]) -> int:
         return 2
     few = max(1, options.repeat // 2)
     rows = measure_start(options.repeat) + measure_streams(few) + measure_network(few) + measure_many(16)
-    rows += measure_changes(5000, 100, few) + measure_changes(50000, 500, 1)
+    rows += measure_all_changes(options.repeat)
     table = "\n".join(
         ["| what | median (range) | |", "|---|---|---|"] + ["| " + " | ".join(row) + " |" for row in rows]
     )
