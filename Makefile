@@ -9,7 +9,7 @@
 ##   make stage    build/stage/, the three files to copy into a job, and apppot-stage.tar of them
 ##   make mpi-image
 ##                 build/mpi.img, the same with Open MPI, for a test
-##   make bench    what a run costs, by phase
+##   make bench    what a run costs, by phase and beside other tools; 15 minutes
 ##   make deps     install the Debian packages that the targets above use
 ##   make clean    remove build/
 ##
@@ -51,6 +51,8 @@ KERNEL_DEPS := gcc:gcc binutils:ld bc:bc flex:flex bison:bison xz-utils:xz
 RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml) slirp4netns:slirp4netns
 TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl \
               umoci:umoci buildah:buildah
+BENCH_DEPS := proot:proot bubblewrap:bwrap charliecloud-runtime:ch-run qemu-system-x86:qemu-system-x86_64 \
+              busybox-static:busybox cpio:cpio gnuplot-nox:gnuplot
 TEST_DEPS  := python3-pytest python3-hypothesis
 
 SHELL       := /bin/bash
@@ -72,7 +74,7 @@ export APPPOT_KERNEL := $(abspath $(KERNEL))
 endif
 
 .PHONY: help demo check image mpi-image kernel stage bench clean FORCE
-.PHONY: deps deps-build deps-kernel deps-run deps-tools deps-test
+.PHONY: deps deps-build deps-kernel deps-run deps-tools deps-bench deps-test
 
 help:
 	@sed -n 's/^## \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -111,7 +113,7 @@ check: deps-build deps-run deps-tools deps-test image mpi-image stage
 	for part in $$(seq $(JOBS)); do cat "build/check-$$part.log"; done
 	exit $$status
 
-bench: deps-build deps-run deps-tools image
+bench: deps-build deps-run deps-tools deps-bench image kernel
 	$(PYTHON) tests/bench.py
 
 clean:
@@ -119,7 +121,7 @@ clean:
 
 # ---- packages ----------------------------------------------------------------------------------------------------
 
-deps: deps-build deps-kernel deps-run deps-tools deps-test
+deps: deps-build deps-kernel deps-run deps-tools deps-bench deps-test
 
 # The shell variable `missing` holds package names.
 define install_missing
@@ -139,7 +141,8 @@ deps-build: deps_wanted = $(BUILD_DEPS)
 deps-kernel: deps_wanted = $(KERNEL_DEPS)
 deps-run:   deps_wanted = $(RUN_DEPS)
 deps-tools: deps_wanted = $(TOOL_DEPS)
-deps-build deps-kernel deps-run deps-tools:
+deps-bench: deps_wanted = $(BENCH_DEPS)
+deps-build deps-kernel deps-run deps-tools deps-bench:
 	@missing=
 	for dep in $(deps_wanted); do
 	    command -v "$${dep#*:}" >/dev/null || missing+=" $${dep%:*}"
