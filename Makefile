@@ -287,7 +287,8 @@ endef
 export BOOTSTRAP COMPOSE RECORD BUILD_KERNEL
 
 # ---- the cache ---------------------------------------------------------------------------------------------------
-# For the recipes that fill it. One build at a time; whatever is in $$tmp under the lock was left by one that was killed.
+# For the recipes that fill it. One build of a kind at a time; whatever is in $$tmp under the lock was left by one that
+# was killed.
 
 define WITH_CACHE
 say() { echo "make: $$*"; }
@@ -296,8 +297,8 @@ die() { echo "make: error: $$1" >&2; echo "make: hint: $$2" >&2; exit 1; }
 enter_cache() {
     mkdir -p "$(CACHE)" $(@D)
     cache=$$(cd "$(CACHE)" && pwd)
-    export tmp=$$cache/tmp
-    exec 9> "$$cache/lock"
+    export tmp=$$cache/tmp-$$1
+    exec 9> "$$cache/lock-$$1"
     flock -n 9 || { say "waiting for another make"; flock 9; }
     $(AS_ROOT) true || die "this machine lets ordinary users have no user namespace to build in" \
         "run 'sudo make $(MAKECMDGOALS)', or add ranges for $$(id -un) to /etc/subuid and /etc/subgid (man subuid)"
@@ -363,7 +364,7 @@ $(IMAGE): FORCE deps-build deps-run
 	is_built() { [ -e $@ ] && [ "$$(cat $@.key 2>/dev/null)" = "$$image_key" ]; }
 	if is_built; then say "$@ is up to date"; exit; fi
 	[ ! -e $@ ] || [ -e $@.key ] || die "$@ exists and was not made here" "remove it, or give another IMAGE"
-	enter_cache
+	enter_cache image
 	if is_built; then exit; fi
 	export rootfs=$$cache/rootfs-$$rootfs_key.tar
 	image=$$cache/image-$$image_key
@@ -419,7 +420,7 @@ build/linux: FORCE deps-kernel
 	@$(WITH_CACHE)
 	key=$$({ uname -m; gcc -dumpfullversion; echo "$(KERNEL_SUITE) $$BUILD_KERNEL"; } | sha256sum | cut -c 1-16)
 	if [ -e $@ ] && [ "$$(cat $@.key 2>/dev/null)" = "$$key" ]; then say "$@ is up to date"; exit; fi
-	enter_cache
+	enter_cache kernel
 	list_sources $(KERNEL_SUITE) | head -n 1 > "$$tmp/sources.list"
 	mkdir -p "$$tmp"/{state/lists,cache/archives}/partial
 	for setting in Etc::sourcelist=$$tmp/sources.list Etc::sourceparts=/dev/null State=$$tmp/state Cache=$$tmp/cache; do

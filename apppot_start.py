@@ -2469,20 +2469,38 @@ def close_all_but(keep: Set[int]) -> None:
 
 # --- Relaying -----------------------------------------------------------------------------------------------
 
-class OutputWriter(threading.Thread):
+class Worker(threading.Thread):
+    """A thread that does its work and then waits for the process to end.
+
+    Up to Python 3.8 a thread ends by pthread_exit(3), which wants a library (libgcc_s.so.1) that a node may lack.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.finished = threading.Event()
+
+    def run(self) -> None:
+        self.work()
+        self.finished.set()
+        threading.Event().wait()
+
+    def work(self) -> None:
+        raise NotImplementedError
+
+
+class OutputWriter(Worker):
     """Writes one output stream to the caller's descriptor, which may block as long as it likes.
 
     A thread, because a descriptor that belongs to the caller must not be made non-blocking.
     """
 
     def __init__(self, session: "Session", kind: int, descriptor: int) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._session, self._kind, self._descriptor = session, kind, descriptor
         self._queue: Deque[Optional[bytes]] = collections.deque()
         self._filled = threading.Semaphore(0)
         self._received = self._written = 0        # pieces
         self.error: Optional[OSError] = None
-        self.finished = False
 
     @property
     def is_idle(self) -> bool:
@@ -2493,7 +2511,7 @@ class OutputWriter(threading.Thread):
         self._queue.append(content)
         self._filled.release()
 
-    def run(self) -> None:
+    def work(self) -> None:
         written = 0
         while True:
             self._filled.acquire()
@@ -2507,7 +2525,7 @@ class OutputWriter(threading.Thread):
             if written >= ACK_STEP or not self._queue:
                 self._session.post(encode_frame(ACK, struct.pack("<BI", self._kind, written)))
                 written = 0
-        self.finished = True
+        self.finished.set()                       # before the session looks
         self._session.wake()
 
     def _write(self, content: bytes) -> None:
@@ -2526,11 +2544,11 @@ class OutputWriter(threading.Thread):
             self._session.post(encode_frame(OUTPUT_CLOSED, bytes([self._kind])))
 
 
-class InputReader(threading.Thread):
+class InputReader(Worker):
     """Reads the caller's stdin, no further ahead of the command than STDIN_WINDOW bytes."""
 
     def __init__(self, session: "Session", spool: str) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._session, self._spool = session, spool
         self._room = STDIN_WINDOW
         self._changed = threading.Condition()
@@ -2564,10 +2582,10 @@ class InputReader(threading.Thread):
         """Leave a file where the command stopped reading, so that the next reader of a shell loop goes on there."""
         if self._start_offset is not None and self.ident is not None:
             self.stop()
-            self.join()
+            self.finished.wait()
             os.lseek(0, self._start_offset + consumed, os.SEEK_SET)
 
-    def run(self) -> None:
+    def work(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTIN])     # a background read then fails with EIO
         try:
             while self._wait_for_room():
@@ -3011,7 +3029,7 @@ class Session:
             self._result = Result(EXIT_FAILED, self._explain_end())
         if self._reader.failure:
             self._result = Result(EXIT_FAILED, self._reader.failure)
-        if self._told and (not self._running or all(writer.finished for writer in self._writers.values())):
+        if self._told and (not self._running or all(writer.finished.is_set() for writer in self._writers.values())):
             self._result = self._told
             for writer in self._writers.values():
                 if writer.error and writer.error.errno not in (errno.EPIPE, errno.EIO):     # EIO: terminal hung up
