@@ -114,7 +114,8 @@ KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD, KERNEL_NETWORK_FD = 3, 4, 
 KERNEL_LEASH_FDS = 28, 29            # spawn_kernel() uses the numbers from 32 on
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38      # include/uapi/linux/prctl.h
+# include/uapi/linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 # include/uapi/linux/landlock.h; the numbers of the system calls are the same on every machine.
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
@@ -2589,6 +2590,26 @@ def spool(directory: str, name: str, content: bytes) -> bytes:
 class Result(NamedTuple):
     status: int
     failure: Optional[Fatal] = None
+    signal: int = 0                  # what the command died of, and AppPot is to die of
+
+
+def killed_by(number: int) -> Result:
+    return Result(128 + number, signal=number)
+
+
+def die_of(number: int) -> None:
+    """End as the command did: a batch system tells death by a signal from a status of 128 and more, a shell does not.
+
+    Returns where that cannot be, as for process 1 of a container.
+    """
+    call_libc("prctl", PR_SET_DUMPABLE, 0)        # the core that counts is the guest's
+    try:
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+        os.kill(os.getpid(), number)
+    except (OSError, ValueError):                 # those that the C library keeps for itself
+        pass
 
 
 class Session:
@@ -2892,7 +2913,7 @@ class Session:
             return Result(int(fields[b"status"][0]), Fatal(fields[b"error"][0].decode(), fields[b"hint"][0].decode()))
         self._reader.restore_offset(int(fields[b"stdin"][0]))
         if b"signal" in fields:
-            return Result(128 + int(fields[b"signal"][0]))
+            return killed_by(int(fields[b"signal"][0]))
         return Result(int(fields[b"exit"][0]))
 
     def _take_report(self) -> None:
@@ -2934,7 +2955,7 @@ class Session:
     def _forward_signal(self, number: int) -> None:
         if not self._running or self._told:       # nothing to forward to: die of it, as any program would
             if number not in self._spec.ignored_signals:
-                self._result = Result(128 + number)
+                self._result = killed_by(number)
             return
         if number == signal.SIGTERM and self._terminating:
             self._expire("kill")
@@ -2960,7 +2981,7 @@ class Session:
             self._deadlines["end"] = time.monotonic() + KILL_GRACE_S
             self.post(encode_frame(SIGNAL, bytes([signal.SIGKILL])))
         elif name == "end":
-            self._result = Result(128 + signal.SIGKILL)
+            self._result = killed_by(signal.SIGKILL)
 
     def _fail(self, message: str, hint: str) -> None:
         self._result = Result(EXIT_FAILED, Fatal(message, hint))
@@ -3495,6 +3516,8 @@ def main(argv: List[str]) -> int:
         result = run(spec, started)
         if result.failure:
             report(result.failure)
+        if result.signal:
+            die_of(result.signal)
         return result.status
     except Fatal as fatal:
         return report(fatal)

@@ -40,7 +40,7 @@ def test_a_guest_is_found_by_its_name(any_node, home):
     assert re.match(r"OK Linux apppot \d+\.\d+\.\d+", ask(any_node, "frodo", "version"))
     assert "HELP" in ask(any_node, "frodo", "sysrq", "h")
     process.terminate()
-    assert any_node.finish(process) == (143, b"", b"")
+    assert any_node.finish(process) == (-signal.SIGTERM, b"", b"")
 
 
 @pytest.mark.parametrize("home", [None, "/no/such", "/proc", "relative"])
@@ -53,7 +53,7 @@ def test_without_a_home_it_is_found_by_the_path_that_v_tells(any_node, home):
     assert path.startswith(str(any_node.scratch)) and path.endswith("/frodo/mconsole")
     assert "OK Linux" in ask(any_node, path, "version")
     process.terminate()
-    assert any_node.finish(process)[0] == 143
+    assert any_node.finish(process)[0] == -signal.SIGTERM
 
 
 def test_without_a_name_no_link_is_made(any_node, home):
@@ -121,7 +121,7 @@ def test_a_command_that_ignores_cad_is_killed_after_its_time(any_node, home):
     process = any_node.start_ready(stubborn, "--id", "frodo", "--kill-after", "0.5")
     assert process.stdout.readline() == b"deaf\n"
     ask(any_node, "frodo", "cad")
-    assert any_node.finish(process) == (137, b"", b"")
+    assert any_node.finish(process) == (-signal.SIGKILL, b"", b"")
 
 
 @pytest.mark.parametrize("command, words", [("halt", "ended before the command"), ("reboot", "reboot")])

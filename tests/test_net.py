@@ -446,7 +446,7 @@ def test_a_guest_s_web_server_is_published_beside_another_port(any_node):
     fetched = subprocess.run(["curl", "-sS", f"http://127.0.0.1:{web}/"], capture_output=True, timeout=DEADLINE_S)
     assert fetched.stdout.decode() == NONCE, fetched.stderr
     process.terminate()
-    assert any_node.finish(process)[0] == 143
+    assert any_node.finish(process)[0] == -signal.SIGTERM
 
 
 def test_a_port_that_cannot_be_had_is_refused_before_the_boot(kernel, image):
@@ -552,7 +552,7 @@ def test_guests_of_other_groups_do_not_meet(lan_node, lan):
     other = lan_node.start("--lan=" + group(), "--lan-address", "10.9.0.2/24", "sh", "-c", talk, wrap=lan)
     assert lan_node.finish(other)[1] == b"none\n"
     server.terminate()
-    assert lan_node.finish(server)[0] == 143
+    assert lan_node.finish(server)[0] == -signal.SIGTERM
 
 
 @needs_root
