@@ -109,6 +109,7 @@ SKIPPED_AT_BOOT = "initcall_blacklist=raid6_select_algo,calibrate_xor_blocks"
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
+OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
 KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD, KERNEL_NETWORK_FD = 3, 4, 5, 30
 KERNEL_LEASH_FDS = 28, 29            # spawn_kernel() uses the numbers from 32 on
@@ -2912,6 +2913,9 @@ class Session:
         if b"error" in fields:
             return Result(int(fields[b"status"][0]), Fatal(fields[b"error"][0].decode(), fields[b"hint"][0].decode()))
         self._reader.restore_offset(int(fields[b"stdin"][0]))
+        if OUT_OF_MEMORY in self._console:
+            self._warn("guest was out of memory, of which it has {}, and killed a process; ask the batch system for "
+                       "more, or with --mem".format(format_mib(self._spec.mem_mib)))
         if b"signal" in fields:
             return killed_by(int(fields[b"signal"][0]))
         return Result(int(fields[b"exit"][0]))
@@ -3122,6 +3126,8 @@ def add_run_options(add: Callable[..., Any]) -> None:
     add("--boot-timeout", default="120", metavar="S", help="give up a guest that does not start (default 120)")
     add("--kill-after", default="10", metavar="S",
         help="kill a command that lives S seconds after SIGTERM; 0: never (default 10)")
+    add("--die-with-parent", action="store_true",
+        help="end as by SIGTERM when the process that started this one ends, which batch systems may not tell")
     add("--tmpdir", metavar="DIR", help="temporary files (default: the batch system's, TMPDIR, /tmp, /var/tmp)")
     add("--dry-run", action="store_true", help="check everything, print the kernel's command line, start nothing")
 
@@ -3494,8 +3500,15 @@ def examine(options: argparse.Namespace, command: Tuple[str, ...]) -> int:
     return status
 
 
+def follow_parent(parent: int) -> None:
+    if call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+        raise Fatal("--die-with-parent cannot be had: this Python has no ctypes", "leave it out")
+    if os.getppid() != parent:                    # it ended meanwhile
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(argv: List[str]) -> int:
-    started = time.time()
+    started, parent = time.time(), os.getppid()
     open_standard_descriptors()
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C is no traceback
@@ -3509,6 +3522,8 @@ def main(argv: List[str]) -> int:
             return 0
         if options.doctor or options.boot:
             return examine(options, command)
+        if options.die_with_parent:
+            follow_parent(parent)
         spec = build_spec(options, command)
         if options.dry_run:
             print(" ".join(shlex.quote(word) for word in build_command_line(spec, name_disk(spec, None))), flush=True)

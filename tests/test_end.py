@@ -97,6 +97,28 @@ def signal_all(node, number):
             os.kill(pid, number)
 
 
+@both_carriers
+def test_a_run_ends_with_its_parent_where_asked_to(any_node):
+    # The shell is killed, as by a batch system that knows no other process of the job.
+    wrap = ("bash", "-c", '"$@" & wait', "-")
+    script = "trap 'echo told; exit' TERM; echo ready; while :; do sleep 0.1; done 2> /dev/null"
+    process = any_node.start("--die-with-parent", "bash", "-c", script, wrap=wrap)
+    assert process.stdout.readline() == b"ready\n"
+    process.kill()
+    assert process.stdout.read() == b"told\n"
+    any_node.wait_until_gone(5)
+
+
+def test_a_parent_that_lives_is_no_matter(node):
+    assert node.run("--die-with-parent", "sh", "-c", "exit 3").returncode == 3
+
+
+def test_a_guest_that_runs_out_of_memory_says_so(node):
+    result = node.run("--mem", "128M", "tail", "/dev/zero")
+    assert result.returncode == -signal.SIGKILL
+    assert result.stderr.startswith(b"apppot: warning: guest was out of memory, of which it has 128 MiB")
+
+
 # --- Suspend and resume -------------------------------------------------------------------------------------
 
 WORK = "for i in 1 2 3 4 5 6 7 8; do sha256sum data || exit; done | sort | uniq -c | wc -l"
