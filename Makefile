@@ -44,7 +44,7 @@ AS_ROOT    := $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --map-aut
 BUILD_DEPS := mmdebstrap:mmdebstrap e2fsprogs:mke2fs mount:mount $(if $(AS_ROOT),uidmap:newuidmap)
 RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml) slirp4netns:slirp4netns
 TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl \
-              umoci:umoci buildah:buildah
+              umoci:umoci buildah:buildah slurmctld:slurmctld slurmd:slurmd slurm-client:sbatch munge:munged
 TEST_DEPS  := python3-pytest python3-hypothesis
 
 SHELL       := /bin/bash
@@ -111,6 +111,12 @@ define install_missing
 	    exit 1
 	fi
 	export DEBIAN_FRONTEND=noninteractive
+	# The tests start their own daemons; those of the packages are not to run (invoke-rc.d(8)).
+	if [ ! -e /usr/sbin/policy-rc.d ]; then
+	    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+	    printf '%s\n' '#!/bin/sh' 'exit 101' > /usr/sbin/policy-rc.d
+	    chmod 755 /usr/sbin/policy-rc.d
+	fi
 	# Somebody else's source may be out of reach; whether Debian's is, the next command says.
 	apt-get update || true
 	apt-get install -y --no-install-recommends $$missing
