@@ -50,7 +50,7 @@ BUILD_DEPS := mmdebstrap:mmdebstrap e2fsprogs:resize2fs mount:mount $(if $(AS_RO
 KERNEL_DEPS := gcc:gcc binutils:ld bc:bc flex:flex bison:bison xz-utils:xz
 RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml) slirp4netns:slirp4netns
 TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl \
-              umoci:umoci buildah:buildah
+              umoci:umoci buildah:buildah slurmctld:slurmctld slurmd:slurmd slurm-client:sbatch munge:munged
 BENCH_DEPS := proot:proot bubblewrap:bwrap charliecloud-runtime:ch-run qemu-system-x86:qemu-system-x86_64 \
               busybox-static:busybox cpio:cpio gnuplot-nox:gnuplot
 TEST_DEPS  := python3-pytest python3-hypothesis
@@ -132,6 +132,12 @@ define install_missing
 	    exit 1
 	fi
 	export DEBIAN_FRONTEND=noninteractive
+	# The tests start their own daemons; those of the packages are not to run (invoke-rc.d(8)).
+	if [ ! -e /usr/sbin/policy-rc.d ]; then
+	    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+	    printf '%s\n' '#!/bin/sh' 'exit 101' > /usr/sbin/policy-rc.d
+	    chmod 755 /usr/sbin/policy-rc.d
+	fi
 	# Somebody else's source may be out of reach; whether Debian's is, the next command says.
 	apt-get update || true
 	apt-get install -y --no-install-recommends $$missing

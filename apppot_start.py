@@ -112,12 +112,14 @@ SKIPPED_AT_BOOT = "initcall_blacklist=raid6_select_algo,calibrate_xor_blocks"
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
+OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
 KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD, KERNEL_NETWORK_FD = 3, 4, 5, 30
 KERNEL_LEASH_FDS = 28, 29            # spawn_kernel() uses the numbers from 32 on
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38      # include/uapi/linux/prctl.h
+# include/uapi/linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 # include/uapi/linux/landlock.h; the numbers of the system calls are the same on every machine.
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
@@ -303,6 +305,7 @@ class RunSpec(NamedTuple):
     layers: Tuple[str, ...] = ()     # changes files to merge, in this order
     force_changes: bool = False      # merge those of another base, too
     saved_changes: Optional[str] = None   # where to write a changes file after the command
+    in_job: bool = False             # of a batch system
 
     @property
     def persistent(self) -> bool:
@@ -2648,6 +2651,27 @@ def spool(directory: str, name: str, content: bytes) -> bytes:
 class Result(NamedTuple):
     status: int
     failure: Optional[Fatal] = None
+    signal: int = 0                  # what the command died of, and AppPot is to die of
+
+
+def killed_by(number: int) -> Result:
+    """In shell's terms, and what to die of."""
+    return Result(128 + number, signal=number)
+
+
+def die_of(number: int) -> None:
+    """End as the command did, in a batch job: its system tells death by a signal from a status of 128 and more.
+
+    Returns where that cannot be, as for process 1 of a container.
+    """
+    call_libc("prctl", PR_SET_DUMPABLE, 0)        # the core that counts is the guest's
+    try:
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+        os.kill(os.getpid(), number)
+    except (OSError, ValueError):                 # those that the C library keeps for itself
+        pass
 
 
 class Session:
@@ -2950,8 +2974,11 @@ class Session:
         if b"error" in fields:
             return Result(int(fields[b"status"][0]), Fatal(fields[b"error"][0].decode(), fields[b"hint"][0].decode()))
         self._reader.restore_offset(int(fields[b"stdin"][0]))
+        if OUT_OF_MEMORY in self._console:
+            self._warn("guest was out of memory, of which it has {}, and killed a process; ask the batch system for "
+                       "more, or with --mem".format(format_mib(self._spec.mem_mib)))
         if b"signal" in fields:
-            return Result(128 + int(fields[b"signal"][0]))
+            return killed_by(int(fields[b"signal"][0]))
         return Result(int(fields[b"exit"][0]))
 
     def _take_report(self) -> None:
@@ -2993,7 +3020,7 @@ class Session:
     def _forward_signal(self, number: int) -> None:
         if not self._running or self._told:       # nothing to forward to: die of it, as any program would
             if number not in self._spec.ignored_signals:
-                self._result = Result(128 + number)
+                self._result = killed_by(number)
             return
         if number == signal.SIGTERM and self._terminating:
             self._expire("kill")
@@ -3019,7 +3046,7 @@ class Session:
             self._deadlines["end"] = time.monotonic() + KILL_GRACE_S
             self.post(encode_frame(SIGNAL, bytes([signal.SIGKILL])))
         elif name == "end":
-            self._result = Result(128 + signal.SIGKILL)
+            self._result = killed_by(signal.SIGKILL)
 
     def _fail(self, message: str, hint: str) -> None:
         self._result = Result(EXIT_FAILED, Fatal(message, hint))
@@ -3162,6 +3189,8 @@ def add_run_options(add: Callable[..., Any]) -> None:
     add("--boot-timeout", default="120", metavar="S", help="give up a guest that does not start (default 120)")
     add("--kill-after", default="10", metavar="S",
         help="kill a command that lives S seconds after SIGTERM; 0: never (default 10)")
+    add("--die-with-parent", action="store_true",
+        help="end as by SIGTERM when the process that started this one ends, which batch systems may not tell")
     add("--tmpdir", metavar="DIR", help="temporary files (default: the batch system's, TMPDIR, /tmp, /var/tmp)")
     add("--dry-run", action="store_true", help="check everything, print the kernel's command line, start nothing")
 
@@ -3233,6 +3262,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         terminal=options.terminal, timeout_s=timeout_s,
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose,
+        in_job=bool(grants.systems),
         notes=grants.notes + notes + describe_resources(mem, ram_directory, cpus, kernel) if options.verbose else ())
 
 
@@ -3553,8 +3583,15 @@ def examine(options: argparse.Namespace, command: Tuple[str, ...]) -> int:
     return status
 
 
+def follow_parent(parent: int) -> None:
+    if call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+        raise Fatal("--die-with-parent cannot be had: this Python has no ctypes", "leave it out")
+    if os.getppid() != parent:                    # it ended meanwhile
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(argv: List[str]) -> int:
-    started = time.time()
+    started, parent = time.time(), os.getppid()
     open_standard_descriptors()
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C is no traceback
@@ -3568,6 +3605,8 @@ def main(argv: List[str]) -> int:
             return 0
         if options.doctor or options.boot:
             return examine(options, command)
+        if options.die_with_parent:
+            follow_parent(parent)
         spec = build_spec(options, command)
         if options.dry_run:
             print(" ".join(shlex.quote(word) for word in build_command_line(spec, name_disk(spec, None))), flush=True)
@@ -3575,6 +3614,8 @@ def main(argv: List[str]) -> int:
         result = run(spec, started)
         if result.failure:
             report(result.failure)
+        if result.signal and spec.in_job:
+            die_of(result.signal)
         return result.status
     except Fatal as fatal:
         return report(fatal)

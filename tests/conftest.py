@@ -244,8 +244,8 @@ def pythons():
     return {os.path.basename(path): path for path in paths if os.access(path, os.X_OK)}
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + DEADLINE_S
+def wait_for(condition, seconds=DEADLINE_S):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -62,7 +62,7 @@ def test_a_command_that_ignores_sigterm_is_ended(node):
         for _ in range(terms):
             process.terminate()
             time.sleep(0.2)  # two signals in one moment are one
-        assert node.finish(process) == (137, b"", b"")
+        assert node.finish(process) == (128 + signal.SIGKILL, b"", b"")
 
 
 def test_a_signal_during_the_boot_ends_it_at_once(node):
@@ -70,7 +70,7 @@ def test_a_signal_during_the_boot_ends_it_at_once(node):
     while b"Linux version" not in process.stderr.readline():
         pass
     process.terminate()
-    assert node.finish(process)[:2] == (143, b"")
+    assert node.finish(process)[:2] == (128 + signal.SIGTERM, b"")
 
 
 @both_carriers
@@ -95,6 +95,28 @@ def signal_all(node, number):
     for pid in node.processes():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+@both_carriers
+def test_a_run_ends_with_its_parent_where_asked_to(any_node):
+    # The shell is killed, as by a batch system that knows no other process of the job.
+    wrap = ("bash", "-c", '"$@" & wait', "-")
+    script = "trap 'echo told; exit' TERM; echo ready; while :; do sleep 0.1; done 2> /dev/null"
+    process = any_node.start("--die-with-parent", "bash", "-c", script, wrap=wrap)
+    assert process.stdout.readline() == b"ready\n"
+    process.kill()
+    assert process.stdout.read() == b"told\n"
+    any_node.wait_until_gone(5)
+
+
+def test_a_parent_that_lives_is_no_matter(node):
+    assert node.run("--die-with-parent", "sh", "-c", "exit 3").returncode == 3
+
+
+def test_a_guest_that_runs_out_of_memory_says_so(node):
+    result = node.run("--mem", "128M", "tail", "/dev/zero")
+    assert result.returncode == 128 + signal.SIGKILL
+    assert result.stderr.startswith(b"apppot: warning: guest was out of memory, of which it has 128 MiB")
 
 
 # --- Suspend and resume -------------------------------------------------------------------------------------
@@ -429,4 +451,4 @@ def test_a_stuck_reader_does_not_outlive_a_kill(node):
     process = node.start_ready("cat /dev/zero")
     process.terminate()
     process.stdout.close()
-    assert process.wait(DEADLINE_S) == 143
+    assert process.wait(DEADLINE_S) == 128 + signal.SIGTERM

@@ -36,6 +36,15 @@ def test_death_by_a_signal_is_128_and_its_number(node, number):
     assert (result.returncode, result.stderr) == (128 + number, b"")
 
 
+@pytest.mark.parametrize("number", [1, 9, 11, 32, 40])
+def test_in_a_batch_job_the_runner_dies_of_the_signal_that_killed_the_command(node, number):
+    cores = ("bash", "-c", 'ulimit -c unlimited; exec "$@"', "-")
+    result = node.run("bash", "-c", f"kill -{number} $$; sleep 60", wrap=cores, env={"SLURM_JOB_ID": "1"})
+    # What the C library keeps for itself is told as a shell tells all of them.
+    assert (result.returncode, result.stderr) == (160 if number == 32 else -number, b"")
+    assert not os.listdir(node.job)
+
+
 def test_commands_that_cannot_run_end_as_in_a_shell(any_node):
     (any_node.job / "plain").write_text("echo from a script without a first line $1\n")
     (any_node.job / "plain").chmod(0o755)
