@@ -108,7 +108,8 @@ WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the run
 MEMFD = ""                           # in place of a directory for the guest's memory: the kernel needs none
 HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run directory; 6.12 and later want it absolute
 # Debian's kernels time every algorithm of RAID 5 and 6 at each boot, for 0.5 s; who has an array in a guest?
-SKIPPED_AT_BOOT = "initcall_blacklist=raid6_select_algo,calibrate_xor_blocks"
+# And all kernels count for 0.05 s how many loops make a tick, for drivers that wait so; a guest has none.
+SKIPPED_AT_BOOT = ["initcall_blacklist=raid6_select_algo,calibrate_xor_blocks", "lpj=25000000"]
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
@@ -417,11 +418,9 @@ def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: 
 def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
     """argv of the kernel. Paths are relative to the run directory: no length, blank or comma of a path can hurt."""
     return [
-        spec.kernel, disk] + build_root_args(spec) + [
-        "rw", "mem={}M".format(spec.mem_mib),
-        "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD),
-        "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT, SKIPPED_AT_BOOT
-    ] + build_cpu_args(spec) + build_network_args(spec.network) + list(spec.extra)
+        spec.kernel, disk, *build_root_args(spec), "rw", "mem={}M".format(spec.mem_mib), "con=null", "con0=null,fd:1",
+        "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD), "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT,
+        "init=" + AGENT, *SKIPPED_AT_BOOT, *build_cpu_args(spec), *build_network_args(spec.network), *spec.extra]
 
 
 def build_root_args(spec: RunSpec) -> List[str]:
