@@ -299,7 +299,7 @@ class RunSpec(NamedTuple):
     kill_after_s: float
     verbose: bool
     cpus: int = 1
-    mode: str = ""                   # of 6.16 and later: "auto", seccomp if the machine can, or "off", ptrace
+    mode: str = ""                   # as choose_mode() has it
     umid_link: Optional[str] = None  # ~/.uml/NAME, where uml_mconsole looks for a guest by its name
     notes: Tuple[str, ...] = ()      # for -v: how it was decided
     network: Network = Network()
@@ -433,6 +433,14 @@ def build_root_args(spec: RunSpec) -> List[str]:
     first, rest = (size // COW_SECTOR for size in (spec.root.length, spec.disk_bytes - spec.root.length))
     return ["ubd1=disk", "root=/dev/dm-0", 'dm-mod.create="root,,,rw,0 {0} linear 98:{1} 0,{0} {2} linear 98:16 0"'.format(
         first, spec.root.partition, rest)]
+
+
+def choose_mode(kernel: str, ptrace: bool, extra: Sequence[str]) -> str:
+    """How the kernel is to trap system calls: "auto", by seccomp if the node can, "on", "off", by ptrace; "": no choice."""
+    if not kernel_holds(kernel, HAS_SECCOMP):
+        return ""
+    chosen = [word.partition("=")[2] for word in extra if word.startswith("seccomp=")]
+    return chosen[-1] if chosen else "off" if ptrace else "auto"
 
 
 def build_cpu_args(spec: RunSpec) -> List[str]:
@@ -1096,19 +1104,22 @@ def try_seccomp() -> int:
     return ctypes.get_errno() if failed else 0
 
 
-def explain_ptrace(kernel: Optional[str]) -> Optional[Fatal]:
-    """Who forbids this node's processes to trace their children; None if nobody does."""
+def explain_ptrace(kernel: Optional[str], has_seccomp_mode: bool) -> Optional[Fatal]:
+    """Who forbids this node's processes to trace their children; None if nobody does, or it is no matter.
+
+    In its seccomp mode a kernel traces nothing; but it does call ptrace(), which a filter may punish with a signal.
+    """
     fault = try_in_child(try_ptrace)
-    if not fault:
+    if not fault or has_seccomp_mode and not fault.startswith("signal"):
         return None
     scope = read_node_file("/proc/sys/kernel/yama/ptrace_scope").strip()
     filtered = re.search(r"(?m)^Seccomp:\s*2", read_node_file("/proc/self/status"))
     culprit = ("Yama (kernel.yama.ptrace_scope={})".format(scope) if scope in ("2", "3") else
                "a seccomp filter" if filtered else "this node")
-    able = kernel and kernel_holds(kernel, HAS_SECCOMP)
+    able = kernel and not has_seccomp_mode and kernel_holds(kernel, HAS_SECCOMP)
     return Fatal("ptrace is forbidden by {}: {}".format(culprit, fault),
-                 "this kernel does without it: --extra seccomp=on" if able else
-                 "ask for it to be allowed, or use a kernel of 6.16 or newer with --extra seccomp=on")
+                 "leave out --ptrace: this kernel has a seccomp mode" if able else
+                 "ask for it to be allowed, or use a kernel with a seccomp mode, as `make kernel` builds")
 
 
 def scratch_candidates(tmpdir: Optional[str]) -> List[str]:
@@ -3083,7 +3094,7 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, running: bool) 
         return Fatal("guest ended before the command did",
                      "it was powered off or rebooted from inside, or its kernel crashed; -v shows its console")
     how = "signal {}".format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else "status {}".format(status >> 8)
-    return (explain_loader(console, spec.kernel) or explain_ptrace(spec.kernel)
+    return (explain_loader(console, spec.kernel) or explain_ptrace(spec.kernel, spec.mode in ("on", "auto"))
             or not_uml(spec.kernel, "ended with {} before the guest was up".format(how)))
 
 
@@ -3232,7 +3243,6 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     mem, ram_directory = place_memory(mem, floors, kernel, candidates)
     check_limits(mem.value, os.path.getsize(image))
     cpus, notes = decide_cpus(options.cpus, grants, kernel, options.ptrace)
-    mode = ("off" if options.ptrace else "auto") if kernel_holds(kernel, HAS_SECCOMP) else ""
     umid = options.umid or "guest"
     if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in RESERVED_NAMES:
         raise Fatal("--id is not a name: {!r}".format(umid), "use up to 60 letters, digits and -_.")
@@ -3249,7 +3259,8 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
         disk_bytes=choose_disk(options, root, cow, kernel),
-        mem_mib=mem.value, cpus=cpus.value, mode=mode, ram_directory=ram_directory, scratch=choose_scratch(candidates),
+        mem_mib=mem.value, cpus=cpus.value,
+        mode=choose_mode(kernel, options.ptrace, options.extra), ram_directory=ram_directory, scratch=choose_scratch(candidates),
         umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
         environment=environment, network=network, empty=empty, empty_asked=empty_asked,
         job_directory=directory, job_alias=alias, binds=tuple(parse_bind(text) for text in options.bind),
@@ -3435,12 +3446,12 @@ def check_kernel_features(options: argparse.Namespace) -> Finding:
 
 
 def check_ptrace(options: argparse.Namespace) -> Finding:
-    fatal = explain_ptrace(find_kernel_if_any(options))
-    if not fatal:
-        return Finding("ok", "processes can be traced")
-    if any(word in ("seccomp=on", "seccomp=auto") for word in options.extra):
-        return Finding("ok", "not needed in the kernel's seccomp mode; " + fatal.message)
-    raise fatal
+    kernel = find_kernel_if_any(options)
+    needs_none = bool(kernel) and choose_mode(kernel or "", options.ptrace, options.extra) in ("on", "auto")
+    fatal = explain_ptrace(kernel, needs_none)
+    if fatal:
+        raise fatal
+    return Finding("ok", "not needed in the kernel's seccomp mode" if needs_none else "processes can be traced")
 
 
 def check_seccomp(options: argparse.Namespace) -> Finding:

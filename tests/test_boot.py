@@ -200,9 +200,9 @@ def test_the_parts_are_found_in_the_environment_or_beside_the_script(node, image
 
 
 def test_a_timeout_during_the_boot_is_124_and_a_wrong_word_is_no_option(node):
-    result = node.run("--timeout", "0.3", "true")
+    result = node.run("--timeout", "0.01", "true")
     assert result.returncode == 124
-    assert_error(result, "walltime of 0.3 s")
+    assert_error(result, "walltime of 0.01 s")
     result = node.run("-")
     assert result.returncode == 127
     assert_error(result, "'-'")
