@@ -15,13 +15,14 @@ TRANSCRIPTS = re.findall(r"^```console\n(.*?)^```", (TOP / "README.md").read_tex
 
 @pytest.fixture
 def clone(tmp_path, image, kernel):
-    """What a reader's clone holds after `make image`, and the kernel on PATH as Debian has it."""
+    """What a reader's clone holds after `make image` and `make stage`, and the kernel on PATH as Debian has it."""
     for name in ("apppot_start.py", "apppot_init.py"):
         shutil.copy(TOP / name, tmp_path)
     (tmp_path / "build").mkdir()
     own = tmp_path / "build" / "apppot.img"
     subprocess.run(["cp", "--reflink=auto", "--sparse=always", image, own], check=True)
     own.chmod(0o644)
+    (tmp_path / "build" / "stage").symlink_to(TOP / "build" / "stage")
     (tmp_path / "linux").symlink_to(kernel)
     return tmp_path
 
@@ -37,7 +38,7 @@ def test_a_transcript_of_the_readme_is_what_a_reader_sees(transcript, clone):
     shown = subprocess.run(
         ["bash", "-c", script],
         cwd=clone,
-        env={**os.environ, "APPPOT_TMPDIR": str(scratch)},
+        env={"PATH": os.environ["PATH"], "APPPOT_TMPDIR": str(scratch)},
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
