@@ -164,7 +164,7 @@ deps-test:
 
 # ---- kernel ------------------------------------------------------------------------------------------------------
 # User-Mode Linux from Debian's source, with no more in it than an appliance needs: allnoconfig and these. What a user
-# would miss is asserted to be in the .config that results. NAME or NAME=VALUE.
+# would miss is asserted to be in the .config that results. NAME or NAME=VALUE; no modules, no debugging.
 
 # The program: for every x86-64 machine, without a library. KALLSYMS names the functions of a panic.
 KERNEL_OPTIONS := 64BIT STATIC_LINK SMP NR_CPUS=64 CC_OPTIMIZE_FOR_PERFORMANCE EXPERT PRINTK BUG KALLSYMS
@@ -186,9 +186,10 @@ KERNEL_OPTIONS += PROC_FS PROC_SYSCTL PROC_CHILDREN PROC_PAGE_MONITOR SYSFS DEVT
     NLS NLS_CODEPAGE_437 NLS_ISO8859_1 NLS_UTF8 MISC_FILESYSTEMS \
     SQUASHFS SQUASHFS_XATTR SQUASHFS_ZLIB SQUASHFS_LZ4 SQUASHFS_LZO SQUASHFS_XZ SQUASHFS_ZSTD \
     EROFS_FS EROFS_FS_XATTR EROFS_FS_POSIX_ACL EROFS_FS_ZIP EROFS_FS_ZIP_LZMA EROFS_FS_ZIP_DEFLATE EROFS_FS_ZIP_ZSTD
-# The network.
-KERNEL_OPTIONS += NET PACKET UNIX INET IPV6 IP_MULTICAST NETDEVICES NET_CORE DUMMY VETH BRIDGE TUN WIREGUARD SLIP \
-    UML_NET_VECTOR VIRTIO_MENU VIRTIO_UML VIRTIO_NET CRYPTO CRYPTO_USER_API_HASH CRYPTO_USER_API_SKCIPHER
+# The network. IPV6_SIT would show an interface nobody asked for.
+KERNEL_OPTIONS += NET PACKET UNIX INET IPV6 IP_MULTICAST NETDEVICES NET_CORE VETH BRIDGE TUN WIREGUARD SLIP UML_NET_VECTOR \
+    VIRTIO_MENU VIRTIO_UML VIRTIO_NET CRYPTO CRYPTO_USER_API_HASH CRYPTO_USER_API_SKCIPHER \
+    IPV6_SIT=n MODULES=n DEBUG_INFO_NONE
 
 # With $$source, the tar, and $$version; $$tmp as below. The vector network device looks addresses up by the C library,
 # which a static program cannot without that library's files; AppPot hands it a socket, and needs no address.
@@ -209,8 +210,13 @@ for option in $(KERNEL_OPTIONS); do
 done
 make -s ARCH=um olddefconfig
 for option in $(KERNEL_OPTIONS); do
-    grep -q -e "^CONFIG_$$option=y" -e "^CONFIG_$$option$$" .config || {
-        echo "make: error: this kernel's source has no option $$option" >&2
+    case $$option in
+    *=n) wanted="# CONFIG_$${option%=n} is not set" ;;
+    *=*) wanted=CONFIG_$$option ;;
+    *) wanted=CONFIG_$$option=y ;;
+    esac
+    grep -q -x "$$wanted" .config || {
+        echo "make: error: this kernel's source does not do $$option" >&2
         echo "make: hint: another KERNEL_SUITE, or another KERNEL_OPTIONS" >&2
         exit 1
     }
@@ -427,7 +433,7 @@ build/linux: FORCE deps-kernel
 	key=$$({ uname -m; gcc -dumpfullversion; echo "$(KERNEL_SUITE) $$BUILD_KERNEL"; } | sha256sum | cut -c 1-16)
 	if [ -e $@ ] && [ "$$(cat $@.key 2>/dev/null)" = "$$key" ]; then say "$@ is up to date"; exit; fi
 	enter_cache kernel
-	list_sources $(KERNEL_SUITE) | head -n 1 > "$$tmp/sources.list"
+	list_sources $(KERNEL_SUITE) | sed -n 1p > "$$tmp/sources.list"
 	mkdir -p "$$tmp"/{state/lists,cache/archives}/partial
 	for setting in Etc::sourcelist=$$tmp/sources.list Etc::sourceparts=/dev/null State=$$tmp/state Cache=$$tmp/cache; do
 	    echo "Dir::$${setting%%=*} \"$${setting#*=}\";"

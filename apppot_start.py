@@ -87,7 +87,6 @@ OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32  # the guest gets 64 MiB and a 32nd less t
 SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the COW file
 DESCRIPTORS_MIN, PROCESSES_MIN = 40, 16
 SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
-USES_MEMFD = b"create executable memfd"                        # 6.16 and later, whose memory is in no directory
 HAS_SMP, HAS_SECCOMP = b"CONFIG_SMP=y", b"seccomp=<on"         # the latter from the text of `linux --help`
 HAS_MAPPER = b"CONFIG_DM_INIT=y"     # device mapper, by the kernel command line
 DISK_MIB = 2048                      # of an image that was shrunk, where the kernel can make its root larger
@@ -105,7 +104,6 @@ END_OF_FILE = b"\4"                  # Ctrl-D
 TYPED_AHEAD_MAX = 64                 # lines
 ACK_STEP = 512 << 10
 WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
-MEMFD = ""                           # in place of a directory for the guest's memory: the kernel needs none
 HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run directory; 6.12 and later want it absolute
 # Debian's kernels time every algorithm of RAID 5 and 6 at each boot, for 0.5 s; who has an array in a guest?
 # And all kernels count for 0.05 s how many loops make a tick, for drivers that wait so; a guest has none.
@@ -114,6 +112,7 @@ KERNEL_HELPERS = 4                   # at most so many threads of its own a kern
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
+LOST_PROCESS = b"Unexpectedly lost MM child!"                  # arch/um/kernel/skas/mmu.c, 6.16 and later
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
 KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD, KERNEL_NETWORK_FD = 3, 4, 5, 30
 KERNEL_LEASH_FDS = 28, 29            # spawn_kernel() uses the numbers from 32 on
@@ -1130,15 +1129,13 @@ def scratch_candidates(tmpdir: Optional[str]) -> List[str]:
     return [path for path in named if path] + ["/tmp", "/var/tmp"]
 
 
-def choose_ram_directory(spec_kernel: Optional[str], candidates: Sequence[str], mem_mib: int) -> str:
+def choose_ram_directory(candidates: Sequence[str], mem_mib: int) -> str:
     faults = []
     for directory in [SHARED_MEMORY] + list(candidates):
         fault = find_fault_for_ram(directory, mem_mib)
         if not fault:
             return os.path.abspath(directory)
         faults.append("{} {}".format(directory, fault))
-    if spec_kernel and kernel_holds(spec_kernel, USES_MEMFD):
-        return MEMFD
     raise Fatal("no room for the guest's memory of {}: {}".format(format_mib(mem_mib), "; ".join(faults)),
                 "name a directory that has it and is not noexec with --tmpdir, or ask for less with --mem")
 
@@ -1465,15 +1462,12 @@ def choose_memory(asked: Optional[str], grants: Grants) -> Tuple[Amount, Tuple[i
     return mem, tuple(min(floor, mem.value) for floor in floors)
 
 
-def place_memory(mem: Amount, floors: Sequence[int], kernel: Optional[str], candidates: Sequence[str],
-                 ) -> Tuple[Amount, str]:
+def place_memory(mem: Amount, floors: Sequence[int], candidates: Sequence[str]) -> Tuple[Amount, str]:
     """The directory of the file that holds the guest's memory, and how much of it has room there."""
-    if len(floors) > 1 and kernel and kernel_holds(kernel, USES_MEMFD):
-        floors = (mem.value,)
     failure = None
     for floor in floors:
         try:
-            directory = choose_ram_directory(kernel, candidates, floor)
+            directory = choose_ram_directory(candidates, floor)
         except Fatal as fatal:
             failure = failure or fatal
             continue
@@ -1514,11 +1508,6 @@ def describe_memory(mem: Amount, place: str) -> str:
 
 def describe_cpus(cpus: Amount) -> str:
     return "{} CPU{}: {}".format(cpus.value, "s" if cpus.value > 1 else "", cpus.source)
-
-
-def describe_resources(mem: Amount, directory: str, cpus: Amount, kernel: str) -> Tuple[str, ...]:
-    place = "a memfd" if kernel_holds(kernel, USES_MEMFD) else directory
-    return "memory " + describe_memory(mem, place), describe_cpus(cpus)
 
 
 # --- Processes ----------------------------------------------------------------------------------------------
@@ -2797,6 +2786,8 @@ class Session:
         self._console = (self._console + content)[-CONSOLE_TAIL:]
         if self._spec.verbose:
             self._show(content)
+        if LOST_PROCESS in self._console and not self._told:   # it may be PID 1 that is not noticed until it should run
+            self._fail("a process of the guest was killed on the host", "look for who did, then run the job again")
         return bool(content)
 
     def _take_frames(self) -> None:
@@ -3240,7 +3231,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     candidates = scratch_candidates(options.tmpdir)
     grants = find_own_grants()
     mem, floors = choose_memory(options.mem, grants)
-    mem, ram_directory = place_memory(mem, floors, kernel, candidates)
+    mem, ram_directory = place_memory(mem, floors, candidates)
     check_limits(mem.value, os.path.getsize(image))
     cpus, notes = decide_cpus(options.cpus, grants, kernel, options.ptrace)
     umid = options.umid or "guest"
@@ -3273,7 +3264,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose,
         in_job=bool(grants.systems),
-        notes=grants.notes + notes + describe_resources(mem, ram_directory, cpus, kernel) if options.verbose else ())
+        notes=grants.notes + notes + ("memory " + describe_memory(mem, ram_directory), describe_cpus(cpus)) if options.verbose else ())
 
 
 def check_layer_file(path: str) -> str:
@@ -3380,7 +3371,7 @@ def run(spec: RunSpec, started: float) -> Result:
             directory, lock = stack.enter_context(private_directory(spec.scratch))
             locks.append(lock)
             directories = Directories(directory, directory, directory)
-            if spec.ram_directory not in (spec.scratch, MEMFD):
+            if spec.ram_directory != spec.scratch:
                 ram_directory, lock = stack.enter_context(private_directory(spec.ram_directory))
                 directories = directories._replace(ram=ram_directory)
                 locks.append(lock)
@@ -3465,11 +3456,8 @@ def check_seccomp(options: argparse.Namespace) -> Finding:
 
 
 def check_ram(options: argparse.Namespace) -> Finding:
-    kernel = find_kernel_if_any(options)
     mem, floors = choose_memory(options.mem, find_own_grants())
-    mem, directory = place_memory(mem, floors, kernel, scratch_candidates(options.tmpdir))
-    if kernel and kernel_holds(kernel, USES_MEMFD):
-        return Finding("ok", describe_memory(mem, "a memfd"))
+    mem, directory = place_memory(mem, floors, scratch_candidates(options.tmpdir))
     what = "{}; {} free there".format(describe_memory(mem, directory), format_mib(free_mib(directory)))
     if directory == SHARED_MEMORY:
         return Finding("ok", what)

@@ -94,8 +94,6 @@ def test_it_takes_no_command(node, words):
 @pytest.mark.skipif(os.getuid() != 0, reason="mounts need root")
 @pytest.mark.parametrize("options, words", [("noexec", "is mounted noexec"), ("size=90m", "has 90 MiB free")])
 def test_a_memory_directory_that_is_no_use_is_named(node, kernel, options, words):
-    if apppot_start.kernel_holds(str(kernel), apppot_start.USES_MEMFD):
-        pytest.skip("this kernel keeps its memory in no directory")
     place = f"/tmp/.apppot-{node.mark}"
     env = {"APPPOT_TMPDIR": place}
     wrap = mounted(f"for d in /dev/shm {place}; do mkdir -p $d; mount -t tmpfs -o {options} none $d; done")
@@ -283,8 +281,6 @@ def test_a_malformed_grant_is_ignored_and_told(node):
 @pytest.mark.skipif(os.getuid() != 0, reason="mounts need root")
 @pytest.mark.parametrize("size, least, most", [(1400, 1200, 1400), (400, 330, 400)])
 def test_a_grant_larger_than_the_memory_directory_is_not_used_up(node, kernel, size, least, most):
-    if apppot_start.kernel_holds(str(kernel), apppot_start.USES_MEMFD):
-        pytest.skip("this kernel keeps its memory in no directory")
     wrap = mounted(f"for d in /dev/shm {node.scratch}; do mount -t tmpfs -o size={size}m none $d; done")
     result = node.run("-v", "cat", "/proc/meminfo", env={"SLURM_MEM_PER_NODE": "4096"}, wrap=wrap)
     assert least - 32 < guest_mib(result) <= most and b"room in /dev/shm" in result.stderr
