@@ -2292,6 +2292,7 @@ def find_end(kernel: int, empty: int) -> str:
             return ""
         os.kill(empty, signal.SIGKILL)
         os.waitpid(empty, 0)                      # the kernel is our child now
+        return "ended {}".format(os.waitpid(kernel, 0)[1])     # it may have threads that are still to die
     pid, status = os.waitpid(kernel, os.WNOHANG)
     return "ended {}".format(status) if pid else ""
 
