@@ -556,8 +556,11 @@ def parse_records(content: bytes) -> Dict[bytes, bytes]:
 
 
 def parse_label(content: bytes) -> Optional[Label]:
-    """changes.json as finish() writes it, a field per line: the json module costs 50 ms to import."""
-    fields = dict(re.findall(r'^"(\w+)": "?([^"]*?)"?,?$', content.decode("ascii", "replace"), re.MULTILINE))
+    """changes.json as finish() writes it, a field per line: the json module costs 50 ms to import.
+
+    What a terminal would not print as it is, is no field.
+    """
+    fields = dict(re.findall(r'^"(\w+)": "?([ !#-~]{0,99}?)"?,?$', content.decode("ascii", "replace"), re.MULTILINE))
     if not fields.get("format", "").isdigit():
         return None
     if int(fields["format"]) > FORMAT:
@@ -1097,6 +1100,8 @@ def new_file(path: bytes) -> Iterator[int]:
     """A descriptor to write to; the file appears under its name when all is written, or not at all."""
     directory = os.path.dirname(path) or b"."
     temporary = os.path.join(directory, b".apppot-" + os.urandom(6).hex().encode())
+    if os.path.exists(path) and not os.path.isfile(path):      # it would take the place of a device such as /dev/null
+        raise Fatal("cannot write, not a regular file: " + printable(path), "name a file that can be written")
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -1414,20 +1419,8 @@ def squash_layers(layers: Sequence[Layer], output: bytes, report: Report) -> Non
         raise Fatal("changes files are for different bases: " + ", ".join(
             "{} ({})".format(printable(layer.path), base) for base, layer in bases.items()),
             "squash those of one base")
-    wanted: Dict[Tuple[int, int], List[Member]] = {}
     with new_layer(output, sum(layer.size for layer in layers)) as writer:
-        for path, node in stack_layers(layers).walk():
-            if node.is_opaque:
-                writer.add(whiteout_of(join_path(path, OPAQUE[len(WHITEOUT):])))
-            if node.is_gone:
-                writer.add(whiteout_of(path))
-            if node.member and node.member.kind == HARD_LINK:
-                raise Fatal("a hard link to a file of the base cannot be squashed: " + printable(path),
-                            "merge the changes files one by one, and save their sum with `apppot-snap changes`")
-            if node.member and node.member.kind == DIRECTORY:
-                writer.add(node.member)
-            elif node.member:
-                wanted.setdefault(node.origin, []).append(node.member)
+        wanted = write_skeleton(writer, stack_layers(layers), report)
         for index, layer in enumerate(layers):
             reader = layer.reader()
             for number, _ in enumerate(reader):
@@ -1444,27 +1437,61 @@ def squash_layers(layers: Sequence[Layer], output: bytes, report: Report) -> Non
         writer.finish(next(iter(bases), ""))
 
 
+def write_skeleton(writer: LayerWriter, root: Node, report: Report) -> Dict[Tuple[int, int], List[Member]]:
+    """Write whiteouts and directories; return the names of all else by where its content is."""
+    wanted: Dict[Tuple[int, int], List[Member]] = {}
+    for path, node in root.walk():
+        if node.is_opaque:
+            writer.add(whiteout_of(join_path(path, OPAQUE[len(WHITEOUT):])))
+        if node.is_gone:
+            writer.add(whiteout_of(path))
+        if node.is_gone or node.member:
+            report.say(path)
+        if node.member and node.member.kind == HARD_LINK:
+            raise Fatal("a hard link to a file of the base cannot be squashed: " + printable(path),
+                        "merge the changes files one by one, and save their sum with `apppot-snap changes`")
+        if node.member and node.member.kind == DIRECTORY:
+            writer.add(node.member)
+        elif node.member:
+            wanted.setdefault(node.origin, []).append(node.member)
+    return wanted
+
+
 # --- Applying -----------------------------------------------------------------------------------------------
 
-def check_space(layer: Layer, root: bytes, taken: int = 0) -> None:
-    """Fatal where the file system is too small; layers before this one take `taken` bytes."""
-    free = free_space(root) - taken
-    if layer.size <= free:
-        return
+def check_space(layers: Sequence[Layer], root: bytes) -> None:
+    """Fatal where the file system has too few bytes or inodes; layers may replace what layers before them bring."""
+    status = os.statvfs(root)
+    free = status.f_bavail * status.f_frsize
+    free_files = status.f_favail if status.f_files else sys.maxsize            # btrfs knows no limit
+    for layer in layers:
+        if layer.size > free or layer.count > free_files:
+            check_closely(layer, root, free, free_files)
+        free -= layer.size
+        free_files -= layer.count
+
+
+def check_closely(layer: Layer, root: bytes, free: int, free_files: int) -> None:
+    """Count what comes free on the way, too."""
     with Tree(root) as tree:
-        free += sum(used_space(tree, path, True) for path in layer.whiteouts + layer.opaques)
+        for path in layer.whiteouts + layer.opaques:
+            size, files = used_space(tree, path, True)
+            free, free_files = free + size, free_files + files
         gone = set(layer.whiteouts)
         for member in layer.members():
             if not is_whiteout(member.path):
-                freed = 0 if member.path in gone else used_space(tree, member.path, member.kind != DIRECTORY)
-                free += freed - needed_space(member)
-            if free < 0:
+                size, files = (0, 0)
+                if member.path not in gone:
+                    size, files = used_space(tree, member.path, member.kind != DIRECTORY)
+                free += size - needed_space(member)
+                free_files += files - (member.kind != HARD_LINK)
+            if free < 0 or free_files < 0:
                 raise_no_space(layer, root, "nothing of it was applied; ")
 
 
-def used_space(tree: Tree, path: bytes, with_directories: bool) -> int:
-    """Bytes that come free when a path is removed."""
-    size = 0
+def used_space(tree: Tree, path: bytes, with_directories: bool) -> Tuple[int, int]:
+    """Bytes and inodes that come free when a path is removed; the inode of a directory also when it is kept."""
+    size = files = 0
     pending = [path]
     while pending:
         path = pending.pop()
@@ -1473,11 +1500,14 @@ def used_space(tree: Tree, path: bytes, with_directories: bool) -> int:
             status = os.stat(name or b".", dir_fd=tree.open(directory), follow_symlinks=False)
             if not stat.S_ISDIR(status.st_mode):
                 size += status.st_blocks * BLOCK * (status.st_nlink == 1)
-            elif with_directories:
+                files += status.st_nlink == 1
+                continue
+            files += 1
+            if with_directories:
                 pending += [join_path(path, below) for below in map(os.fsencode, os.listdir(tree.open(path)))]
         except (OSError, Mounted):
             pass                                  # it is not there, or stays
-    return size
+    return size, files
 
 
 def check_tree(layers: Sequence[Layer], root: bytes) -> None:
@@ -1519,9 +1549,10 @@ def is_file(tree: Tree, path: bytes) -> bool:
 
 
 def raise_no_space(layer: Layer, root: bytes, state: str) -> NoReturn:
-    raise Fatal("no space left in the tree, {} free, {} needed: {}".format(
-        format_size(free_space(root)), format_size(layer.size), printable(layer.path)),
-        state + "make the image larger: make image IMAGE_SIZE=")
+    status = os.statvfs(root)
+    raise Fatal("no space left in the tree, {} and {} files free, up to {} and {} files needed: {}".format(
+        format_size(status.f_bavail * status.f_frsize), status.f_favail, format_size(layer.size), layer.count,
+        printable(layer.path)), state + "make the image larger: make image IMAGE_SIZE=")
 
 
 class Target(Tree):
@@ -1860,6 +1891,7 @@ def run_show(path: bytes, report: Report) -> None:
 def run_base(root: bytes, exclude: Sequence[str], just_print: bool, report: Report) -> None:
     """Record the base. One that differs from that recorded before is another base."""
     path = os.path.join(root, BASE_ID)
+    os.listdir(root)                              # the next line would make it
     os.makedirs(os.path.dirname(path), exist_ok=True)
     patterns = choose_exclude(root, exclude)
     is_new = not read_base_id(root)
@@ -1884,8 +1916,8 @@ def run_squash(paths: Sequence[bytes], output: bytes, just_print: bool, report: 
             squash_layers(layers, output, report)
 
 
-def run_save(root: bytes, plan: Plan, output: bytes, report: Report) -> None:
-    if not output:
+def run_save(root: bytes, plan: Plan, output: Optional[bytes], report: Report) -> None:
+    if output is None:
         print(show_members(plan.entries()))
         return
     write_layer(root, plan, output, report)
@@ -1897,11 +1929,9 @@ def run_apply(paths: Sequence[bytes], root: bytes, just_print: bool, force: bool
     """Check all, then apply them in their order."""
     with ExitStack() as stack:
         layers = [stack.enter_context(check_layer(path, report)) for path in paths]
-        taken = 0
         for layer in layers:
             check_base(layer, read_base_id(root), force)
-            check_space(layer, root, taken)
-            taken += layer.size
+        check_space(layers, root)
         check_tree(layers, root)
         for layer in layers:
             if just_print:
@@ -1918,7 +1948,7 @@ def default_output() -> bytes:
     return os.fsencode(os.path.join(directory, time.strftime("apppot.%Y-%m-%d.changes.tar.gz")))
 
 
-def choose_exclude(root: bytes, asked: Iterable[str], output: bytes = b"") -> "re.Pattern[bytes]":
+def choose_exclude(root: bytes, asked: Iterable[str], output: Optional[bytes] = None) -> "re.Pattern[bytes]":
     """The usual patterns, those of the appliance's own list, those asked for, and the changes file itself."""
     try:
         with open(os.path.join(root, EXCLUDE_FILE), errors="surrogateescape") as file:
@@ -1926,12 +1956,14 @@ def choose_exclude(root: bytes, asked: Iterable[str], output: bytes = b"") -> "r
     except FileNotFoundError:
         listed = []
     top = os.path.realpath(root).rstrip(b"/") + b"/"
-    place = os.path.join(os.path.realpath(os.path.dirname(output) or b"."), os.path.basename(output))
-    own = [os.fsdecode(place[len(top) - 1:])] if output and place.startswith(top) else []
+    own = []
+    if output is not None:
+        place = os.path.join(os.path.realpath(os.path.dirname(output) or b"."), os.path.basename(output))
+        own = [os.fsdecode(place[len(top) - 1:])] if place.startswith(top) else []
     return compile_exclude([*EXCLUDE, *listed, *asked, *own])
 
 
-def save_changes(root: bytes, output: bytes, exclude: Sequence[str], report: Report,
+def save_changes(root: bytes, output: Optional[bytes], exclude: Sequence[str], report: Report,
                  known: Optional[Dict[bytes, bytes]] = None) -> None:
     """What `apppot-snap changes` does; without an output it prints what it would write.
 
@@ -1941,6 +1973,12 @@ def save_changes(root: bytes, output: bytes, exclude: Sequence[str], report: Rep
     manifest.update(known or {})
     plan = find_changes(root, manifest, choose_exclude(root, exclude, output), report)
     run_save(root, plan, output, report)
+
+
+def parse_path(text: str) -> bytes:
+    if not text:
+        raise Fatal("a file name is empty", "`apppot-snap --help` tells the usage")
+    return os.fsencode(text)
 
 
 def build_parser() -> Any:
@@ -1955,28 +1993,31 @@ def build_parser() -> Any:
     common.add_argument("-n", "--just-print", action="store_true", help="change nothing, print what would be done")
     common.add_argument("-v", "--verbose", action="store_true", help="print each file")
     system = Parser(add_help=False)
-    system.add_argument("--root", default="/", metavar="DIR", help="the system's root directory (default /)")
+    system.add_argument("--root", type=parse_path, default=b"/", metavar="DIR",
+                        help="the system's root directory (default /)")
     chosen = Parser(add_help=False)
     chosen.add_argument("-x", "--exclude", action="append", default=[], metavar="PATTERN",
                         help="leave out; /a/* or, at any depth, *.o; repeatable")
     forced = Parser(add_help=False)
     forced.add_argument("--force-changes", action="store_true", help="merge what was made for another base")
     result = Parser(add_help=False)
-    result.add_argument("-o", "--output", required=True, metavar="FILE", help="changes file to write")
+    result.add_argument("-o", "--output", type=parse_path, required=True, metavar="FILE", help="changes file to write")
     parser = Parser(
         prog="apppot-snap", description="Make, look at and merge changes files: what differs from the base image.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="A changes file is an OCI image layer: a tar with gzip, or without where its name ends in .tar.\n\n"
                "`base` and `changes` leave out what is mounted, sockets, the patterns in /{}\nand {}.".format(
                    EXCLUDE_FILE.decode(), " ".join(EXCLUDE)))
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    # Without `prog` it would look for the terminal's width, by modules that take long to import.
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", prog=parser.prog)
     commands.required = True
 
     def add(name: str, parents: Sequence[Parser], arguments: str, text: str) -> None:
         command = commands.add_parser(name, parents=[common, *parents], help=text)
         for argument in arguments.split():
             nargs = {"+": "+", "?": "?"}.get(argument[-1])
-            command.add_argument(argument.rstrip("+?"), nargs=nargs, metavar=argument.rstrip("+?").upper())
+            command.add_argument(argument.rstrip("+?"), type=parse_path, nargs=nargs,
+                                 metavar=argument.rstrip("+?").upper())
 
     add("base", (system, chosen), "", "record the present state, which `changes` compares with")
     add("changes", (system, chosen), "file?", "write what differs from the base "
@@ -1993,23 +2034,20 @@ def run_command(options: Any) -> None:
     report = Report(options.verbose)
     just_print: bool = options.just_print
     if options.command == "base":
-        run_base(os.fsencode(options.root), options.exclude, just_print, report)
+        run_base(options.root, options.exclude, just_print, report)
     elif options.command == "changes":
-        output = b"" if just_print else os.fsencode(options.file) if options.file else default_output()
-        save_changes(os.fsencode(options.root), output, options.exclude, report)
+        save_changes(options.root, None if just_print else options.file or default_output(), options.exclude, report)
     elif options.command == "merge":
-        run_apply([os.fsencode(name) for name in options.file], os.fsencode(options.root), just_print,
-                  options.force_changes, report)
+        run_apply(options.file, options.root, just_print, options.force_changes, report)
     elif options.command == "show":
-        run_show(os.fsencode(options.file), report)
+        run_show(options.file, report)
     elif options.command == "squash":
-        run_squash([os.fsencode(name) for name in options.file], os.fsencode(options.output), just_print, report)
+        run_squash(options.file, options.output, just_print, report)
     elif options.command == "diff":
-        old, new = os.fsencode(options.dir_a), os.fsencode(options.dir_b)
-        plan = compare_trees(old, new, compile_exclude(options.exclude), report)
-        run_save(new, plan, b"" if just_print else os.fsencode(options.output), report)
+        plan = compare_trees(options.dir_a, options.dir_b, compile_exclude(options.exclude), report)
+        run_save(options.dir_b, plan, None if just_print else options.output, report)
     elif options.command == "apply":
-        run_apply([os.fsencode(options.file)], os.fsencode(options.dir), just_print, options.force_changes, report)
+        run_apply([options.file], options.dir, just_print, options.force_changes, report)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -464,6 +464,17 @@ def test_the_label_says_what_it_is(place):
     assert info.mtime == pytest.approx((root / "etc/one").stat().st_mtime, abs=1e-6)
 
 
+@pytest.mark.parametrize("text", [b"\x1b[2J", b"\xc2\x9b2J", b"9" * 5000, b'"'])
+def test_a_label_writes_nothing_to_a_terminal_but_text(place, text):
+    lines = b'{\n"format": 1,\n"base": "%b",\n"created": "%b",\n"tool": "%b",\n"crc32": ""\n}\n' % (text, text, text)
+    make_layer(place / "fields", [("var/lib/apppot/changes.json", lines)])
+    make_layer(place / "format", [("var/lib/apppot/changes.json", lines.replace(b": 1", b": " + text))])
+    for name in ("fields", "format"):
+        result = snap("show", place / name)
+        assert result.returncode == 0 and result.stderr == b""
+        assert text not in result.stdout and result.stdout.startswith(b"0 added, ")
+
+
 def test_show_lists_what_was_added_modified_and_deleted(place):
     root = appliance(place)
     snap("base", "--root", root)
@@ -823,6 +834,23 @@ def test_devices_are_made_by_root_alone(place):
 
 
 @needs_root
+def test_a_file_system_with_too_few_inodes_is_left_as_it_is_but_those_that_come_free_count(place):
+    (place / "small").mkdir()
+    make_layer(place / "many", [("new/%d" % number, b"") for number in range(40)])
+    make_layer(place / "other", [("old/.wh..wh..opq", b"")] + [("new/%d" % number, b"") for number in range(40)])
+    script = f"""
+        mount -t tmpfs -o size=1m,nr_inodes=60 none {place}/small; cd {place}/small
+        mkdir old; touch old/$(seq -s ' old/' 30)
+        {sys.executable} {TOP}/changes.py apply {place}/many . || echo $?
+        ls -A | xargs
+        {sys.executable} {TOP}/changes.py apply {place}/other .
+        ls -A old; ls new | wc -l; {sys.executable} {TOP}/changes.py apply {place}/many ."""
+    result = subprocess.run(["unshare", "-m", "sh", "-ec", script], capture_output=True, check=True)
+    assert result.stdout.decode().split() == ["125", "old", "40"]
+    assert_error(result, "no space left", "40 files needed", place / "many")
+
+
+@needs_root
 def test_a_full_disk_is_an_error_with_the_size_and_leaves_no_part(place):
     (place / "a").mkdir(), (place / "b").mkdir(), (place / "small").mkdir()
     (place / "b/file").write_bytes(os.urandom(4 << 20))
@@ -884,6 +912,16 @@ def test_200000_files_need_less_than_300_mib(place):
     assert len(os.listdir(place / "root/some/directory/of/many/399")) == 500
 
 
+def test_only_a_file_is_replaced_by_a_layer(place):
+    """A user who is root writes to /dev/null as to any name."""
+    (place / "a").mkdir(), os.mkfifo(place / "fifo"), (place / "link").symlink_to("fifo")
+    for name in ("fifo", "link", "a"):
+        result = snap("diff", place / "a", place / "a", "-o", place / name)
+        assert result.returncode == 125
+        assert_error(result, "not a regular file", place / name)
+    assert sorted(os.listdir(place)) == ["a", "fifo", "link"] and stat.S_ISFIFO(os.lstat(place / "fifo").st_mode)
+
+
 def test_interrupted_saving_leaves_no_temporary_file(place):
     (place / "a").mkdir(), (place / "b").mkdir(), (place / "out").mkdir()
     (place / "b/file").write_bytes(os.urandom(64 << 20))
@@ -896,7 +934,19 @@ def test_interrupted_saving_leaves_no_temporary_file(place):
     assert os.listdir(place / "out") == []
 
 
-@pytest.mark.parametrize("words", [[], ["no-such"], ["diff", "a"], ["changes", "--no-such"], ["squash", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["no-such"],
+        ["diff", "a"],
+        ["diff", "/", "/", "-o", ""],
+        ["changes", "--no-such"],
+        ["changes", ""],
+        ["squash", "x"],
+        ["base", "--root", "/no/such"],
+    ],
+)
 def test_wrong_usage_is_an_error_and_a_hint(words):
     result = snap(*words)
     assert result.returncode == 125 and result.stdout == b""
