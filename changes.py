@@ -72,7 +72,7 @@ LEVEL = 2                            # of zlib: 2.1 to 2.7 times as fast as 6, 1
 STORED_MAX = 65535                   # RFC 1951: bytes in a block that is not compressed
 DESCRIPTORS = 200                    # directories kept open on the way down
 SIGNATURE = struct.Struct("<QQQQI")  # inode, size, mtime, ctime, mode
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OTHER_COMPRESSIONS = ((b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"))
 
 
@@ -173,6 +173,10 @@ def printable(path: bytes) -> str:
     """One line, whatever the bytes."""
     text = path.decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text) or "."
+
+
+def absolute(path: bytes) -> str:
+    return "/" + printable(path) if path else "/"
 
 
 def format_size(size: float) -> str:
@@ -851,6 +855,8 @@ def scan(tree: Tree, exclude: "re.Pattern[bytes]", skipped: Dict[bytes, str]
                     found.append((child, child_status))
         except (FileNotFoundError, NotADirectoryError, Mounted):
             continue
+        except PermissionError as error:
+            raise unreadable(path, error)
         found.sort(reverse=True)
         pending += found
 
@@ -899,24 +905,32 @@ def find_pieces(descriptor: int, size: int) -> Optional[Tuple[Tuple[int, int], .
 
 @contextmanager
 def open_member(tree: Tree, member: Member) -> Iterator[Tuple[Member, int]]:
-    """The member with what lstat did not tell, and for a regular file its descriptor."""
+    """The member with what lstat did not tell, and for a regular file its descriptor, else -1."""
     directory, name = split_path(member.path)
-    if member.kind == DIRECTORY:
-        yield member._replace(xattrs=read_xattrs(tree.open(member.path))), -1
-        return
-    parent = tree.open(directory)
-    if member.kind == HARD_LINK:
-        yield member, -1
-    elif member.kind != REGULAR:
-        link = os.readlink(name, dir_fd=parent) if member.kind == SYMLINK else b""
-        yield member._replace(link=link, xattrs=read_xattrs(proc_path(parent, name))), -1
-    else:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
-        try:
+    descriptor = -1
+    try:
+        if member.kind == DIRECTORY:
+            member = member._replace(xattrs=read_xattrs(tree.open(member.path)))
+        elif member.kind == REGULAR:
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
+                                 dir_fd=tree.open(directory))
             pieces = find_pieces(descriptor, member.size) if member.pieces is not None else None
-            yield member._replace(xattrs=read_xattrs(descriptor), pieces=pieces), descriptor
-        finally:
+            member = member._replace(xattrs=read_xattrs(descriptor), pieces=pieces)
+        elif member.kind != HARD_LINK:
+            parent = tree.open(directory)
+            link = os.readlink(name, dir_fd=parent) if member.kind == SYMLINK else b""
+            member = member._replace(link=link, xattrs=read_xattrs(proc_path(parent, name)))
+        yield member, descriptor
+    except PermissionError as error:
+        raise unreadable(member.path, error)
+    finally:
+        if descriptor >= 0:
             os.close(descriptor)
+
+
+def unreadable(path: bytes, error: OSError) -> Fatal:
+    return Fatal("cannot be read, {}: {}".format(error.strerror, absolute(path)),
+                 "it takes root; in the appliance: sudo apppot-snap")
 
 
 # --- What has changed ---------------------------------------------------------------------------------------
@@ -1126,8 +1140,9 @@ def new_layer(path: bytes, size: int) -> Iterator[LayerWriter]:
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
-        raise Fatal("no space left, {} free, up to {} needed: {}".format(
-            format_size(free_space(os.path.dirname(path) or b".")), format_size(size), printable(path)),
+        status = os.statvfs(os.path.dirname(path) or b".")
+        raise Fatal("cannot write, {}, {} free, up to {} needed: {}".format(
+            error.strerror, format_size(status.f_bavail * status.f_frsize), format_size(size), printable(path)),
             "free some, or write the changes file elsewhere")
 
 
@@ -1152,9 +1167,6 @@ def write_layer(root: bytes, plan: Plan, output: bytes, report: Report) -> None:
                 save_member(writer, tree, member, moved, report)
                 done += member.size
             writer.finish(read_base_id(root))
-    except PermissionError as error:
-        raise Fatal("cannot be read, {}: {}".format(error.strerror, show_name(error.filename, output)),
-                    "it takes root; in the appliance: sudo apppot-snap")
     finally:
         report.clear()
 
@@ -1216,11 +1228,6 @@ def needed_space(member: Member) -> int:
         return 4096 * (member.kind == DIRECTORY)
     size = member.size if member.pieces is None else sum(length for _, length in member.pieces)
     return size + -size % 4096
-
-
-def free_space(path: bytes) -> int:
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
 
 
 def read_base_id(root: bytes) -> str:
@@ -1512,9 +1519,9 @@ def used_space(tree: Tree, path: bytes, with_directories: bool) -> Tuple[int, in
 
 def check_tree(layers: Sequence[Layer], root: bytes) -> None:
     """Fatal where a tree cannot take the layers, one upon the other, since something else is in their way."""
-    def refuse(what: str, path: bytes) -> NoReturn:
-        raise Fatal("{}, /{}: {}".format(what, printable(path), ", ".join(printable(layer.path) for layer in layers)),
-                    "nothing was applied; was the changes file made for another base?")
+    def refuse(what: str, path: bytes, hint: str = "was the changes file made for another base?") -> NoReturn:
+        raise Fatal("{}, {}: {}".format(what, absolute(path), ", ".join(printable(layer.path) for layer in layers)),
+                    "nothing was applied; " + hint)
 
     with Tree(root) as tree, Tree(root) as sources:
         for path, node in stack_layers(layers).walk():
@@ -1524,7 +1531,8 @@ def check_tree(layers: Sequence[Layer], root: bytes) -> None:
             if node.children and not is_new:
                 try:
                     if not os.access(b".", os.W_OK | os.X_OK, dir_fd=tree.open(path), effective_ids=True):
-                        refuse("a directory cannot be written to", path)
+                        refuse("a directory cannot be written to", path,
+                               "merging into a system takes root: sudo apppot-snap")
                 except (FileNotFoundError, Mounted):
                     is_new = True
                 except OSError as error:
@@ -1859,7 +1867,7 @@ def show_member(member: Member) -> Tuple[str, str]:
     size = str(member.size) if member.kind == REGULAR else {
         DIRECTORY: "directory", SYMLINK: "symlink", HARD_LINK: "hard link", FIFO: "fifo"}.get(member.kind, "device")
     arrow = " -> " + printable(member.link) if member.kind in (SYMLINK, HARD_LINK) else ""
-    return letter, "{} {:>12} /{}{}".format(letter, size, printable(member.path) if member.path else "", arrow)
+    return letter, "{} {:>12} {}{}".format(letter, size, absolute(member.path), arrow)
 
 
 def show_members(members: Iterable[Member], is_ours: bool = True) -> str:
@@ -2061,7 +2069,8 @@ def main(argv: Sequence[str]) -> int:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         run_command(build_parser().parse_args(argv))
-        sys.stdout.flush()
+        if sys.stdout:                            # None if it was closed before
+            sys.stdout.flush()
         return 0
     except Fatal as fatal:
         message, hint = fatal.message, fatal.hint

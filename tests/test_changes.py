@@ -864,7 +864,7 @@ def test_a_full_disk_is_an_error_with_the_size_and_leaves_no_part(place):
     result = subprocess.run(["unshare", "-m", "sh", "-ec", script], capture_output=True, check=True)
     assert result.stdout.split() == [b"125", b"125"]
     errors = [line for line in result.stderr.decode().splitlines() if "error" in line]
-    assert len(errors) == 2 and all("no space left" in line and "4.0 MiB" in line for line in errors)
+    assert len(errors) == 2 and all("o space left" in line and "4.0 MiB" in line for line in errors)
 
 
 def test_a_file_that_changes_while_it_is_saved_is_told_and_the_layer_is_valid(place):
@@ -951,6 +951,28 @@ def test_wrong_usage_is_an_error_and_a_hint(words):
     result = snap(*words)
     assert result.returncode == 125 and result.stdout == b""
     assert_error(result)
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_closed_streams_are_no_traceback(place, closed):
+    make_layer(place / "l", [("file", b"1")])
+    for name, code in (("l", 0), ("none", 125)):
+        result = subprocess.run(["sh", "-c", f'exec "$@" {closed}>&-', "-", sys.executable, TOP / "changes.py", "show",
+                                 place / name], capture_output=True)  # fmt: skip
+        assert result.returncode == code and b"Traceback" not in result.stdout + result.stderr
+
+
+def test_what_may_not_be_read_is_named_with_its_whole_path(place):
+    (place / "a").mkdir(), (place / "b/sub").mkdir(parents=True), (place / "b/sub/file").write_text("secret")
+    for path in (place, place / "a", place / "b"):
+        path.chmod(0o777)
+    become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if IS_ROOT else []
+    for path, name in ((place / "b/sub/file", "/sub/file"), (place / "b/sub", "/sub")):
+        path.chmod(0)
+        words = [*become, sys.executable, TOP / "changes.py", "diff", "a", "b", "-o", "l.tar.gz"]
+        result = subprocess.run(words, cwd=place, capture_output=True)
+        assert result.returncode == 125
+        assert_error(result, "cannot be read, Permission denied: " + name)
 
 
 def test_changes_without_a_base_say_so(place):
