@@ -9,6 +9,7 @@ does nothing twice, works relative to directory descriptors, and imports little.
 applying it are apart: a kernel that attaches layers would replace the last alone.
 """
 import errno
+import itertools
 import os
 import re
 import stat
@@ -70,6 +71,8 @@ INDEX_MAX = 250000                   # members kept in memory, 500 bytes each
 BUFFER, PACKED = 1 << 18, 1 << 16
 LEVEL = 2                            # of zlib: 2.1 to 2.7 times as fast as 6, 11 % larger (measured)
 STORED_MAX = 65535                   # RFC 1951: bytes in a block that is not compressed
+SLOTS, SLOT_SIZE = 8, struct.Struct("<I")          # blocks on the way to another process
+FORK_MIN = 4 << 20                   # bytes of a layer that are worth one
 DESCRIPTORS = 200                    # directories kept open on the way down
 SIGNATURE = struct.Struct("<QQQQI")  # inode, size, mtime, ctime, mode
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -343,64 +346,168 @@ def encode_member(member: Member) -> bytes:
             + extended + pad(len(extended)) + header + sparse_map)
 
 
-class LayerWriter:
-    """Puts members and their content into one buffer, which then is compressed as a whole."""
+class Sink:
+    """Where a tar goes, plain: block by block what has been put into `buffer`."""
 
-    def __init__(self, descriptor: int, compress: bool) -> None:
+    def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, -15) if compress else None
-        self._buffer = memoryview(bytearray(BUFFER))
-        self._fill = self._size = self._crc = 0
+        self.buffer = memoryview(bytearray(BUFFER))
+
+    def put(self, size: int) -> None:
+        write_all(self._descriptor, self.buffer[:size])
+
+    def finish(self) -> None:
+        """All was put."""
+
+    def close(self) -> None:
+        """Whatever has happened."""
+
+
+class Deflater(Sink):
+    """Writes gzip."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor)
+        self._compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, -15)
+        self._size = self._crc = 0
+        write_all(descriptor, b"\x1f\x8b\x08\0\0\0\0\0\0\xff")             # RFC 1952: no time, no name
+
+    def put(self, size: int) -> None:
+        content = self.buffer[:size]
+        self._crc = zlib.crc32(content, self._crc)
+        self._size += size
+        if is_compressible(content):
+            write_all(self._descriptor, self._compressor.compress(content))
+            return
+        # It forgets what it has seen, so that these blocks may come in between.
+        pieces: List[Content] = [self._compressor.flush(zlib.Z_FULL_FLUSH)]
+        for start in range(0, size, STORED_MAX):
+            piece = content[start:start + STORED_MAX]
+            pieces += [struct.pack("<BHH", 0, len(piece), len(piece) ^ 0xffff), piece]
+        write_all(self._descriptor, b"".join(pieces))
+
+    def finish(self) -> None:
+        write_all(self._descriptor, self._compressor.flush() + struct.pack("<II", self._crc, self._size & 0xffffffff))
+
+
+class ForkedDeflater(Sink):
+    """The same by a process of its own, for another CPU: UML runs the threads of a process one at a time.
+
+    The blocks are in shared memory; one pipe says how long the next is, the other which have been read.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        import mmap  # not for the agent
+
+        memory = memoryview(mmap.mmap(-1, SLOTS * BUFFER))
+        self._slots = [memory[start:start + BUFFER] for start in range(0, SLOTS * BUFFER, BUFFER)]
+        self._count = 0
+        self.buffer = self._slots[0]
+        sizes, self._sizes = os.pipe()
+        self._acks, acks = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._sizes)
+            self._run(descriptor, sizes, acks)
+        os.close(sizes)
+        os.close(acks)
+
+    def _run(self, descriptor: int, sizes: int, acks: int) -> NoReturn:
+        """The child's part; its exit status is 0 or the number of the error."""
+        import signal
+
+        status = errno.EINTR
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):      # it ends with its parent
+                signal.signal(number, signal.SIG_IGN)
+            deflater = Deflater(descriptor)
+            for count in itertools.count():
+                size = os.read(sizes, SLOT_SIZE.size)
+                if not size:
+                    break
+                deflater.buffer = self._slots[count % SLOTS]
+                deflater.put(SLOT_SIZE.unpack(size)[0])
+                os.write(acks, b"\0")
+            deflater.finish()
+            status = 0
+        except OSError as error:
+            status = error.errno or status
+        finally:
+            os._exit(status)
+
+    def put(self, size: int) -> None:
+        os.write(self._sizes, SLOT_SIZE.pack(size))
+        self._count += 1
+        self.buffer = self._slots[self._count % SLOTS]
+        if self._count >= SLOTS and not os.read(self._acks, 1):
+            raise BrokenPipeError(errno.EPIPE, "the compressing process has ended")
+
+    def close(self) -> None:
+        os.close(self._sizes)
+        os.close(self._acks)
+        status = os.waitpid(self._pid, 0)[1]
+        if status:                                # says more than the broken pipe
+            number = os.WEXITSTATUS(status) if os.WIFEXITED(status) else errno.EINTR
+            raise OSError(number, os.strerror(number))
+
+
+@contextmanager
+def open_sink(descriptor: int, is_plain: bool, size: int) -> Iterator[Sink]:
+    """For a layer of about `size` bytes. Which kind it is does not show in what is written."""
+    if is_plain:
+        sink = Sink(descriptor)
+    elif size < FORK_MIN or len(os.sched_getaffinity(0)) == 1:
+        sink = Deflater(descriptor)
+    else:
+        sink = ForkedDeflater(descriptor)
+    try:
+        yield sink
+        sink.finish()
+    finally:
+        sink.close()
+
+
+class LayerWriter:
+    """Puts members and their content one behind the other, in blocks of BUFFER bytes."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._fill = self._crc = 0
         self._newest_ns = 0
-        if compress:
-            write_all(descriptor, b"\x1f\x8b\x08\0\0\0\0\0\0\xff")         # RFC 1952: no time, no name
 
     def add(self, member: Member) -> None:
         self._newest_ns = max(self._newest_ns, member.mtime_ns)
         self.write(encode_member(member))
 
     def write(self, content: Content) -> None:
-        for start in range(0, len(content), BUFFER):
-            piece = content[start:start + BUFFER]
-            if len(piece) > BUFFER - self._fill:
-                self._flush()
-            self._buffer[self._fill:self._fill + len(piece)] = piece
-            self._fill += len(piece)
+        while content:
+            end = min(self._fill + len(content), BUFFER)
+            count = end - self._fill
+            self._sink.buffer[self._fill:end] = content[:count]
+            self._advance(count)
+            content = content[count:]
 
     def copy(self, descriptor: int, size: int) -> bool:
         """Read straight into the buffer; when the file ends early, zeros take the place of the rest: False."""
         while size:
-            if self._fill == BUFFER:
-                self._flush()
-            end = min(self._fill + size, BUFFER)
-            count = os.readv(descriptor, [self._buffer[self._fill:end]])
+            count = os.readv(descriptor, [self._sink.buffer[self._fill:min(self._fill + size, BUFFER)]])
             if count == 0:
-                self.write_zeros(size)
+                for start in range(0, size, BUFFER):
+                    self.write(bytes(min(size - start, BUFFER)))
                 return False
-            self._fill += count
+            self._advance(count)
             size -= count
         return True
 
-    def write_zeros(self, size: int) -> None:
-        for start in range(0, size, BUFFER):
-            self.write(bytes(min(size - start, BUFFER)))
+    def _advance(self, count: int) -> None:
+        self._fill += count
+        if self._fill == BUFFER:
+            self._flush()
 
     def _flush(self) -> None:
-        content = self._buffer[:self._fill]
-        self._crc = zlib.crc32(content, self._crc)
-        self._size += self._fill
+        self._crc = zlib.crc32(self._sink.buffer[:self._fill], self._crc)
+        self._sink.put(self._fill)
         self._fill = 0
-        packed: Content = content
-        if self._compressor and is_compressible(content):
-            packed = self._compressor.compress(content)
-        elif self._compressor:
-            # It forgets what it has seen, so that these blocks may come in between.
-            pieces: List[Content] = [self._compressor.flush(zlib.Z_FULL_FLUSH)]
-            for start in range(0, len(content), STORED_MAX):
-                piece = content[start:start + STORED_MAX]
-                pieces += [struct.pack("<BHH", 0, len(piece), len(piece) ^ 0xffff), piece]
-            packed = b"".join(pieces)
-        write_all(self._descriptor, packed)
 
     def finish(self, base: str) -> None:
         """Label and end. The label closes with a checksum of all before it: a plain tar has no other of content."""
@@ -409,15 +516,11 @@ class LayerWriter:
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created_s))
         text = '{{\n"format": {},\n"base": "{}",\n"created": "{}",\n"tool": "AppPot {}",\n"crc32": "'.format(
             FORMAT, base, created, VERSION).encode()
-        self.write(encode_member(Member(LABEL, REGULAR, 0o644, 0, 0, len(text) + 12, created_s * 10 ** 9)))
-        self.write(text)
-        self._flush()
-        self.write(b'%08x"\n}\n' % self._crc)
+        self.write(encode_member(Member(LABEL, REGULAR, 0o644, 0, 0, len(text) + 12, created_s * 10 ** 9)) + text)
+        self.write(b'%08x"\n}\n' % zlib.crc32(self._sink.buffer[:self._fill], self._crc))
         self.write(pad(len(text) + 12) + bytes(2 * BLOCK))
-        self._flush()
-        if self._compressor:
-            trailer = struct.pack("<II", self._crc, self._size & 0xffffffff)
-            write_all(self._descriptor, self._compressor.flush() + trailer)
+        if self._fill:
+            self._flush()
 
 
 def is_compressible(content: memoryview) -> bool:
@@ -1135,8 +1238,8 @@ def new_file(path: bytes) -> Iterator[int]:
 def new_layer(path: bytes, size: int) -> Iterator[LayerWriter]:
     """Of at most `size` bytes of content."""
     try:
-        with new_file(path) as descriptor:
-            yield LayerWriter(descriptor, not path.endswith(b".tar"))
+        with new_file(path) as descriptor, open_sink(descriptor, path.endswith(b".tar"), size) as sink:
+            yield LayerWriter(sink)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise

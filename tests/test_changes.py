@@ -894,11 +894,13 @@ def test_a_file_that_changes_while_it_is_saved_is_told_and_the_layer_is_valid(pl
 
 def test_200000_files_need_less_than_300_mib(place):
     with open(place / "l.tar.gz", "wb") as file:
-        writer = changes.LayerWriter(file.fileno(), True)
+        sink = changes.Deflater(file.fileno())
+        writer = changes.LayerWriter(sink)
         for number in range(200000):
             name = b"some/directory/of/many/%d/file%d" % (number // 500, number)
             writer.add(changes.Member(name, changes.REGULAR, 0o644, os.getuid(), os.getgid(), 0, 10**18 + number))
         writer.finish("")
+        sink.finish()
     (place / "root").mkdir()
     # Not ru_maxrss, which begins with what this process has at the fork.
     script = ("import re, sys; sys.path.insert(0, sys.argv[1]); import changes; status = changes.main(sys.argv[2:]); "
