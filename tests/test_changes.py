@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import stat
 import struct
@@ -922,6 +923,35 @@ def test_only_a_file_is_replaced_by_a_layer(place):
         assert result.returncode == 125
         assert_error(result, "not a regular file", place / name)
     assert sorted(os.listdir(place)) == ["a", "fifo", "link"] and stat.S_ISFIFO(os.lstat(place / "fifo").st_mode)
+
+
+@pytest.mark.parametrize("size", [3 << 20, 4 << 20, 9 << 20, (9 << 20) + 12345])
+def test_a_second_cpu_does_not_show_in_the_layer(place, monkeypatch, size):
+    (place / "a").mkdir(), (place / "b").mkdir()
+    (place / "b/file").write_bytes(os.urandom(size // 2) + b"text" * (size // 8))
+    layers = []
+    for cpus in ({0}, {0, 1}):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: cpus)
+        layers.append(diff(place / "a", place / "b", place / f"{len(cpus)}.tar.gz").read_bytes())
+    assert layers[0] == layers[1] and len(gzip.decompress(layers[0])) > size // 2
+
+
+def test_a_compressing_process_that_is_killed_is_an_error(place, monkeypatch):
+    (place / "a").mkdir(), (place / "b").mkdir()
+    (place / "b/file").write_bytes(bytes(64 << 20))
+    fork = os.fork
+
+    def fork_and_kill():
+        pid = fork()
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+        return pid
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(os, "fork", fork_and_kill)
+    with pytest.raises(OSError):
+        diff(place / "a", place / "b", place / "l.tar.gz")
+    assert sorted(os.listdir(place)) == ["a", "b"]
 
 
 def test_interrupted_saving_leaves_no_temporary_file(place):
