@@ -9,6 +9,7 @@ does nothing twice, works relative to directory descriptors, and imports little.
 applying it are apart: a kernel that attaches layers would replace the last alone.
 """
 import errno
+import itertools
 import os
 import re
 import stat
@@ -70,9 +71,12 @@ INDEX_MAX = 250000                   # members kept in memory, 500 bytes each
 BUFFER, PACKED = 1 << 18, 1 << 16
 LEVEL = 2                            # of zlib: 2.1 to 2.7 times as fast as 6, 11 % larger (measured)
 STORED_MAX = 65535                   # RFC 1951: bytes in a block that is not compressed
+SLOTS, GROUP = 16, 4                 # blocks on the way to another process; so many at once, as waking it takes 1 ms
+SLOT_SIZE = struct.Struct("<I")
+FORK_MIN = 4 << 20                   # bytes of a layer that are worth one
 DESCRIPTORS = 200                    # directories kept open on the way down
 SIGNATURE = struct.Struct("<QQQQI")  # inode, size, mtime, ctime, mode
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OTHER_COMPRESSIONS = ((b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"))
 
 
@@ -173,6 +177,10 @@ def printable(path: bytes) -> str:
     """One line, whatever the bytes."""
     text = path.decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text) or "."
+
+
+def absolute(path: bytes) -> str:
+    return "/" + printable(path) if path else "/"
 
 
 def format_size(size: float) -> str:
@@ -339,64 +347,176 @@ def encode_member(member: Member) -> bytes:
             + extended + pad(len(extended)) + header + sparse_map)
 
 
-class LayerWriter:
-    """Puts members and their content into one buffer, which then is compressed as a whole."""
+class Sink:
+    """Where a tar goes, plain: block by block what has been put into `buffer`."""
 
-    def __init__(self, descriptor: int, compress: bool) -> None:
+    def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, -15) if compress else None
-        self._buffer = memoryview(bytearray(BUFFER))
-        self._fill = self._size = self._crc = 0
+        self.buffer = memoryview(bytearray(BUFFER))
+
+    def put(self, size: int) -> None:
+        write_all(self._descriptor, self.buffer[:size])
+
+    def finish(self) -> None:
+        """All was put."""
+
+    def close(self) -> None:
+        """Whatever has happened."""
+
+
+class Deflater(Sink):
+    """Writes gzip."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor)
+        self._compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, -15)
+        self._size = self._crc = 0
+        write_all(descriptor, b"\x1f\x8b\x08\0\0\0\0\0\0\xff")             # RFC 1952: no time, no name
+
+    def put(self, size: int) -> None:
+        content = self.buffer[:size]
+        self._crc = zlib.crc32(content, self._crc)
+        self._size += size
+        if is_compressible(content):
+            write_all(self._descriptor, self._compressor.compress(content))
+            return
+        # It forgets what it has seen, so that these blocks may come in between.
+        pieces: List[Content] = [self._compressor.flush(zlib.Z_FULL_FLUSH)]
+        for start in range(0, size, STORED_MAX):
+            piece = content[start:start + STORED_MAX]
+            pieces += [struct.pack("<BHH", 0, len(piece), len(piece) ^ 0xffff), piece]
+        write_all(self._descriptor, b"".join(pieces))
+
+    def finish(self) -> None:
+        write_all(self._descriptor, self._compressor.flush() + struct.pack("<II", self._crc, self._size & 0xffffffff))
+
+
+class ForkedDeflater(Sink):
+    """The same by a process of its own, for another CPU: UML runs the threads of a process one at a time.
+
+    The blocks are in shared memory; one pipe says how long the next ones are, the other that a group has been read.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        import mmap  # not for the agent
+
+        memory = memoryview(mmap.mmap(-1, SLOTS * BUFFER))
+        self._slots = [memory[start:start + BUFFER] for start in range(0, SLOTS * BUFFER, BUFFER)]
+        self._count = 0
+        self._group = b""                         # sizes of blocks not handed over yet
+        self.buffer = self._slots[0]
+        sizes, self._sizes = os.pipe()
+        self._acks, acks = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._sizes)
+            self._run(descriptor, sizes, acks)
+        os.close(sizes)
+        os.close(acks)
+
+    def _run(self, descriptor: int, sizes: int, acks: int) -> NoReturn:
+        """The child's part; its exit status is 0 or the number of the error."""
+        import signal
+
+        status = errno.EINTR
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):      # it ends with its parent
+                signal.signal(number, signal.SIG_IGN)
+            deflater = Deflater(descriptor)
+            for count in itertools.count():
+                size = os.read(sizes, SLOT_SIZE.size)
+                if not size:
+                    break
+                deflater.buffer = self._slots[count % SLOTS]
+                deflater.put(SLOT_SIZE.unpack(size)[0])
+                if count % GROUP == GROUP - 1:
+                    os.write(acks, b"\0")
+            deflater.finish()
+            status = 0
+        except OSError as error:
+            status = error.errno or status
+        finally:
+            os._exit(status)
+
+    def put(self, size: int) -> None:
+        self._group += SLOT_SIZE.pack(size)
+        self._count += 1
+        self.buffer = self._slots[self._count % SLOTS]
+        if self._count % GROUP == 0:
+            self.finish()
+            if self._count >= SLOTS and not os.read(self._acks, 1):
+                raise BrokenPipeError(errno.EPIPE, "the compressing process has ended")
+
+    def finish(self) -> None:
+        os.write(self._sizes, self._group)
+        self._group = b""
+
+    def close(self) -> None:
+        os.close(self._sizes)
+        os.close(self._acks)
+        status = os.waitpid(self._pid, 0)[1]
+        if status:                                # says more than the broken pipe
+            number = os.WEXITSTATUS(status) if os.WIFEXITED(status) else errno.EINTR
+            raise OSError(number, os.strerror(number))
+
+
+@contextmanager
+def open_sink(descriptor: int, is_plain: bool, size: int) -> Iterator[Sink]:
+    """For a layer of about `size` bytes. Which kind it is does not show in what is written."""
+    if is_plain:
+        sink = Sink(descriptor)
+    elif size < FORK_MIN or len(os.sched_getaffinity(0)) == 1:
+        sink = Deflater(descriptor)
+    else:
+        sink = ForkedDeflater(descriptor)
+    try:
+        yield sink
+        sink.finish()
+    finally:
+        sink.close()
+
+
+class LayerWriter:
+    """Puts members and their content one behind the other, in blocks of BUFFER bytes."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._fill = self._crc = 0
         self._newest_ns = 0
-        if compress:
-            write_all(descriptor, b"\x1f\x8b\x08\0\0\0\0\0\0\xff")         # RFC 1952: no time, no name
 
     def add(self, member: Member) -> None:
         self._newest_ns = max(self._newest_ns, member.mtime_ns)
         self.write(encode_member(member))
 
     def write(self, content: Content) -> None:
-        for start in range(0, len(content), BUFFER):
-            piece = content[start:start + BUFFER]
-            if len(piece) > BUFFER - self._fill:
-                self._flush()
-            self._buffer[self._fill:self._fill + len(piece)] = piece
-            self._fill += len(piece)
+        while content:
+            end = min(self._fill + len(content), BUFFER)
+            count = end - self._fill
+            self._sink.buffer[self._fill:end] = content[:count]
+            self._advance(count)
+            content = content[count:]
 
     def copy(self, descriptor: int, size: int) -> bool:
         """Read straight into the buffer; when the file ends early, zeros take the place of the rest: False."""
         while size:
-            if self._fill == BUFFER:
-                self._flush()
-            end = min(self._fill + size, BUFFER)
-            count = os.readv(descriptor, [self._buffer[self._fill:end]])
+            count = os.readv(descriptor, [self._sink.buffer[self._fill:min(self._fill + size, BUFFER)]])
             if count == 0:
-                self.write_zeros(size)
+                for start in range(0, size, BUFFER):
+                    self.write(bytes(min(size - start, BUFFER)))
                 return False
-            self._fill += count
+            self._advance(count)
             size -= count
         return True
 
-    def write_zeros(self, size: int) -> None:
-        for start in range(0, size, BUFFER):
-            self.write(bytes(min(size - start, BUFFER)))
+    def _advance(self, count: int) -> None:
+        self._fill += count
+        if self._fill == BUFFER:
+            self._flush()
 
     def _flush(self) -> None:
-        content = self._buffer[:self._fill]
-        self._crc = zlib.crc32(content, self._crc)
-        self._size += self._fill
+        self._crc = zlib.crc32(self._sink.buffer[:self._fill], self._crc)
+        self._sink.put(self._fill)
         self._fill = 0
-        packed: Content = content
-        if self._compressor and is_compressible(content):
-            packed = self._compressor.compress(content)
-        elif self._compressor:
-            # It forgets what it has seen, so that these blocks may come in between.
-            pieces: List[Content] = [self._compressor.flush(zlib.Z_FULL_FLUSH)]
-            for start in range(0, len(content), STORED_MAX):
-                piece = content[start:start + STORED_MAX]
-                pieces += [struct.pack("<BHH", 0, len(piece), len(piece) ^ 0xffff), piece]
-            packed = b"".join(pieces)
-        write_all(self._descriptor, packed)
 
     def finish(self, base: str) -> None:
         """Label and end. The label closes with a checksum of all before it: a plain tar has no other of content."""
@@ -405,15 +525,11 @@ class LayerWriter:
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(created_s))
         text = '{{\n"format": {},\n"base": "{}",\n"created": "{}",\n"tool": "AppPot {}",\n"crc32": "'.format(
             FORMAT, base, created, VERSION).encode()
-        self.write(encode_member(Member(LABEL, REGULAR, 0o644, 0, 0, len(text) + 12, created_s * 10 ** 9)))
-        self.write(text)
-        self._flush()
-        self.write(b'%08x"\n}\n' % self._crc)
+        self.write(encode_member(Member(LABEL, REGULAR, 0o644, 0, 0, len(text) + 12, created_s * 10 ** 9)) + text)
+        self.write(b'%08x"\n}\n' % zlib.crc32(self._sink.buffer[:self._fill], self._crc))
         self.write(pad(len(text) + 12) + bytes(2 * BLOCK))
-        self._flush()
-        if self._compressor:
-            trailer = struct.pack("<II", self._crc, self._size & 0xffffffff)
-            write_all(self._descriptor, self._compressor.flush() + trailer)
+        if self._fill:
+            self._flush()
 
 
 def is_compressible(content: memoryview) -> bool:
@@ -556,8 +672,11 @@ def parse_records(content: bytes) -> Dict[bytes, bytes]:
 
 
 def parse_label(content: bytes) -> Optional[Label]:
-    """changes.json as finish() writes it, a field per line: the json module costs 50 ms to import."""
-    fields = dict(re.findall(r'^"(\w+)": "?([^"]*?)"?,?$', content.decode("ascii", "replace"), re.MULTILINE))
+    """changes.json as finish() writes it, a field per line: the json module costs 50 ms to import.
+
+    What a terminal would not print as it is, is no field.
+    """
+    fields = dict(re.findall(r'^"(\w+)": "?([ !#-~]{0,99}?)"?,?$', content.decode("ascii", "replace"), re.MULTILINE))
     if not fields.get("format", "").isdigit():
         return None
     if int(fields["format"]) > FORMAT:
@@ -848,6 +967,8 @@ def scan(tree: Tree, exclude: "re.Pattern[bytes]", skipped: Dict[bytes, str]
                     found.append((child, child_status))
         except (FileNotFoundError, NotADirectoryError, Mounted):
             continue
+        except PermissionError as error:
+            raise unreadable(path, error)
         found.sort(reverse=True)
         pending += found
 
@@ -896,24 +1017,32 @@ def find_pieces(descriptor: int, size: int) -> Optional[Tuple[Tuple[int, int], .
 
 @contextmanager
 def open_member(tree: Tree, member: Member) -> Iterator[Tuple[Member, int]]:
-    """The member with what lstat did not tell, and for a regular file its descriptor."""
+    """The member with what lstat did not tell, and for a regular file its descriptor, else -1."""
     directory, name = split_path(member.path)
-    if member.kind == DIRECTORY:
-        yield member._replace(xattrs=read_xattrs(tree.open(member.path))), -1
-        return
-    parent = tree.open(directory)
-    if member.kind == HARD_LINK:
-        yield member, -1
-    elif member.kind != REGULAR:
-        link = os.readlink(name, dir_fd=parent) if member.kind == SYMLINK else b""
-        yield member._replace(link=link, xattrs=read_xattrs(proc_path(parent, name))), -1
-    else:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
-        try:
+    descriptor = -1
+    try:
+        if member.kind == DIRECTORY:
+            member = member._replace(xattrs=read_xattrs(tree.open(member.path)))
+        elif member.kind == REGULAR:
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
+                                 dir_fd=tree.open(directory))
             pieces = find_pieces(descriptor, member.size) if member.pieces is not None else None
-            yield member._replace(xattrs=read_xattrs(descriptor), pieces=pieces), descriptor
-        finally:
+            member = member._replace(xattrs=read_xattrs(descriptor), pieces=pieces)
+        elif member.kind != HARD_LINK:
+            parent = tree.open(directory)
+            link = os.readlink(name, dir_fd=parent) if member.kind == SYMLINK else b""
+            member = member._replace(link=link, xattrs=read_xattrs(proc_path(parent, name)))
+        yield member, descriptor
+    except PermissionError as error:
+        raise unreadable(member.path, error)
+    finally:
+        if descriptor >= 0:
             os.close(descriptor)
+
+
+def unreadable(path: bytes, error: OSError) -> Fatal:
+    return Fatal("cannot be read, {}: {}".format(error.strerror, absolute(path)),
+                 "it takes root; in the appliance: sudo apppot-snap")
 
 
 # --- What has changed ---------------------------------------------------------------------------------------
@@ -1097,6 +1226,8 @@ def new_file(path: bytes) -> Iterator[int]:
     """A descriptor to write to; the file appears under its name when all is written, or not at all."""
     directory = os.path.dirname(path) or b"."
     temporary = os.path.join(directory, b".apppot-" + os.urandom(6).hex().encode())
+    if os.path.exists(path) and not os.path.isfile(path):      # it would take the place of a device such as /dev/null
+        raise Fatal("cannot write, not a regular file: " + printable(path), "name a file that can be written")
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -1116,13 +1247,14 @@ def new_file(path: bytes) -> Iterator[int]:
 def new_layer(path: bytes, size: int) -> Iterator[LayerWriter]:
     """Of at most `size` bytes of content."""
     try:
-        with new_file(path) as descriptor:
-            yield LayerWriter(descriptor, not path.endswith(b".tar"))
+        with new_file(path) as descriptor, open_sink(descriptor, path.endswith(b".tar"), size) as sink:
+            yield LayerWriter(sink)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
-        raise Fatal("no space left, {} free, up to {} needed: {}".format(
-            format_size(free_space(os.path.dirname(path) or b".")), format_size(size), printable(path)),
+        status = os.statvfs(os.path.dirname(path) or b".")
+        raise Fatal("cannot write, {}, {} free, up to {} needed: {}".format(
+            error.strerror, format_size(status.f_bavail * status.f_frsize), format_size(size), printable(path)),
             "free some, or write the changes file elsewhere")
 
 
@@ -1147,9 +1279,6 @@ def write_layer(root: bytes, plan: Plan, output: bytes, report: Report) -> None:
                 save_member(writer, tree, member, moved, report)
                 done += member.size
             writer.finish(read_base_id(root))
-    except PermissionError as error:
-        raise Fatal("cannot be read, {}: {}".format(error.strerror, show_name(error.filename, output)),
-                    "it takes root; in the appliance: sudo apppot-snap")
     finally:
         report.clear()
 
@@ -1211,11 +1340,6 @@ def needed_space(member: Member) -> int:
         return 4096 * (member.kind == DIRECTORY)
     size = member.size if member.pieces is None else sum(length for _, length in member.pieces)
     return size + -size % 4096
-
-
-def free_space(path: bytes) -> int:
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
 
 
 def read_base_id(root: bytes) -> str:
@@ -1414,20 +1538,8 @@ def squash_layers(layers: Sequence[Layer], output: bytes, report: Report) -> Non
         raise Fatal("changes files are for different bases: " + ", ".join(
             "{} ({})".format(printable(layer.path), base) for base, layer in bases.items()),
             "squash those of one base")
-    wanted: Dict[Tuple[int, int], List[Member]] = {}
     with new_layer(output, sum(layer.size for layer in layers)) as writer:
-        for path, node in stack_layers(layers).walk():
-            if node.is_opaque:
-                writer.add(whiteout_of(join_path(path, OPAQUE[len(WHITEOUT):])))
-            if node.is_gone:
-                writer.add(whiteout_of(path))
-            if node.member and node.member.kind == HARD_LINK:
-                raise Fatal("a hard link to a file of the base cannot be squashed: " + printable(path),
-                            "merge the changes files one by one, and save their sum with `apppot-snap changes`")
-            if node.member and node.member.kind == DIRECTORY:
-                writer.add(node.member)
-            elif node.member:
-                wanted.setdefault(node.origin, []).append(node.member)
+        wanted = write_skeleton(writer, stack_layers(layers), report)
         for index, layer in enumerate(layers):
             reader = layer.reader()
             for number, _ in enumerate(reader):
@@ -1444,27 +1556,61 @@ def squash_layers(layers: Sequence[Layer], output: bytes, report: Report) -> Non
         writer.finish(next(iter(bases), ""))
 
 
+def write_skeleton(writer: LayerWriter, root: Node, report: Report) -> Dict[Tuple[int, int], List[Member]]:
+    """Write whiteouts and directories; return the names of all else by where its content is."""
+    wanted: Dict[Tuple[int, int], List[Member]] = {}
+    for path, node in root.walk():
+        if node.is_opaque:
+            writer.add(whiteout_of(join_path(path, OPAQUE[len(WHITEOUT):])))
+        if node.is_gone:
+            writer.add(whiteout_of(path))
+        if node.is_gone or node.member:
+            report.say(path)
+        if node.member and node.member.kind == HARD_LINK:
+            raise Fatal("a hard link to a file of the base cannot be squashed: " + printable(path),
+                        "merge the changes files one by one, and save their sum with `apppot-snap changes`")
+        if node.member and node.member.kind == DIRECTORY:
+            writer.add(node.member)
+        elif node.member:
+            wanted.setdefault(node.origin, []).append(node.member)
+    return wanted
+
+
 # --- Applying -----------------------------------------------------------------------------------------------
 
-def check_space(layer: Layer, root: bytes, taken: int = 0) -> None:
-    """Fatal where the file system is too small; layers before this one take `taken` bytes."""
-    free = free_space(root) - taken
-    if layer.size <= free:
-        return
+def check_space(layers: Sequence[Layer], root: bytes) -> None:
+    """Fatal where the file system has too few bytes or inodes; layers may replace what layers before them bring."""
+    status = os.statvfs(root)
+    free = status.f_bavail * status.f_frsize
+    free_files = status.f_favail if status.f_files else sys.maxsize            # btrfs knows no limit
+    for layer in layers:
+        if layer.size > free or layer.count > free_files:
+            check_closely(layer, root, free, free_files)
+        free -= layer.size
+        free_files -= layer.count
+
+
+def check_closely(layer: Layer, root: bytes, free: int, free_files: int) -> None:
+    """Count what comes free on the way, too."""
     with Tree(root) as tree:
-        free += sum(used_space(tree, path, True) for path in layer.whiteouts + layer.opaques)
+        for path in layer.whiteouts + layer.opaques:
+            size, files = used_space(tree, path, True)
+            free, free_files = free + size, free_files + files
         gone = set(layer.whiteouts)
         for member in layer.members():
             if not is_whiteout(member.path):
-                freed = 0 if member.path in gone else used_space(tree, member.path, member.kind != DIRECTORY)
-                free += freed - needed_space(member)
-            if free < 0:
+                size, files = (0, 0)
+                if member.path not in gone:
+                    size, files = used_space(tree, member.path, member.kind != DIRECTORY)
+                free += size - needed_space(member)
+                free_files += files - (member.kind != HARD_LINK)
+            if free < 0 or free_files < 0:
                 raise_no_space(layer, root, "nothing of it was applied; ")
 
 
-def used_space(tree: Tree, path: bytes, with_directories: bool) -> int:
-    """Bytes that come free when a path is removed."""
-    size = 0
+def used_space(tree: Tree, path: bytes, with_directories: bool) -> Tuple[int, int]:
+    """Bytes and inodes that come free when a path is removed; the inode of a directory also when it is kept."""
+    size = files = 0
     pending = [path]
     while pending:
         path = pending.pop()
@@ -1473,18 +1619,21 @@ def used_space(tree: Tree, path: bytes, with_directories: bool) -> int:
             status = os.stat(name or b".", dir_fd=tree.open(directory), follow_symlinks=False)
             if not stat.S_ISDIR(status.st_mode):
                 size += status.st_blocks * BLOCK * (status.st_nlink == 1)
-            elif with_directories:
+                files += status.st_nlink == 1
+                continue
+            files += 1
+            if with_directories:
                 pending += [join_path(path, below) for below in map(os.fsencode, os.listdir(tree.open(path)))]
         except (OSError, Mounted):
             pass                                  # it is not there, or stays
-    return size
+    return size, files
 
 
 def check_tree(layers: Sequence[Layer], root: bytes) -> None:
     """Fatal where a tree cannot take the layers, one upon the other, since something else is in their way."""
-    def refuse(what: str, path: bytes) -> NoReturn:
-        raise Fatal("{}, /{}: {}".format(what, printable(path), ", ".join(printable(layer.path) for layer in layers)),
-                    "nothing was applied; was the changes file made for another base?")
+    def refuse(what: str, path: bytes, hint: str = "was the changes file made for another base?") -> NoReturn:
+        raise Fatal("{}, {}: {}".format(what, absolute(path), ", ".join(printable(layer.path) for layer in layers)),
+                    "nothing was applied; " + hint)
 
     with Tree(root) as tree, Tree(root) as sources:
         for path, node in stack_layers(layers).walk():
@@ -1494,7 +1643,8 @@ def check_tree(layers: Sequence[Layer], root: bytes) -> None:
             if node.children and not is_new:
                 try:
                     if not os.access(b".", os.W_OK | os.X_OK, dir_fd=tree.open(path), effective_ids=True):
-                        refuse("a directory cannot be written to", path)
+                        refuse("a directory cannot be written to", path,
+                               "merging into a system takes root: sudo apppot-snap")
                 except (FileNotFoundError, Mounted):
                     is_new = True
                 except OSError as error:
@@ -1519,9 +1669,10 @@ def is_file(tree: Tree, path: bytes) -> bool:
 
 
 def raise_no_space(layer: Layer, root: bytes, state: str) -> NoReturn:
-    raise Fatal("no space left in the tree, {} free, {} needed: {}".format(
-        format_size(free_space(root)), format_size(layer.size), printable(layer.path)),
-        state + "make the image larger: make image IMAGE_SIZE=")
+    status = os.statvfs(root)
+    raise Fatal("no space left in the tree, {} and {} files free, up to {} and {} files needed: {}".format(
+        format_size(status.f_bavail * status.f_frsize), status.f_favail, format_size(layer.size), layer.count,
+        printable(layer.path)), state + "make the image larger: make image IMAGE_SIZE=")
 
 
 class Target(Tree):
@@ -1828,7 +1979,7 @@ def show_member(member: Member) -> Tuple[str, str]:
     size = str(member.size) if member.kind == REGULAR else {
         DIRECTORY: "directory", SYMLINK: "symlink", HARD_LINK: "hard link", FIFO: "fifo"}.get(member.kind, "device")
     arrow = " -> " + printable(member.link) if member.kind in (SYMLINK, HARD_LINK) else ""
-    return letter, "{} {:>12} /{}{}".format(letter, size, printable(member.path) if member.path else "", arrow)
+    return letter, "{} {:>12} {}{}".format(letter, size, absolute(member.path), arrow)
 
 
 def show_members(members: Iterable[Member], is_ours: bool = True) -> str:
@@ -1860,6 +2011,7 @@ def run_show(path: bytes, report: Report) -> None:
 def run_base(root: bytes, exclude: Sequence[str], just_print: bool, report: Report) -> None:
     """Record the base. One that differs from that recorded before is another base."""
     path = os.path.join(root, BASE_ID)
+    os.listdir(root)                              # the next line would make it
     os.makedirs(os.path.dirname(path), exist_ok=True)
     patterns = choose_exclude(root, exclude)
     is_new = not read_base_id(root)
@@ -1884,8 +2036,8 @@ def run_squash(paths: Sequence[bytes], output: bytes, just_print: bool, report: 
             squash_layers(layers, output, report)
 
 
-def run_save(root: bytes, plan: Plan, output: bytes, report: Report) -> None:
-    if not output:
+def run_save(root: bytes, plan: Plan, output: Optional[bytes], report: Report) -> None:
+    if output is None:
         print(show_members(plan.entries()))
         return
     write_layer(root, plan, output, report)
@@ -1897,11 +2049,9 @@ def run_apply(paths: Sequence[bytes], root: bytes, just_print: bool, force: bool
     """Check all, then apply them in their order."""
     with ExitStack() as stack:
         layers = [stack.enter_context(check_layer(path, report)) for path in paths]
-        taken = 0
         for layer in layers:
             check_base(layer, read_base_id(root), force)
-            check_space(layer, root, taken)
-            taken += layer.size
+        check_space(layers, root)
         check_tree(layers, root)
         for layer in layers:
             if just_print:
@@ -1918,7 +2068,7 @@ def default_output() -> bytes:
     return os.fsencode(os.path.join(directory, time.strftime("apppot.%Y-%m-%d.changes.tar.gz")))
 
 
-def choose_exclude(root: bytes, asked: Iterable[str], output: bytes = b"") -> "re.Pattern[bytes]":
+def choose_exclude(root: bytes, asked: Iterable[str], output: Optional[bytes] = None) -> "re.Pattern[bytes]":
     """The usual patterns, those of the appliance's own list, those asked for, and the changes file itself."""
     try:
         with open(os.path.join(root, EXCLUDE_FILE), errors="surrogateescape") as file:
@@ -1926,12 +2076,14 @@ def choose_exclude(root: bytes, asked: Iterable[str], output: bytes = b"") -> "r
     except FileNotFoundError:
         listed = []
     top = os.path.realpath(root).rstrip(b"/") + b"/"
-    place = os.path.join(os.path.realpath(os.path.dirname(output) or b"."), os.path.basename(output))
-    own = [os.fsdecode(place[len(top) - 1:])] if output and place.startswith(top) else []
+    own = []
+    if output is not None:
+        place = os.path.join(os.path.realpath(os.path.dirname(output) or b"."), os.path.basename(output))
+        own = [os.fsdecode(place[len(top) - 1:])] if place.startswith(top) else []
     return compile_exclude([*EXCLUDE, *listed, *asked, *own])
 
 
-def save_changes(root: bytes, output: bytes, exclude: Sequence[str], report: Report,
+def save_changes(root: bytes, output: Optional[bytes], exclude: Sequence[str], report: Report,
                  known: Optional[Dict[bytes, bytes]] = None) -> None:
     """What `apppot-snap changes` does; without an output it prints what it would write.
 
@@ -1941,6 +2093,12 @@ def save_changes(root: bytes, output: bytes, exclude: Sequence[str], report: Rep
     manifest.update(known or {})
     plan = find_changes(root, manifest, choose_exclude(root, exclude, output), report)
     run_save(root, plan, output, report)
+
+
+def parse_path(text: str) -> bytes:
+    if not text:
+        raise Fatal("a file name is empty", "`apppot-snap --help` tells the usage")
+    return os.fsencode(text)
 
 
 def build_parser() -> Any:
@@ -1955,28 +2113,31 @@ def build_parser() -> Any:
     common.add_argument("-n", "--just-print", action="store_true", help="change nothing, print what would be done")
     common.add_argument("-v", "--verbose", action="store_true", help="print each file")
     system = Parser(add_help=False)
-    system.add_argument("--root", default="/", metavar="DIR", help="the system's root directory (default /)")
+    system.add_argument("--root", type=parse_path, default=b"/", metavar="DIR",
+                        help="the system's root directory (default /)")
     chosen = Parser(add_help=False)
     chosen.add_argument("-x", "--exclude", action="append", default=[], metavar="PATTERN",
                         help="leave out; /a/* or, at any depth, *.o; repeatable")
     forced = Parser(add_help=False)
     forced.add_argument("--force-changes", action="store_true", help="merge what was made for another base")
     result = Parser(add_help=False)
-    result.add_argument("-o", "--output", required=True, metavar="FILE", help="changes file to write")
+    result.add_argument("-o", "--output", type=parse_path, required=True, metavar="FILE", help="changes file to write")
     parser = Parser(
         prog="apppot-snap", description="Make, look at and merge changes files: what differs from the base image.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="A changes file is an OCI image layer: a tar with gzip, or without where its name ends in .tar.\n\n"
                "`base` and `changes` leave out what is mounted, sockets, the patterns in /{}\nand {}.".format(
                    EXCLUDE_FILE.decode(), " ".join(EXCLUDE)))
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    # Without `prog` it would look for the terminal's width, by modules that take long to import.
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", prog=parser.prog)
     commands.required = True
 
     def add(name: str, parents: Sequence[Parser], arguments: str, text: str) -> None:
         command = commands.add_parser(name, parents=[common, *parents], help=text)
         for argument in arguments.split():
             nargs = {"+": "+", "?": "?"}.get(argument[-1])
-            command.add_argument(argument.rstrip("+?"), nargs=nargs, metavar=argument.rstrip("+?").upper())
+            command.add_argument(argument.rstrip("+?"), type=parse_path, nargs=nargs,
+                                 metavar=argument.rstrip("+?").upper())
 
     add("base", (system, chosen), "", "record the present state, which `changes` compares with")
     add("changes", (system, chosen), "file?", "write what differs from the base "
@@ -1993,23 +2154,20 @@ def run_command(options: Any) -> None:
     report = Report(options.verbose)
     just_print: bool = options.just_print
     if options.command == "base":
-        run_base(os.fsencode(options.root), options.exclude, just_print, report)
+        run_base(options.root, options.exclude, just_print, report)
     elif options.command == "changes":
-        output = b"" if just_print else os.fsencode(options.file) if options.file else default_output()
-        save_changes(os.fsencode(options.root), output, options.exclude, report)
+        save_changes(options.root, None if just_print else options.file or default_output(), options.exclude, report)
     elif options.command == "merge":
-        run_apply([os.fsencode(name) for name in options.file], os.fsencode(options.root), just_print,
-                  options.force_changes, report)
+        run_apply(options.file, options.root, just_print, options.force_changes, report)
     elif options.command == "show":
-        run_show(os.fsencode(options.file), report)
+        run_show(options.file, report)
     elif options.command == "squash":
-        run_squash([os.fsencode(name) for name in options.file], os.fsencode(options.output), just_print, report)
+        run_squash(options.file, options.output, just_print, report)
     elif options.command == "diff":
-        old, new = os.fsencode(options.dir_a), os.fsencode(options.dir_b)
-        plan = compare_trees(old, new, compile_exclude(options.exclude), report)
-        run_save(new, plan, b"" if just_print else os.fsencode(options.output), report)
+        plan = compare_trees(options.dir_a, options.dir_b, compile_exclude(options.exclude), report)
+        run_save(options.dir_b, plan, None if just_print else options.output, report)
     elif options.command == "apply":
-        run_apply([os.fsencode(options.file)], os.fsencode(options.dir), just_print, options.force_changes, report)
+        run_apply([options.file], options.dir, just_print, options.force_changes, report)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -2023,7 +2181,8 @@ def main(argv: Sequence[str]) -> int:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         run_command(build_parser().parse_args(argv))
-        sys.stdout.flush()
+        if sys.stdout:                            # None if it was closed before
+            sys.stdout.flush()
         return 0
     except Fatal as fatal:
         message, hint = fatal.message, fatal.hint

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import stat
 import struct
@@ -464,6 +465,17 @@ def test_the_label_says_what_it_is(place):
     assert info.mtime == pytest.approx((root / "etc/one").stat().st_mtime, abs=1e-6)
 
 
+@pytest.mark.parametrize("text", [b"\x1b[2J", b"\xc2\x9b2J", b"9" * 5000, b'"'])
+def test_a_label_writes_nothing_to_a_terminal_but_text(place, text):
+    lines = b'{\n"format": 1,\n"base": "%b",\n"created": "%b",\n"tool": "%b",\n"crc32": ""\n}\n' % (text, text, text)
+    make_layer(place / "fields", [("var/lib/apppot/changes.json", lines)])
+    make_layer(place / "format", [("var/lib/apppot/changes.json", lines.replace(b": 1", b": " + text))])
+    for name in ("fields", "format"):
+        result = snap("show", place / name)
+        assert result.returncode == 0 and result.stderr == b""
+        assert text not in result.stdout and result.stdout.startswith(b"0 added, ")
+
+
 def test_show_lists_what_was_added_modified_and_deleted(place):
     root = appliance(place)
     snap("base", "--root", root)
@@ -823,6 +835,23 @@ def test_devices_are_made_by_root_alone(place):
 
 
 @needs_root
+def test_a_file_system_with_too_few_inodes_is_left_as_it_is_but_those_that_come_free_count(place):
+    (place / "small").mkdir()
+    make_layer(place / "many", [("new/%d" % number, b"") for number in range(40)])
+    make_layer(place / "other", [("old/.wh..wh..opq", b"")] + [("new/%d" % number, b"") for number in range(40)])
+    script = f"""
+        mount -t tmpfs -o size=1m,nr_inodes=60 none {place}/small; cd {place}/small
+        mkdir old; touch old/$(seq -s ' old/' 30)
+        {sys.executable} {TOP}/changes.py apply {place}/many . || echo $?
+        ls -A | xargs
+        {sys.executable} {TOP}/changes.py apply {place}/other .
+        ls -A old; ls new | wc -l; {sys.executable} {TOP}/changes.py apply {place}/many ."""
+    result = subprocess.run(["unshare", "-m", "sh", "-ec", script], capture_output=True, check=True)
+    assert result.stdout.decode().split() == ["125", "old", "40"]
+    assert_error(result, "no space left", "40 files needed", place / "many")
+
+
+@needs_root
 def test_a_full_disk_is_an_error_with_the_size_and_leaves_no_part(place):
     (place / "a").mkdir(), (place / "b").mkdir(), (place / "small").mkdir()
     (place / "b/file").write_bytes(os.urandom(4 << 20))
@@ -836,7 +865,7 @@ def test_a_full_disk_is_an_error_with_the_size_and_leaves_no_part(place):
     result = subprocess.run(["unshare", "-m", "sh", "-ec", script], capture_output=True, check=True)
     assert result.stdout.split() == [b"125", b"125"]
     errors = [line for line in result.stderr.decode().splitlines() if "error" in line]
-    assert len(errors) == 2 and all("no space left" in line and "4.0 MiB" in line for line in errors)
+    assert len(errors) == 2 and all("o space left" in line and "4.0 MiB" in line for line in errors)
 
 
 def test_a_file_that_changes_while_it_is_saved_is_told_and_the_layer_is_valid(place):
@@ -866,11 +895,13 @@ def test_a_file_that_changes_while_it_is_saved_is_told_and_the_layer_is_valid(pl
 
 def test_200000_files_need_less_than_300_mib(place):
     with open(place / "l.tar.gz", "wb") as file:
-        writer = changes.LayerWriter(file.fileno(), True)
+        sink = changes.Deflater(file.fileno())
+        writer = changes.LayerWriter(sink)
         for number in range(200000):
             name = b"some/directory/of/many/%d/file%d" % (number // 500, number)
             writer.add(changes.Member(name, changes.REGULAR, 0o644, os.getuid(), os.getgid(), 0, 10**18 + number))
         writer.finish("")
+        sink.finish()
     (place / "root").mkdir()
     # Not ru_maxrss, which begins with what this process has at the fork.
     script = ("import re, sys; sys.path.insert(0, sys.argv[1]); import changes; status = changes.main(sys.argv[2:]); "
@@ -882,6 +913,45 @@ def test_200000_files_need_less_than_300_mib(place):
         result = subprocess.run([sys.executable, "-c", script, TOP, *command], capture_output=True, check=True)
         assert int(result.stdout) < 300, command
     assert len(os.listdir(place / "root/some/directory/of/many/399")) == 500
+
+
+def test_only_a_file_is_replaced_by_a_layer(place):
+    """A user who is root writes to /dev/null as to any name."""
+    (place / "a").mkdir(), os.mkfifo(place / "fifo"), (place / "link").symlink_to("fifo")
+    for name in ("fifo", "link", "a"):
+        result = snap("diff", place / "a", place / "a", "-o", place / name)
+        assert result.returncode == 125
+        assert_error(result, "not a regular file", place / name)
+    assert sorted(os.listdir(place)) == ["a", "fifo", "link"] and stat.S_ISFIFO(os.lstat(place / "fifo").st_mode)
+
+
+@pytest.mark.parametrize("size", [3 << 20, 4 << 20, 9 << 20, (9 << 20) + 12345])
+def test_a_second_cpu_does_not_show_in_the_layer(place, monkeypatch, size):
+    (place / "a").mkdir(), (place / "b").mkdir()
+    (place / "b/file").write_bytes(os.urandom(size // 2) + b"text" * (size // 8))
+    layers = []
+    for cpus in ({0}, {0, 1}):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: cpus)
+        layers.append(diff(place / "a", place / "b", place / f"{len(cpus)}.tar.gz").read_bytes())
+    assert layers[0] == layers[1] and len(gzip.decompress(layers[0])) > size // 2
+
+
+def test_a_compressing_process_that_is_killed_is_an_error(place, monkeypatch):
+    (place / "a").mkdir(), (place / "b").mkdir()
+    (place / "b/file").write_bytes(bytes(64 << 20))
+    fork = os.fork
+
+    def fork_and_kill():
+        pid = fork()
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+        return pid
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(os, "fork", fork_and_kill)
+    with pytest.raises(OSError):
+        diff(place / "a", place / "b", place / "l.tar.gz")
+    assert sorted(os.listdir(place)) == ["a", "b"]
 
 
 def test_interrupted_saving_leaves_no_temporary_file(place):
@@ -896,11 +966,45 @@ def test_interrupted_saving_leaves_no_temporary_file(place):
     assert os.listdir(place / "out") == []
 
 
-@pytest.mark.parametrize("words", [[], ["no-such"], ["diff", "a"], ["changes", "--no-such"], ["squash", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["no-such"],
+        ["diff", "a"],
+        ["diff", "/", "/", "-o", ""],
+        ["changes", "--no-such"],
+        ["changes", ""],
+        ["squash", "x"],
+        ["base", "--root", "/no/such"],
+    ],
+)
 def test_wrong_usage_is_an_error_and_a_hint(words):
     result = snap(*words)
     assert result.returncode == 125 and result.stdout == b""
     assert_error(result)
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_closed_streams_are_no_traceback(place, closed):
+    make_layer(place / "l", [("file", b"1")])
+    for name, code in (("l", 0), ("none", 125)):
+        result = subprocess.run(["sh", "-c", f'exec "$@" {closed}>&-', "-", sys.executable, TOP / "changes.py", "show",
+                                 place / name], capture_output=True)  # fmt: skip
+        assert result.returncode == code and b"Traceback" not in result.stdout + result.stderr
+
+
+def test_what_may_not_be_read_is_named_with_its_whole_path(place):
+    (place / "a").mkdir(), (place / "b/sub").mkdir(parents=True), (place / "b/sub/file").write_text("secret")
+    for path in (place, place / "a", place / "b"):
+        path.chmod(0o777)
+    become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if IS_ROOT else []
+    for path, name in ((place / "b/sub/file", "/sub/file"), (place / "b/sub", "/sub")):
+        path.chmod(0)
+        words = [*become, sys.executable, TOP / "changes.py", "diff", "a", "b", "-o", "l.tar.gz"]
+        result = subprocess.run(words, cwd=place, capture_output=True)
+        assert result.returncode == 125
+        assert_error(result, "cannot be read, Permission denied: " + name)
 
 
 def test_changes_without_a_base_say_so(place):
