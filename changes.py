@@ -73,6 +73,7 @@ LEVEL = 1                            # of zlib: 2.1 to 3.4 times as fast as 6, 8
 STORED_MAX = 65535                   # RFC 1951: bytes in a block that is not compressed
 SLOTS, GROUP = 16, 4                 # blocks on the way to another process; so many at once, as waking it takes 1 ms
 SLOT_SIZE = struct.Struct("<I")
+FIRST_SHARE, FILE_WORK = 0.57, 1 << 15                         # a file costs as much as so many bytes, and these
 FORK_MIN = 4 << 20                   # bytes of a layer that are worth one
 DESCRIPTORS = 200                    # directories kept open on the way down
 SIGNATURE = struct.Struct("<QQQQI")  # inode, size, mtime, ctime, mode
@@ -1680,6 +1681,7 @@ class Target(Tree):
 
     def __init__(self, root: bytes, report: Report) -> None:
         super().__init__(root)
+        self.root = root
         self._report = report
         self._ids = (os.geteuid(), os.getegid())
         self._is_root = os.geteuid() == 0
@@ -1706,7 +1708,7 @@ class Target(Tree):
             return False
         return True
 
-    def _open_parent(self, path: bytes) -> Tuple[int, bytes]:
+    def open_parent(self, path: bytes) -> Tuple[int, bytes]:
         """The directory to make something in; missing ones are made, as other tools do."""
         directory, name = split_path(path)
         try:
@@ -1727,7 +1729,7 @@ class Target(Tree):
 
     def put(self, member: Member, content: Iterable[memoryview]) -> None:
         """Put a member in the place of whatever is there."""
-        parent, name = self._open_parent(member.path)
+        parent, name = self.open_parent(member.path)
         self.levels[-1].is_touched = True
         try:
             descriptor = self._make(member, parent, name)
@@ -1797,7 +1799,7 @@ class Target(Tree):
 
     def put_directory(self, member: Member) -> None:
         if member.path:
-            parent, name = self._open_parent(member.path)
+            parent, name = self.open_parent(member.path)
             try:
                 os.mkdir(name, member.mode & 0o777 | (0 if self._is_root else 0o700), dir_fd=parent)
                 self.levels[-1].is_touched = True
@@ -1895,34 +1897,123 @@ def write_content(descriptor: int, member: Member, content: Iterable[memoryview]
 
 
 def apply_layer(layer: Layer, root: bytes, report: Report) -> None:
-    """Merge a checked layer into a tree."""
+    """Merge a checked layer into a tree; by two processes where there are two CPUs."""
     umask = os.umask(0)
-    path = b""
     try:
         with Target(root, report) as target:
-            has_state = os.path.isdir(os.path.join(root, STATE))
             for path in layer.opaques:
                 skip_missing(target.clear, path, report)
             for path in layer.whiteouts:
                 skip_missing(target.remove, path, report)
-            reader = layer.reader()
-            for count, member in enumerate(reader):
-                path = member.path
-                if count % 100 == 0:
-                    report.progress("merging", count, 0)
-                if is_whiteout(path) or path == LABEL and not has_state:
-                    continue
-                report.say(path)
-                put_member(target, member, reader, report)
-            target.close()
-    except Damaged as error:
-        raise Fatal("changes file was altered while it was read, {}: {}".format(error, printable(layer.path)),
-                    "what is below {} is incomplete".format(printable(root)))
-    except OSError as error:
-        explain_failure(error, layer, root, path)
+            cut = find_cut(layer)
+            if cut and prepare_way(target, layer, cut):
+                with beside(lambda: unpack_rest(layer, root, cut, report)):
+                    unpack(target, layer, layer.reader(), cut, report)
+            else:
+                unpack(target, layer, layer.reader(), sys.maxsize, report)
+            target.close()                        # the directories that the two have in common
     finally:
         os.umask(umask)
         report.clear()
+
+
+def unpack(target: Target, layer: Layer, reader: LayerReader, count: int, report: Report) -> None:
+    """Put the first `count` members that the reader has into the tree."""
+    has_state = os.path.isdir(os.path.join(target.root, STATE))
+    path = b""
+    try:
+        for number, member in zip(range(count), reader):       # and nothing behind these, or to the end
+            path = member.path
+            if number % 100 == 0:
+                report.progress("merging", number, 0)
+            if is_whiteout(path) or path == LABEL and not has_state:
+                continue
+            report.say(path)
+            put_member(target, member, reader, report)
+    except Damaged as error:
+        raise Fatal("changes file was altered while it was read, {}: {}".format(error, printable(layer.path)),
+                    "what is below {} is incomplete".format(printable(target.root)))
+    except OSError as error:
+        explain_failure(error, layer, target.root, path)
+
+
+def find_cut(layer: Layer) -> int:
+    """So many of the members one process is to unpack, and the rest another; 0 if one has to do it all.
+
+    The other skips what comes before, so that it gets less to write. Each path comes once and behind its directories,
+    and no hard link leads from one part to the other: else the order would matter.
+    """
+    if layer.size < FORK_MIN or not layer.index or len(os.sched_getaffinity(0)) == 1:
+        return 0
+    members = [member for member, _, _ in layer.index]
+    if members[-1].path == LABEL:                 # where it is, nothing else is
+        members.pop()
+    paths = [by_path(member) for member in members]
+    cut, work = 0, FIRST_SHARE * (layer.size + FILE_WORK * len(members))
+    while cut < len(members) - 1 and work > 0:
+        work -= FILE_WORK + members[cut].size
+        cut += 1
+    links = [(path, member.link.replace(b"/", b"\0")) for path, member in zip(paths, members) if member.kind == HARD_LINK]
+    is_sorted = all(path < following for path, following in zip(paths, paths[1:]))
+    return cut if is_sorted and all((path < paths[cut]) == (link < paths[cut]) for path, link in links) else 0
+
+
+def prepare_way(target: Target, layer: Layer, cut: int) -> bool:
+    """Make the directories that both parts have something in."""
+    assert layer.index
+    first = layer.index[cut][0].path
+    try:
+        for member, _, _ in layer.index[:cut]:
+            if member.kind == DIRECTORY and first.startswith(member.path + b"/" * (member.path != b"")):
+                target.put_directory(member)
+        target.open_parent(first)
+    except (Mounted, OSError):
+        return False                              # unpack() tells
+    return True
+
+
+def unpack_rest(layer: Layer, root: bytes, cut: int, report: Report) -> None:
+    """In a process of its own: the members from number `cut` on."""
+    assert layer.index
+    rest = layer.index[cut:]
+    member, before, size = rest[0]
+    rest[0] = member, before + sum(ahead + length for _, ahead, length in layer.index[:cut]), size
+    # Opened anew, since the descriptor's position is the other process's, too.
+    descriptor = os.open("/proc/self/fd/{}".format(layer.descriptor), os.O_RDONLY | os.O_CLOEXEC)
+    with Target(root, report) as target:
+        unpack(target, layer, LayerReader(descriptor, rest), sys.maxsize, report)
+        target.close()
+
+
+@contextmanager
+def beside(work: Callable[[], None]) -> Iterator[None]:
+    """Have a process of its own do some work meanwhile; what it fails of is raised here, at the end."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        said = ""
+        try:
+            work()
+        except Fatal as fatal:
+            said = fatal.message + "\0" + fatal.hint
+        except BaseException as error:
+            said = "process of the merge failed, {!r}\0please report it".format(error)
+        finally:
+            os.write(writer, b"." + said.encode("utf-8", "surrogateescape"))
+            os._exit(0)
+    os.close(writer)
+    try:
+        yield
+        with os.fdopen(reader, "rb", closefd=False) as file:
+            said = file.read().decode("utf-8", "surrogateescape") or ".process of the merge was killed\0merge it again"
+    except BaseException:
+        os.kill(pid, 9)                           # the module signal costs an import
+        raise
+    finally:
+        os.close(reader)
+        os.waitpid(pid, 0)
+    if said != ".":
+        raise Fatal(*said[1:].split("\0"))
 
 
 def skip_missing(action: Callable[[bytes], None], path: bytes, report: Report) -> None:

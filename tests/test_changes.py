@@ -2,6 +2,7 @@
 """Changes files: real trees, compared by a canonical dump that shares no code with what it judges."""
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import unittest.mock
 import zlib
 
 import pytest
@@ -228,6 +230,37 @@ many = settings(max_examples=60, deadline=None, suppress_health_check=list(Healt
 
 
 # --- Any two trees ------------------------------------------------------------------------------------------
+
+
+@many
+@given(roots, roots)
+def test_two_processes_unpack_a_layer_as_one_does(old, new):
+    with fresh_place() as place, unittest.mock.patch("changes.FORK_MIN", 0):
+        a, b = place / "a", place / "b"
+        make(a, old), make(b, new)
+        diff(a, b, place / "ab.tar.gz")
+        wanted = dump(b)
+        merge(a, place / "ab.tar.gz")
+        assert dump(a) == wanted
+
+
+def test_what_fails_in_either_process_is_told(place, monkeypatch):
+    monkeypatch.setattr(changes, "FORK_MIN", 0)
+    members = [(f"d{number}/file", b"x") for number in range(10)]
+    layer = make_layer(place / "l", [member for name, x in members for member in (
+        (name[:2], {"type": tarfile.DIRTYPE, "mode": 0o755}), (name, x))])  # fmt: skip
+    really = changes.Target.put
+    for victim in members[1], members[8]:
+        def put(target, member, content, victim=victim):
+            if member.path == victim[0].encode():
+                raise OSError(errno.EIO, "Input/output error")
+            really(target, member, content)
+
+        monkeypatch.setattr(changes.Target, "put", put)
+        root = place / victim[0][:2]
+        root.mkdir()
+        with pytest.raises(changes.Fatal, match=f"cannot merge /{victim[0]}, Input/output error"):
+            merge(root, layer)
 
 
 @many
