@@ -3,11 +3,15 @@
 ## AppPot: run a complete Linux appliance as an ordinary, unprivileged job
 ##
 ##   make demo     set up what is missing, build the image, run a command in it
-##   make check    the same set-up, then all tests
+##   make check    the same set-up, then all tests, with Debian's kernel and with build/linux
+##   make check-grid
+##                 as root: tests on HTCondor, Grid Engine and ARC, each in a chroot
 ##   make image    build/apppot.img, an appliance with Debian
+##   make kernel   build/linux, a static kernel that boots in 0.2 s; 7 minutes on 2 cores
+##   make stage    build/stage/, the three files to copy into a job, and apppot-stage.tar of them
 ##   make mpi-image
 ##                 build/mpi.img, the same with Open MPI, for a test
-##   make bench    what a run costs, by phase
+##   make bench    what a run costs, by phase and beside other tools; 15 minutes
 ##   make deps     install the Debian packages that the targets above use
 ##   make clean    remove build/
 ##
@@ -17,7 +21,9 @@
 ##   PACKAGES      more Debian packages for it
 ##   IMAGE_SIZE    its size, free space included               2G
 ##   MIRROR        its Debian mirror                           that of this machine's apt
-##   KERNEL        the UML kernel for demo, check and bench    linux.uml of Debian
+##   KERNEL        the UML kernel for demo and bench           linux.uml of Debian
+##   KERNEL_SUITE  the Debian suite whose linux-source becomes build/linux
+##                                                             testing
 ##   PYTESTARGS    for check, such as "-k signal -x"
 ##   JOBS          in how many parts check runs at once        one per CPU
 ##   CACHE         what builds keep; remove it for a fresh Debian
@@ -29,6 +35,7 @@ PACKAGES    ?=
 IMAGE_SIZE  ?= 2G
 MIRROR      ?=
 KERNEL      ?= $(APPPOT_KERNEL)
+KERNEL_SUITE ?= testing
 PYTESTARGS  ?=
 JOBS        ?= $(shell nproc)
 # Debian's own Python, where apt puts pytest: another one may come first in PATH.
@@ -41,11 +48,25 @@ IN_IMAGE := python3 bash sudo less procps ca-certificates curl vim-tiny
 
 # What the targets need, as PACKAGE:COMMAND; a command of other origin will do.
 AS_ROOT    := $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --map-auto)
-BUILD_DEPS := mmdebstrap:mmdebstrap e2fsprogs:mke2fs mount:mount $(if $(AS_ROOT),uidmap:newuidmap)
+BUILD_DEPS := mmdebstrap:mmdebstrap e2fsprogs:resize2fs mount:mount $(if $(AS_ROOT),uidmap:newuidmap)
+KERNEL_DEPS := gcc:gcc binutils:ld bc:bc flex:flex bison:bison xz-utils:xz
 RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml) slirp4netns:slirp4netns
 TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl \
               umoci:umoci buildah:buildah slurmctld:slurmctld slurmd:slurmd slurm-client:sbatch munge:munged
+BENCH_DEPS := proot:proot bubblewrap:bwrap charliecloud-runtime:ch-run qemu-system-x86:qemu-system-x86_64 \
+              busybox-static:busybox cpio:cpio gnuplot-nox:gnuplot
 TEST_DEPS  := python3-pytest python3-hypothesis
+
+# Batch systems that the tests run in a chroot each, with a Debian that has them.
+ENGINES             := condor gridengine arc
+CHROOTS             := $(ENGINES:%=build/%.tar)
+SUITE_condor        := trixie
+PACKAGES_condor     := condor
+SUITE_gridengine    := bookworm
+PACKAGES_gridengine := gridengine-master gridengine-exec gridengine-client
+SUITE_arc           := bookworm
+PACKAGES_arc        := $(addprefix nordugrid-arc-,arex client plugins-needed plugins-arcrest plugins-internal arcctl \
+                       arcctl-service) openssl perl time
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -65,7 +86,8 @@ ifneq ($(KERNEL),)
 export APPPOT_KERNEL := $(abspath $(KERNEL))
 endif
 
-.PHONY: help demo check image mpi-image bench deps deps-build deps-run deps-tools deps-test clean FORCE
+.PHONY: help demo check check-grid image mpi-image kernel stage bench clean FORCE
+.PHONY: deps deps-build deps-kernel deps-run deps-tools deps-bench deps-test
 
 help:
 	@sed -n 's/^## \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -73,26 +95,53 @@ help:
 demo: deps-build deps-run image
 	$(PYTHON) apppot_start.py --image $(IMAGE) sh -c 'uname -a; head -n 1 /etc/os-release'
 
-check: deps-build deps-run deps-tools deps-test image mpi-image
+# All tests with Debian's kernel, and those that boot with our own, too.
+check: deps-build deps-run deps-tools deps-test image mpi-image stage
 	@mkdir -p build
+	test_part() {
+	    status=0
+	    again=
+	    for kernel in $(or $(KERNEL),"$$(command -v linux.uml)" build/linux); do
+	        APPPOT_KERNEL=$$(realpath "$$kernel") \
+	            $(PYTHON) -m pytest $$again --shard "$$1/$(JOBS)" $(PYTESTARGS) tests & pytest=$$!
+	        again=--again
+	        trap 'kill $$pytest 2> /dev/null; wait' EXIT
+	        code=0
+	        wait $$pytest || code=$$?
+	        # 5: no test of this part was selected.
+	        [ $$code = 0 ] || [ $$code = 5 ] || status=1
+	    done
+	    trap - EXIT
+	    exit $$status
+	}
 	pids=
 	trap 'kill $$pids 2> /dev/null; wait' EXIT
 	for part in $$(seq $(JOBS)); do
-	    $(PYTHON) -m pytest --shard $$part/$(JOBS) $(PYTESTARGS) tests > build/check-$$part.log 2>&1 &
+	    test_part "$$part" > "build/check-$$part.log" 2>&1 &
 	    pids+=" $$!"
 	done
 	status=0
-	for pid in $$pids; do
-	    code=0
-	    wait "$$pid" || code=$$?
-	    # 5: no test of this part was selected.
-	    [ $$code = 0 ] || [ $$code = 5 ] || status=1
-	done
+	for pid in $$pids; do wait "$$pid" || status=1; done
 	trap - EXIT
-	for part in $$(seq $(JOBS)); do cat build/check-$$part.log; done
+	for part in $$(seq $(JOBS)); do cat "build/check-$$part.log"; done
 	exit $$status
 
-bench: deps-build deps-run deps-tools image
+# The engines at once, as their tests wait more than they compute.
+check-grid: deps-build deps-run deps-tools deps-test image $(CHROOTS)
+	@mkdir -p build
+	pids=
+	trap 'kill $$pids 2> /dev/null; wait' EXIT
+	for engine in $(ENGINES); do
+	    $(PYTHON) -m pytest -m grid $(PYTESTARGS) tests/test_$$engine.py > build/check-$$engine.log 2>&1 &
+	    pids+=" $$!"
+	done
+	status=0
+	for pid in $$pids; do wait "$$pid" || status=1; done
+	trap - EXIT
+	for engine in $(ENGINES); do cat "build/check-$$engine.log"; done
+	exit $$status
+
+bench: deps-build deps-run deps-tools deps-bench image kernel
 	$(PYTHON) tests/bench.py
 
 clean:
@@ -100,7 +149,7 @@ clean:
 
 # ---- packages ----------------------------------------------------------------------------------------------------
 
-deps: deps-build deps-run deps-tools deps-test
+deps: deps-build deps-kernel deps-run deps-tools deps-bench deps-test
 
 # The shell variable `missing` holds package names.
 define install_missing
@@ -123,9 +172,11 @@ define install_missing
 endef
 
 deps-build: deps_wanted = $(BUILD_DEPS)
+deps-kernel: deps_wanted = $(KERNEL_DEPS)
 deps-run:   deps_wanted = $(RUN_DEPS)
 deps-tools: deps_wanted = $(TOOL_DEPS)
-deps-build deps-run deps-tools:
+deps-bench: deps_wanted = $(BENCH_DEPS)
+deps-build deps-kernel deps-run deps-tools deps-bench:
 	@missing=
 	for dep in $(deps_wanted); do
 	    command -v "$${dep#*:}" >/dev/null || missing+=" $${dep%:*}"
@@ -138,6 +189,63 @@ deps-test:
 	    $(PYTHON) -c "import importlib.util as u; exit(not u.find_spec('$${package#python3-}'))" || missing+=" $$package"
 	done
 	$(install_missing)
+
+# ---- kernel ------------------------------------------------------------------------------------------------------
+# User-Mode Linux from Debian's source, with no more in it than an appliance needs: allnoconfig and these. What a user
+# would miss is asserted to be in the .config that results. NAME or NAME=VALUE.
+
+# The program: for every x86-64 machine, without a library. KALLSYMS names the functions of a panic.
+KERNEL_OPTIONS := 64BIT STATIC_LINK SMP NR_CPUS=64 CC_OPTIMIZE_FOR_PERFORMANCE EXPERT PRINTK BUG KALLSYMS
+# What programs expect of any Linux.
+KERNEL_OPTIONS += MULTIUSER UID16 FUTEX EPOLL SIGNALFD TIMERFD EVENTFD SHMEM AIO IO_URING ADVISE_SYSCALLS MEMBARRIER \
+    CROSS_MEMORY_ATTACH FHANDLE POSIX_TIMERS HIGH_RES_TIMERS NO_HZ_IDLE ELF_CORE COREDUMP SYSVIPC POSIX_MQUEUE KEYS SWAP \
+    BINFMT_ELF BINFMT_SCRIPT BINFMT_MISC INOTIFY_USER FANOTIFY DNOTIFY FILE_LOCKING UNIX98_PTYS HW_RANDOM UML_RANDOM
+# Containers inside the appliance.
+KERNEL_OPTIONS += SECCOMP SECCOMP_FILTER NAMESPACES UTS_NS TIME_NS IPC_NS USER_NS PID_NS NET_NS CGROUPS MEMCG CGROUP_PIDS \
+    CPUSETS CGROUP_FREEZER CGROUP_SCHED FAIR_GROUP_SCHED CFS_BANDWIDTH CGROUP_CPUACCT CGROUP_DEVICE BLK_CGROUP
+# User-Mode Linux's own devices: the disk, the host's files, the channel and the console, the management console.
+KERNEL_OPTIONS += BLOCK BLK_DEV BLK_DEV_UBD HOSTFS SSL STDERR_CONSOLE NULL_CHAN PTY_CHAN TTY_CHAN MCONSOLE MAGIC_SYSRQ
+# Images: partitions, loop devices, an initrd, and device mapper to make a root file system larger than its image.
+KERNEL_OPTIONS += PARTITION_ADVANCED MSDOS_PARTITION EFI_PARTITION BLK_DEV_LOOP BLK_DEV_INITRD RD_GZIP RD_ZSTD \
+    MD BLK_DEV_DM DM_INIT
+# File systems.
+KERNEL_OPTIONS += PROC_FS PROC_SYSCTL PROC_CHILDREN PROC_PAGE_MONITOR SYSFS DEVTMPFS TMPFS TMPFS_POSIX_ACL TMPFS_XATTR \
+    EXT4_FS EXT4_USE_FOR_EXT2 EXT4_FS_POSIX_ACL EXT4_FS_SECURITY OVERLAY_FS FUSE_FS ISO9660_FS MSDOS_FS VFAT_FS \
+    NLS NLS_CODEPAGE_437 NLS_ISO8859_1 NLS_UTF8 MISC_FILESYSTEMS \
+    SQUASHFS SQUASHFS_XATTR SQUASHFS_ZLIB SQUASHFS_LZ4 SQUASHFS_LZO SQUASHFS_XZ SQUASHFS_ZSTD \
+    EROFS_FS EROFS_FS_XATTR EROFS_FS_POSIX_ACL EROFS_FS_ZIP EROFS_FS_ZIP_LZMA EROFS_FS_ZIP_DEFLATE EROFS_FS_ZIP_ZSTD
+# The network.
+KERNEL_OPTIONS += NET PACKET UNIX INET IPV6 IP_MULTICAST NETDEVICES NET_CORE DUMMY VETH BRIDGE TUN WIREGUARD SLIP \
+    UML_NET_VECTOR VIRTIO_MENU VIRTIO_UML VIRTIO_NET CRYPTO CRYPTO_USER_API_HASH CRYPTO_USER_API_SKCIPHER
+
+# With $$source, the tar, and $$version; $$tmp as below. The vector network device looks addresses up by the C library,
+# which a static program cannot without that library's files; AppPot hands it a socket, and needs no address.
+define BUILD_KERNEL
+mkdir "$$tmp/source"
+tar -xJf "$$source" -C "$$tmp/source" --strip-components=1
+cd "$$tmp/source"
+sed -i '/^config UML_NET_VECTOR$$/,/^$$/{/select MAY_HAVE_RUNTIME_DEPS/d}' arch/um/drivers/Kconfig
+export KBUILD_BUILD_USER=apppot KBUILD_BUILD_HOST=apppot KBUILD_BUILD_VERSION=1
+export KBUILD_BUILD_TIMESTAMP=$$(date -u -r Makefile)
+unset MAKEFLAGS MAKELEVEL MFLAGS
+make -s ARCH=um allnoconfig
+for option in $(KERNEL_OPTIONS); do
+    case $$option in
+    *=*) scripts/config --set-val "$${option%=*}" "$${option#*=}" ;;
+    *) scripts/config --enable "$$option" ;;
+    esac
+done
+make -s ARCH=um olddefconfig
+for option in $(KERNEL_OPTIONS); do
+    grep -q -e "^CONFIG_$$option=y" -e "^CONFIG_$$option$$" .config || {
+        echo "make: error: this kernel's source has no option $$option" >&2
+        echo "make: hint: another KERNEL_SUITE, or another KERNEL_OPTIONS" >&2
+        exit 1
+    }
+done
+make -s ARCH=um -j "$$(nproc)" linux
+strip -o "$$tmp/kernel" linux
+endef
 
 # ---- image -------------------------------------------------------------------------------------------------------
 # Three recipes, cached under a hash of their text and of what they read: BOOTSTRAP makes a tar of a Debian system (the
@@ -210,7 +318,72 @@ TMPDIR=$$tmp "$${APPPOT_KERNEL:-linux.uml}" ubd0=image root=/dev/ubda rw mem=256
 }
 endef
 
-export BOOTSTRAP COMPOSE RECORD
+export BOOTSTRAP COMPOSE RECORD BUILD_KERNEL
+
+# ---- the cache ---------------------------------------------------------------------------------------------------
+# For the recipes that fill it. One build of a kind at a time; whatever is in $$tmp under the lock was left by one that
+# was killed.
+
+define WITH_CACHE
+say() { echo "make: $$*"; }
+die() { echo "make: error: $$1" >&2; echo "make: hint: $$2" >&2; exit 1; }
+
+enter_cache() {
+    mkdir -p "$(CACHE)" $(@D)
+    cache=$$(cd "$(CACHE)" && pwd)
+    export tmp=$$cache/tmp-$$1
+    exec 9> "$$cache/lock-$$1"
+    flock -n 9 || { say "waiting for another make"; flock 9; }
+    $(AS_ROOT) true || die "this machine lets ordinary users have no user namespace to build in" \
+        "run 'sudo make $(MAKECMDGOALS)', or add ranges for $$(id -un) to /etc/subuid and /etc/subgid (man subuid)"
+    trap '$(AS_ROOT) rm -rf "$$tmp"' EXIT
+    $(AS_ROOT) rm -rf "$$tmp"
+    mkdir "$$tmp"
+}
+
+# In a session of its own: when mmdebstrap fails it sends SIGHUP to its process group, else that of make's caller.
+run() {
+    setsid "$$@" &
+    trap "kill -- -$$!; wait $$! || true" HUP INT TERM
+    wait $$!
+    trap - HUP INT TERM
+}
+
+# Lines of a sources.list for a suite, from this machine's own mirrors.
+list_sources() {
+    mirrors() {
+        apt-get indextargets --format '$$(LABEL) $$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' | sort -u
+    }
+    available=$$(mirrors)
+    if [ -z "$$available$(MIRROR)" ] && [ "$$(id -u)" = 0 ]; then apt-get update >&2; available=$$(mirrors); fi
+    first() { awk -v label="$$1" '$$1 == label { print $$2; exit }' <<< "$$available"; }
+    mirror=$(or $(MIRROR),$$(first Debian))
+    security=$$(first Debian-Security)
+    [ -n "$$mirror" ] || die "apt on this machine knows no Debian mirror" "apt-get update as root, or MIRROR=URL"
+    by=signed-by=/usr/share/keyrings/debian-archive-keyring.gpg
+    echo "deb [$$by] $$mirror $$1 main"
+    case $$1 in
+    sid | unstable | *-backports) ;;
+    *)
+        echo "deb [$$by] $$mirror $$1-updates main"
+        if [ -n "$$security" ]; then echo "deb [$$by] $$security $$1-security main"; fi ;;
+    esac
+}
+
+# A copy of a file of the cache becomes the target. Only the few that were used last stay.
+deliver() {
+    cp --reflink=auto --sparse=always --preserve=mode,timestamps "$$1" $@.new
+    echo "$$2" > $@.key.new
+    mv $@.new $@
+    mv $@.key.new $@.key
+    say "$@: $$(du -m $@ | cut -f 1) MiB on disk"
+    touch -c -a "$$1"
+    for kind in rootfs image kernel; do
+        find "$$cache" -maxdepth 1 -name "$$kind-*" -printf '%A@ %p\n' |
+            sort -rn | tail -n +5 | cut -d ' ' -f 2- | xargs -r -d '\n' rm
+    done
+}
+endef
 
 image: $(IMAGE)
 
@@ -219,55 +392,19 @@ mpi-image:
 
 # make's own time stamps cannot tell that a variable changed, and --write changes the image's: so the recipe decides.
 $(IMAGE): FORCE deps-build deps-run
-	@rootfs_key=$$({ uname -m; echo "$$BOOTSTRAP"; } | sha256sum | cut -c 1-16)
+	@$(WITH_CACHE)
+	rootfs_key=$$({ uname -m; echo "$$BOOTSTRAP"; } | sha256sum | cut -c 1-16)
 	image_key=$$({ echo "$$rootfs_key $$COMPOSE $$RECORD"; sha256sum $(AGENT); } | sha256sum | cut -c 1-16)
-	say() { echo "image: $$*"; }
-	die() { echo "make: error: $$1" >&2; echo "make: hint: $$2" >&2; exit 1; }
 	is_built() { [ -e $@ ] && [ "$$(cat $@.key 2>/dev/null)" = "$$image_key" ]; }
 	if is_built; then say "$@ is up to date"; exit; fi
 	[ ! -e $@ ] || [ -e $@.key ] || die "$@ exists and was not made here" "remove it, or give another IMAGE"
-
-	# In a session of its own: when mmdebstrap fails it sends SIGHUP to its process group, else that of make's caller.
-	run() {
-	    setsid "$$@" &
-	    trap "kill -- -$$!; wait $$! || true" HUP INT TERM
-	    wait $$!
-	    trap - HUP INT TERM
-	}
-
-	mkdir -p "$(CACHE)" $(@D)
-	cache=$$(cd "$(CACHE)" && pwd)
-	export tmp=$$cache/tmp rootfs=$$cache/rootfs-$$rootfs_key.tar
-	image=$$cache/image-$$image_key
-	# One build at a time; whatever is in $$tmp under the lock was left by a build that was killed.
-	exec 9> "$$cache/lock"
-	flock -n 9 || { say "waiting for another make image"; flock 9; }
+	enter_cache image
 	if is_built; then exit; fi
-	$(AS_ROOT) true || die "this machine lets ordinary users have no user namespace to build in" \
-	    "run 'sudo make image', or add ranges for $$(id -un) to /etc/subuid and /etc/subgid (man subuid)"
-	trap '$(AS_ROOT) rm -rf "$$tmp"' EXIT
-	$(AS_ROOT) rm -rf "$$tmp"
-	mkdir "$$tmp"
-
+	export rootfs=$$cache/rootfs-$$rootfs_key.tar
+	image=$$cache/image-$$image_key
 	if [ ! -e "$$rootfs" ] && [ ! -e "$$image" ]; then
 	    say "Debian $(SUITE): download and install, a few minutes"
-	    mirrors() {
-	        apt-get indextargets --format '$$(LABEL) $$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' | sort -u
-	    }
-	    available=$$(mirrors)
-	    if [ -z "$$available$(MIRROR)" ] && [ "$$(id -u)" = 0 ]; then apt-get update; available=$$(mirrors); fi
-	    first() { awk -v label="$$1" '$$1 == label { print $$2; exit }' <<< "$$available"; }
-	    mirror=$(or $(MIRROR),$$(first Debian))
-	    security=$$(first Debian-Security)
-	    [ -n "$$mirror" ] || die "apt on this machine knows no Debian mirror" "apt-get update as root, or MIRROR=URL"
-	    by=signed-by=/usr/share/keyrings/debian-archive-keyring.gpg
-	    echo "deb [$$by] $$mirror $(SUITE) main" > "$$tmp/sources.list"
-	    case $(SUITE) in
-	    sid | unstable) ;;
-	    *)
-	        echo "deb [$$by] $$mirror $(SUITE)-updates main"
-	        if [ -n "$$security" ]; then echo "deb [$$by] $$security $(SUITE)-security main"; fi ;;
-	    esac >> "$$tmp/sources.list"
+	    list_sources $(SUITE) > "$$tmp/sources.list"
 	    # How this machine's apt reaches its mirrors: proxies, certificates, clocks.
 	    export apt_settings=$$(apt-config dump Acquire | grep -E '^Acquire::(https?|ftp|Check-)')
 	    run bash -euo pipefail -c "$$BOOTSTRAP"
@@ -279,18 +416,98 @@ $(IMAGE): FORCE deps-build deps-run
 	    run bash -euo pipefail -c "$$RECORD"
 	    mv "$$tmp/image" "$$image"
 	fi
-
+	touch -c -a "$$rootfs"
 	# A copy, as --write on it must not reach the cache. With the same time stamp, as COW files record it.
-	cp --reflink=auto --sparse=always --preserve=timestamps "$$image" $@.new
-	echo "$$image_key" > $@.key.new
-	mv $@.new $@
-	mv $@.key.new $@.key
-	say "$@: $$(du -m $@ | cut -f 1) MiB on disk"
-	# Keep a few of each, the ones last used.
-	touch -c -a "$$rootfs" "$$image"
-	for kind in rootfs image; do
-	    find "$$cache" -maxdepth 1 -name "$$kind-*" -printf '%A@ %p\n' |
-	        sort -rn | tail -n +5 | cut -d ' ' -f 2- | xargs -r -d '\n' rm
-	done
+	deliver "$$image" "$$image_key"
+
+# The image as small as it can be; a run makes it larger again. No e2fsck that repairs: it would touch directories, and
+# they would count as changed.
+stage: image kernel
+	@umask 022
+	stage=build/stage
+	e2fsck -fn $(IMAGE) > build/e2fsck.log 2>&1 || {
+	    cat build/e2fsck.log
+	    echo "make: error: the image is damaged: $(IMAGE)" >&2
+	    echo "make: hint: e2fsck -f $(IMAGE) repairs it, or remove it and make image" >&2
+	    exit 1
+	}
+	key=$$(cat apppot_start.py $(IMAGE).key build/linux.key; stat -c '%Y %s' $(IMAGE))
+	[ "$$key" != "$$(cat $$stage.key 2> /dev/null)" ] || { echo "make: $$stage is up to date"; exit; }
+	rm -rf $$stage $$stage.new $$stage.key
+	mkdir $$stage.new
+	cp --sparse=always $(IMAGE) $$stage.new/apppot.img
+	resize2fs -f -M $$stage.new/apppot.img > build/resize2fs.log 2>&1
+	cp apppot_start.py build/linux $$stage.new
+	cd $$stage.new
+	chmod 755 linux apppot_start.py
+	sha256sum apppot_start.py linux apppot.img > SHA256SUMS
+	tar --sparse --owner=0 --group=0 -cf apppot-stage.tar apppot_start.py linux apppot.img SHA256SUMS
+	cd - > /dev/null
+	mv $$stage.new $$stage
+	echo "$$key" > $$stage.key
+	du -m $$stage/*
+
+kernel: build/linux
+
+# apt with lists of its own finds the suite's newest source, whatever Debian this machine has.
+build/linux: FORCE deps-kernel
+	@$(WITH_CACHE)
+	key=$$({ uname -m; gcc -dumpfullversion; echo "$(KERNEL_SUITE) $$BUILD_KERNEL"; } | sha256sum | cut -c 1-16)
+	if [ -e $@ ] && [ "$$(cat $@.key 2>/dev/null)" = "$$key" ]; then say "$@ is up to date"; exit; fi
+	enter_cache kernel
+	list_sources $(KERNEL_SUITE) | head -n 1 > "$$tmp/sources.list"
+	mkdir -p "$$tmp"/{state/lists,cache/archives}/partial
+	for setting in Etc::sourcelist=$$tmp/sources.list Etc::sourceparts=/dev/null State=$$tmp/state Cache=$$tmp/cache; do
+	    echo "Dir::$${setting%%=*} \"$${setting#*=}\";"
+	done > "$$tmp/apt.conf"
+	echo 'APT::Sandbox::User "root"; Acquire::Languages "none";' >> "$$tmp/apt.conf"
+	export APT_CONFIG=$$tmp/apt.conf
+	apt-get -qq update
+	package=$$(apt-cache depends linux-source | awk '$$1 == "Depends:" { print $$2; exit }')
+	version=$$(apt-cache show "$$package" | awk '$$1 == "Version:" { print $$2; exit }')
+	[ -n "$$version" ] || die "no kernel source in Debian's $(KERNEL_SUITE)" "give another KERNEL_SUITE"
+	kernel=$$cache/kernel-$$key-$$version
+	if [ ! -e "$$kernel" ]; then
+	    say "Linux $$version: download and build, 10 minutes"
+	    (cd "$$tmp" && apt-get -qq download "$$package=$$version")
+	    dpkg-deb --fsys-tarfile "$$tmp/$$package"_*.deb | tar -xO "./usr/src/$$package.tar.xz" > "$$tmp/source.tar.xz"
+	    export version source=$$tmp/source.tar.xz
+	    run bash -euo pipefail -c "$$BUILD_KERNEL"
+	    mv "$$tmp/kernel" "$$kernel"
+	fi
+	deliver "$$kernel" "$$key"
+
+# ---- chroots -----------------------------------------------------------------------------------------------------
+# Batch systems for the tests, each in a Debian that has it. Packages ask at their installation for the host's name.
+
+define CHROOT
+echo node > /proc/sys/kernel/hostname
+mmdebstrap --variant=apt --format=tar --include="python3 procps $$packages" \
+    --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' \
+    --setup-hook='printf "%s\n" "$$apt_settings" > "$$1/etc/apt/apt.conf.d/00host"' \
+    --essential-hook='echo node > "$$1/etc/hostname"' \
+    --essential-hook='printf "%s\n" "127.0.0.1 localhost" "10.97.0.1 node.example.org node" > "$$1/etc/hosts"' \
+    "$$suite" "$$tmp/chroot.tar" "$$tmp/sources.list"
+endef
+export CHROOT
+
+$(CHROOTS): build/%.tar: FORCE deps-build
+	@$(WITH_CACHE)
+	suite=$(SUITE_$*)
+	packages="$(PACKAGES_$*)"
+	key=$$(echo "$$(uname -m) $$suite $$packages $$CHROOT" | sha256sum | cut -c 1-16)
+	[ "$$(id -u)" = 0 ] || die "the daemons of batch systems need root" "sudo make $@"
+	enter_cache chroot
+	tar=$$cache/chroot-$*-$$key.tar
+	if [ ! -e "$$tar" ]; then
+	    say "Debian $$suite with $*: download and install, a minute"
+	    list_sources $$suite > "$$tmp/sources.list"
+	    export suite packages apt_settings=$$(apt-config dump Acquire | grep -E '^Acquire::(https?|ftp|Check-)')
+	    run unshare --uts bash -euo pipefail -c "$$CHROOT"
+	    mv "$$tmp/chroot.tar" "$$tar"
+	    find "$$cache" -maxdepth 1 -name 'chroot-$*-*' ! -path "$$tar" -delete
+	fi
+	ln -sf "$$tar" $@
 
 FORCE:

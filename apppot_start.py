@@ -89,9 +89,12 @@ DESCRIPTORS_MIN, PROCESSES_MIN = 40, 16
 SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
 USES_MEMFD = b"create executable memfd"                        # 6.16 and later, whose memory is in no directory
 HAS_SMP, HAS_SECCOMP = b"CONFIG_SMP=y", b"seccomp=<on"         # the latter from the text of `linux --help`
+HAS_MAPPER = b"CONFIG_DM_INIT=y"     # device mapper, by the kernel command line
+DISK_MIB = 2048                      # of an image that was shrunk, where the kernel can make its root larger
 KERNEL_FEATURES = (
     ("SMP", HAS_SMP), ("seccomp mode", HAS_SECCOMP), ("hostfs", b"CONFIG_HOSTFS=y"), ("mconsole", b"CONFIG_MCONSOLE=y"),
-    ("vector network", b"CONFIG_UML_NET_VECTOR=y"), ("slirp network", b"CONFIG_UML_NET_SLIRP=y"))
+    ("vector network", b"CONFIG_UML_NET_VECTOR=y"), ("slirp network", b"CONFIG_UML_NET_SLIRP=y"),
+    ("--disk", HAS_MAPPER))
 INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
 # Bytes of stdin frames on their way. A pty holds 8 KiB and must not be full: `empty` moves bytes one way at a time,
 # so it and the agent would each wait for the other to read; and of a write that it is stopped in it forgets the rest.
@@ -203,6 +206,8 @@ class RootDevice(NamedTuple):
     """Where an image holds the root file system."""
     partition: int                   # 0: the image is the file system itself
     base_id: str                     # UUID of the file system
+    start: int                       # bytes
+    length: int
 
 
 class Bind(NamedTuple):
@@ -271,6 +276,7 @@ class RunSpec(NamedTuple):
     cow: Optional[str]               # of COW:BASE; None: a private one for this run
     write: bool
     root: RootDevice
+    disk_bytes: int                  # the root file system is to have so many; 0: as many as in the image
     mem_mib: int
     ram_directory: str
     scratch: str                     # the run directory is made in it
@@ -410,10 +416,23 @@ def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: 
 def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
     """argv of the kernel. Paths are relative to the run directory: no length, blank or comma of a path can hurt."""
     return [
-        spec.kernel, disk, "root=/dev/ubda{}".format(spec.root.partition or ""), "rw", "mem={}M".format(spec.mem_mib),
+        spec.kernel, disk] + build_root_args(spec) + [
+        "rw", "mem={}M".format(spec.mem_mib),
         "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD),
         "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT, "init=" + AGENT, SKIPPED_AT_BOOT
     ] + build_cpu_args(spec) + build_network_args(spec.network) + list(spec.extra)
+
+
+def build_root_args(spec: RunSpec) -> List[str]:
+    """A root file system larger than its image has it goes on in a second disk, both in a row by device mapper.
+
+    Documentation/admin-guide/device-mapper/dm-init.rst, in sectors; ubd devices have major 98 and 16 minors each.
+    """
+    if not spec.disk_bytes or spec.write:
+        return ["root=/dev/ubda{}".format(spec.root.partition or "")]
+    first, rest = (size // COW_SECTOR for size in (spec.root.length, spec.disk_bytes - spec.root.length))
+    return ["ubd1=disk", "root=/dev/dm-0", 'dm-mod.create="root,,,rw,0 {0} linear 98:{1} 0,{0} {2} linear 98:16 0"'.format(
+        first, spec.root.partition, rest)]
 
 
 def build_cpu_args(spec: RunSpec) -> List[str]:
@@ -445,7 +464,8 @@ def build_job(spec: RunSpec, stdio: Stdio) -> bytes:
         (b"job", spec.job_directory), (b"alias", spec.job_alias), (b"cwd", spec.cwd), (b"user", user_name(uid)),
         (b"uid", b"%d" % uid), (b"root", b"%d" % spec.as_root), (b"umask", b"%d" % spec.umask),
         (b"stdio", stdio.kinds), (b"confined", b"%d" % is_confined(spec.empty)),
-        (b"persistent", b"%d" % spec.persistent), (b"force", b"%d" % spec.force_changes)]
+        (b"persistent", b"%d" % spec.persistent), (b"force", b"%d" % spec.force_changes),
+        (b"disk", b"%d" % spec.disk_bytes)]
     if stdio.terminal:
         # In hexadecimal, as values hold no NUL.
         fields += [(b"modes", stdio.terminal.modes.hex().encode()), (b"window", stdio.terminal.window.hex().encode()),
@@ -624,8 +644,8 @@ def read_mbr(file: BinaryIO) -> Iterator[Tuple[int, bool, int, int]]:
         base, table_at = base or following, following
 
 
-def locate_root(path: str) -> Tuple[RootDevice, int]:
-    """The root file system of a partition image or, by its partition table, of a whole-disk image; its offset in it."""
+def find_root_device(path: str) -> RootDevice:
+    """The root file system of a partition image or, by its partition table, of a whole-disk image."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -638,22 +658,18 @@ def locate_root(path: str) -> Tuple[RootDevice, int]:
             for number, says_root, start, _ in found:
                 superblock = read_ext_superblock(file, start)
                 if superblock:
-                    roots.append((says_root, superblock[1], RootDevice(number, superblock[0]), start))
+                    roots.append((says_root, superblock[1], RootDevice(number, superblock[0], start, superblock[1])))
             if not roots:
                 raise explain_no_root(file, path, bool(partitions))
     except OSError as error:
         raise Fatal("image cannot be read, {}: {}".format(error.strerror, path),
                     "--image names a disk image file" if error.errno in (errno.ENOENT, errno.EISDIR) else
                     "check its permissions")
-    _, length, root, start = max(roots)
-    if start + length > size:
-        raise Fatal("image is truncated: {} has {} of {} bytes".format(path, size, start + length),
+    root = max(roots)[2]
+    if root.start + root.length > size:
+        raise Fatal("image is truncated: {} has {} of {} bytes".format(path, size, root.start + root.length),
                     "was the transfer cut off? Copy it again")
-    return root, start
-
-
-def find_root_device(path: str) -> RootDevice:
-    return locate_root(path)[0]
+    return root
 
 
 class ExtReader:
@@ -1567,7 +1583,7 @@ def list_children(pid: int) -> List[int]:
     try:
         with open("/proc/{0}/task/{0}/children".format(pid)) as file:
             return [int(word) for word in file.read().split()]
-    except FileNotFoundError:                     # a kernel without CONFIG_PROC_CHILDREN
+    except OSError:                               # a kernel without CONFIG_PROC_CHILDREN, or it has ended
         every = [int(name) for name in os.listdir("/proc") if name.isdigit()]
         return [child for child in every if read_process(child)[1] == pid]
 
@@ -1730,7 +1746,7 @@ def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
 # --- The run directory --------------------------------------------------------------------------------------
 
 RUN_PREFIX = "apppot-"
-RESERVED_NAMES = (".", "..", "hostfs", "cow", "base", "image", "net", "net-api", "slirp")
+RESERVED_NAMES = (".", "..", "hostfs", "cow", "disk", "base", "image", "net", "net-api", "slirp")
 
 
 def try_lock(directory: str) -> Optional[int]:
@@ -1795,6 +1811,11 @@ def fill_run_directory(spec: RunSpec, directories: Directories) -> None:
         os.symlink(bind.directory, os.path.join(hostfs, b"bind%d" % number))
     if not spec.write and not (spec.cow and os.path.exists(spec.cow)):
         create_cow(spec.cow or os.path.join(directories.run, "cow"), spec.image)
+    if spec.disk_bytes and spec.write:
+        os.truncate(spec.image, max(spec.disk_bytes, os.path.getsize(spec.image)))
+    elif spec.disk_bytes:
+        with open(os.path.join(directories.run, "disk"), "xb") as file:
+            file.truncate(spec.disk_bytes - spec.root.length)
 
 
 def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, int]]:
@@ -2159,6 +2180,23 @@ def ask_mconsole(directory: str, umid: str, command: bytes) -> None:
                 os.close(place)
 
 
+def resume_guest(supervisor: int, directory: str, umid: str) -> None:
+    """Let a suspended guest go on, when nothing of it can meet a SIGSTOP any more.
+
+    A batch system continues one process after the other. A traced process keeps its SIGSTOP pending until its own
+    SIGCONT; woken before that it would show the stop to its tracer, which panics. So this continues them all first.
+    """
+    pids = [supervisor]
+    for pid in pids:
+        pids += list_children(pid)
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:                # it has ended meanwhile
+            pass
+    ask_mconsole(directory, umid, b"go")
+
+
 def start_by_empty(spec: RunSpec, argv: List[str], launch: Launch) -> Optional[Tuple[int, int]]:
     """Start `empty` with the kernel; pids of the kernel and of `empty`, None if that cannot be had.
 
@@ -2283,7 +2321,10 @@ def watch_kernel(pids: Tuple[int, int], umid: str, lifeline: int, wakeup: int, c
         check_helper()
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
-            ask_mconsole(".", umid, b"stop" if suspended else b"go")
+            if suspended:
+                ask_mconsole(".", umid, b"stop")
+            else:
+                resume_guest(os.getpid(), ".", umid)
         rounds_with_corpse = rounds_with_corpse + 1 if has_dead_helper(kernel) else 0
         if rounds_with_corpse * WATCH_INTERVAL_S >= 1:
             return "helper"
@@ -2430,20 +2471,38 @@ def close_all_but(keep: Set[int]) -> None:
 
 # --- Relaying -----------------------------------------------------------------------------------------------
 
-class OutputWriter(threading.Thread):
+class Worker(threading.Thread):
+    """A thread that does its work and then waits for the process to end.
+
+    Up to Python 3.8 a thread ends by pthread_exit(3), which wants a library (libgcc_s.so.1) that a node may lack.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.finished = threading.Event()
+
+    def run(self) -> None:
+        self.work()
+        self.finished.set()
+        threading.Event().wait()
+
+    def work(self) -> None:
+        raise NotImplementedError
+
+
+class OutputWriter(Worker):
     """Writes one output stream to the caller's descriptor, which may block as long as it likes.
 
     A thread, because a descriptor that belongs to the caller must not be made non-blocking.
     """
 
     def __init__(self, session: "Session", kind: int, descriptor: int) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._session, self._kind, self._descriptor = session, kind, descriptor
         self._queue: Deque[Optional[bytes]] = collections.deque()
         self._filled = threading.Semaphore(0)
         self._received = self._written = 0        # pieces
         self.error: Optional[OSError] = None
-        self.finished = False
 
     @property
     def is_idle(self) -> bool:
@@ -2454,7 +2513,7 @@ class OutputWriter(threading.Thread):
         self._queue.append(content)
         self._filled.release()
 
-    def run(self) -> None:
+    def work(self) -> None:
         written = 0
         while True:
             self._filled.acquire()
@@ -2468,7 +2527,7 @@ class OutputWriter(threading.Thread):
             if written >= ACK_STEP or not self._queue:
                 self._session.post(encode_frame(ACK, struct.pack("<BI", self._kind, written)))
                 written = 0
-        self.finished = True
+        self.finished.set()                       # before the session looks
         self._session.wake()
 
     def _write(self, content: bytes) -> None:
@@ -2487,11 +2546,11 @@ class OutputWriter(threading.Thread):
             self._session.post(encode_frame(OUTPUT_CLOSED, bytes([self._kind])))
 
 
-class InputReader(threading.Thread):
+class InputReader(Worker):
     """Reads the caller's stdin, no further ahead of the command than STDIN_WINDOW bytes."""
 
     def __init__(self, session: "Session", spool: str) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._session, self._spool = session, spool
         self._room = STDIN_WINDOW
         self._changed = threading.Condition()
@@ -2525,10 +2584,10 @@ class InputReader(threading.Thread):
         """Leave a file where the command stopped reading, so that the next reader of a shell loop goes on there."""
         if self._start_offset is not None and self.ident is not None:
             self.stop()
-            self.join()
+            self.finished.wait()
             os.lseek(0, self._start_offset + consumed, os.SEEK_SET)
 
-    def run(self) -> None:
+    def work(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTIN])     # a background read then fails with EIO
         try:
             while self._wait_for_room():
@@ -2887,7 +2946,7 @@ class Session:
         # The supervisor sees to that, too, but later, and SIGSTOP of everything may be near.
         ask_mconsole(self._machine.directory, self._spec.umid, b"stop")
         os.kill(os.getpid(), signal.SIGSTOP)
-        ask_mconsole(self._machine.directory, self._spec.umid, b"go")
+        resume_guest(self._machine.supervisor, self._machine.directory, self._spec.umid)
         if self.stdio.terminal:
             self._resume(self.stdio.terminal)
 
@@ -2995,7 +3054,7 @@ class Session:
             self._result = Result(EXIT_FAILED, self._explain_end())
         if self._reader.failure:
             self._result = Result(EXIT_FAILED, self._reader.failure)
-        if self._told and (not self._running or all(writer.finished for writer in self._writers.values())):
+        if self._told and (not self._running or all(writer.finished.is_set() for writer in self._writers.values())):
             self._result = self._told
             for writer in self._writers.values():
                 if writer.error and writer.error.errno not in (errno.EPIPE, errno.EIO):     # EIO: terminal hung up
@@ -3079,6 +3138,8 @@ def add_appliance_options(add: Callable[..., Any]) -> None:
     add("--image", "--apppot", metavar="PATH", help="disk image, or COW:BASE to keep the changes in the file COW")
     add("--kernel", "--linux", "--uml", metavar="PATH", help="User-Mode Linux kernel")
     add("--write", action="store_true", help="boot the image itself read-write instead of a throw-away copy-on-write")
+    add("--disk", metavar="SIZE", help="size of the root file system, at least that in the image (default: that, or 2G "
+        "of a\nsmaller one where the kernel can do it); with --write the image itself grows")
     add("--mem", metavar="NUM", help="memory of the guest in MiB, or with K, M, G, T (default: see below)")
     add("--cpus", metavar="N", help="CPUs of the guest, where the kernel has SMP (default: see below)")
     add("--ptrace", action="store_true", help="keep a 6.16 or newer kernel from its faster seccomp mode; see README")
@@ -3186,6 +3247,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     layers = options.changes or [path for path in os.environ.get("APPPOT_CHANGES", "").split(":") if path]
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
+        disk_bytes=choose_disk(options, root, cow, kernel),
         mem_mib=mem.value, cpus=cpus.value, mode=mode, ram_directory=ram_directory, scratch=choose_scratch(candidates),
         umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
         environment=environment, network=network, empty=empty, empty_asked=empty_asked,
@@ -3219,6 +3281,24 @@ def check_saved_changes(path: str) -> str:
     if not os.access(directory, os.W_OK | os.X_OK):
         raise Fatal("--save-changes cannot be written: " + path, "its directory must exist and be writable")
     return os.path.abspath(path)
+
+
+def choose_disk(options: argparse.Namespace, root: RootDevice, cow: Optional[str], kernel: str) -> int:
+    """Bytes that the root file system is to have; 0: what it has in the image."""
+    can_map = kernel_holds(kernel, HAS_MAPPER)
+    if not options.disk:
+        return DISK_MIB << 20 if can_map and not cow and not options.write and root.length < DISK_MIB << 20 else 0
+    wanted = parse_size_mib(options.disk, "--disk") << 20
+    if wanted < root.length:
+        raise Fatal("--disk is less than the image has, {}: {}".format(format_mib(root.length >> 20), options.disk),
+                    "a file system in use cannot shrink")
+    if cow or options.write and root.partition:
+        raise Fatal("--disk with {}".format("a COW file given by name: " + cow if cow else "--write of a partition"),
+                    "a throw-away run or --write of an image without partitions can have a larger disk")
+    if not options.write and not can_map:
+        raise Fatal("kernel has no device mapper for --disk: " + kernel,
+                    "`make kernel` builds one that has it; or `make image IMAGE_SIZE={}`".format(options.disk))
+    return 0 if wanted == root.length else wanted
 
 
 def find_image(options: argparse.Namespace) -> Tuple[str, Optional[str]]:
@@ -3410,7 +3490,7 @@ def check_image(options: argparse.Namespace) -> Finding:
 def check_agent(options: argparse.Namespace) -> Finding:
     image, cow = find_image(options)
     try:
-        missing = find_missing_agent(image, locate_root(image)[1])
+        missing = find_missing_agent(image, find_root_device(image).start)
     except ValueError as error:
         return Finding("warn", "cannot be seen from outside ({})".format(error), "--doctor --boot looks inside")
     if missing and cow:

@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run costs, as ratios measured in one go: the machines are noisy, so A and B take turns.
 
-Usage: python3 tests/bench.py [--repeat N]; prints a Markdown table and writes it to build/bench.md.
+Usage: python3 tests/bench.py [--repeat N] [--only NAME]...; writes a Markdown table to stdout and build/bench.md, and
+two plots, build/bench-start.svg and build/bench-merge.svg.
 """
 
 import argparse
+import contextlib
+import glob
 import http.server
 import os
 import pathlib
@@ -18,14 +21,23 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 TOP = pathlib.Path(__file__).resolve().parent.parent
-IMAGE = os.environ.get("APPPOT_IMAGE") or str(TOP / "build" / "apppot.img")
-KERNEL = os.environ.get("APPPOT_KERNEL") or shutil.which("linux.uml") or ""
-RUNNER = [sys.executable, str(TOP / "apppot_start.py"), "--kernel", KERNEL, "--image", IMAGE]
-PHASES = ("kernel started", "agent ", "command started", "result record", "nothing left")
+BUILD = TOP / "build"
+IMAGE = os.environ.get("APPPOT_IMAGE") or str(BUILD / "apppot.img")
+DEBIANS = shutil.which("linux.uml") or ""
+KERNEL = os.environ.get("APPPOT_KERNEL") or str(BUILD / "linux")
+RUNNER = [sys.executable, str(TOP / "apppot_start.py"), "--image", IMAGE, "--kernel"]
+MARKS = ("", "kernel started", "agent ", "command started", "result record", "nothing left", "exit")
+PHASES = ("Python, and the runner", "guest kernel, Python of the agent", "agent", "`true`, and flushing",
+          "end of the guest", "end of the runner")
 MIB = 1 << 20
+Rows = List[List[str]]
+
+
+def run(kernel: str, *words: str) -> None:
+    subprocess.run([*RUNNER, kernel, *words], stdin=subprocess.DEVNULL, check=True)
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -34,86 +46,238 @@ def seconds(action: Callable[[], object]) -> float:
     return time.monotonic() - start
 
 
+def take_turns(repeat: int, actions: Dict[str, Callable[[], object]]) -> Dict[str, List[float]]:
+    """Seconds of each action in each round."""
+    times: Dict[str, List[float]] = {name: [] for name in actions}
+    for _ in range(repeat):
+        for name, action in actions.items():
+            times[name].append(seconds(action))
+    return times
+
+
 def show(values: Sequence[float], unit: str = "s") -> str:
     return "{:.2f} {} ({:.2f} to {:.2f})".format(statistics.median(values), unit, min(values), max(values))
+
+
+def judge(ratio: float, of: str, goal: float, at_most: bool = True) -> str:
+    is_met = ratio <= goal if at_most else ratio >= goal
+    return "{:.2f} {}; goal {} {:g}: {}".format(
+        ratio, of, "at most" if at_most else "at least", goal, "met" if is_met else "missed")
 
 
 def verdict(is_met: bool) -> str:
     return "met" if is_met else "missed"
 
 
-def boot_bare(directory: str) -> None:
+def divide(ours: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(ours) / statistics.median(others)
+
+
+# --- The start ----------------------------------------------------------------------------------------------
+
+
+def boot_bare(kernel: str) -> None:
     """The floor: the same kernel and image, init a shell that powers off."""
-    cow = os.path.join(directory, "cow")
-    subprocess.run(
-        [
-            KERNEL,
-            "ubd0={},{}".format(cow, IMAGE),
-            "root=/dev/ubda",
-            "rw",
-            "mem=1G",
-            "con=null",
-            "con0=null,fd:1",
-            "uml_dir=" + directory,
-            "init=/bin/sh",
-            "--",
-            "-c",
-            # The kernel cuts its command line at blanks outside quotes.
-            '"mount -n -t proc proc /proc; echo o > /proc/sysrq-trigger; sleep 60"',
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=True,
-    )
-    os.unlink(cow)
+    with tempfile.TemporaryDirectory() as directory:
+        subprocess.run(
+            [
+                kernel,
+                "ubd0={}/cow,{}".format(directory, IMAGE),
+                "root=/dev/ubda",
+                "rw",
+                "mem=1G",
+                "con=null",
+                "con0=null,fd:1",
+                "uml_dir=" + directory,
+                "init=/bin/sh",
+                "--",
+                "-c",
+                # The kernel cuts its command line at blanks outside quotes.
+                '"mount -n -t proc proc /proc; echo o > /proc/sysrq-trigger; sleep 60"',
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=True,
+        )
 
 
-def time_phases() -> Dict[str, float]:
-    """Seconds from the start of the process to each phase's end, by when its line of -v appears."""
+def time_phases(kernel: str) -> List[float]:
+    """Seconds of each of PHASES, by when the lines of -v appear."""
     start = time.monotonic()
-    process = subprocess.Popen(RUNNER + ["-v", "true"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*RUNNER, kernel, "-v", "true"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
-    ends = {}
+    ends = [start] + [0.0] * len(PHASES)
     for line in process.stderr:
         match = re.match(rb"apppot: [\d.]+ s: (.*)", line)
-        for phase in PHASES:
-            if match and match.group(1).decode().startswith(phase):
-                ends[phase] = time.monotonic() - start
+        for index, mark in enumerate(MARKS):
+            if match and mark and match.group(1).decode().startswith(mark):
+                ends[index] = time.monotonic()
     process.wait()
-    ends["exit"] = time.monotonic() - start
-    return ends
+    ends[-1] = time.monotonic()
+    return [end - before for before, end in zip(ends, ends[1:])]
 
 
-def measure_start(repeat: int) -> List[List[str]]:
-    floors, runs, phases = [], [], []
-    with tempfile.TemporaryDirectory() as directory:
-        for _ in range(repeat):
-            floors.append(seconds(lambda: boot_bare(directory)))
-            runs.append(seconds(lambda: subprocess.run(RUNNER + ["true"], check=True)))
-            phases.append(time_phases())
-    ratio = statistics.median(runs) / statistics.median(floors)
-    rows = [
-        ["bare boot of kernel and image, the floor", show(floors), ""],
-        [
-            "`apppot_start.py true`, whole process",
-            show(runs),
-            "{:.2f} of the floor; goal 1.35: {}".format(ratio, verdict(ratio <= 1.35)),
-        ],
-    ]
-    names = (
-        "runner: start to kernel",
-        "kernel, and start of the agent",
-        "agent to command",
-        "`true`, and flushing",
-        "end of the guest",
-        "end of the runner",
-    )
-    marks = PHASES + ("exit",)
-    for index, name in enumerate(names):
-        before = [phase[marks[index - 1]] if index else 0.0 for phase in phases]
-        rows.append(["– " + name, show([phase[marks[index]] - start for phase, start in zip(phases, before)]), ""])
+def measure_start(repeat: int) -> Rows:
+    kernels = {describe_kernel(kernel): kernel for kernel in (KERNEL, DEBIANS)}
+    actions: Dict[str, Callable[[], object]] = {}
+    phases: Dict[str, List[List[float]]] = {name: [] for name in kernels}
+    for name, kernel in kernels.items():
+        actions["floor " + name] = lambda kernel=kernel: boot_bare(kernel)  # type: ignore[misc]
+        actions[name] = lambda kernel=kernel: run(kernel, "true")  # type: ignore[misc]
+        actions["phases " + name] = lambda name=name, kernel=kernel: phases[name].append(time_phases(kernel))  # type: ignore[misc]
+    times = take_turns(repeat, actions)
+    rows = []
+    for name in kernels:
+        floor = times["floor " + name]
+        goal = judge(divide(times[name], floor), "of the floor", 2.2 if name == describe_kernel(KERNEL) else 1.35)
+        rows.append([name + ": bare boot, shell to power-off, the floor", show(floor), ""])
+        rows.append([name + ": `apppot_start.py true`, whole process", show(times[name]), goal])
+    ours, debians = kernels
+    rows[1][2] += "; " + judge(divide(times[debians], times[ours]), "times as fast as with Debian's", 4, False)
+    medians = {name: [statistics.median(column) for column in zip(*phases[name])] for name in kernels}
+    rows += [["– " + phase, "{:.3f} s".format(medians[ours][index]), "{:.3f} s with Debian's".format(
+        medians[debians][index])] for index, phase in enumerate(PHASES)]
+    plot_phases(medians)
     return rows
+
+
+def measure_memory_sizes(repeat: int) -> Rows:
+    sizes = ("256M", "1G", "2G", "16G")
+    times = take_turns(repeat, {size: lambda size=size: run(KERNEL, "--mem", size, "true") for size in sizes})  # type: ignore[misc]
+    base = statistics.median(times["256M"])
+    return [["`true` with --mem " + size, show(times[size]), "{:+.2f} s".format(statistics.median(times[size]) - base)]
+            for size in sizes]
+
+
+def measure_cpus(repeat: int) -> Rows:
+    """One and two CPU-bound processes on two CPUs, timed in the guest."""
+    work = "i=0; while [ $i -lt 3000000 ]; do i=$((i+1)); done"
+    script = "time sh -c '{0}'; time (sh -c '{0}' & sh -c '{0}'; wait)".format(work)
+    one, two = [], []
+    for _ in range(repeat):
+        said = subprocess.run([*RUNNER, KERNEL, "--cpus", "2", "bash", "-c", "TIMEFORMAT=%R; " + script],
+                              stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True).stderr.split()
+        one.append(float(said[0]))
+        two.append(float(said[1]))
+    return [["--cpus 2: one process that computes", show(one), ""],
+            ["--cpus 2: two of them at once", show(two), judge(divide(two, one), "of one", 1.15)]]
+
+
+def sum_pss(parent: int) -> int:
+    """KiB of memory, shared parts divided among their users, of a process and all below it."""
+    total = 0
+    try:
+        total = int(re.findall(r"Pss:\s+(\d+)", pathlib.Path("/proc/{}/smaps_rollup".format(parent)).read_text())[0])
+        for children in glob.glob("/proc/{}/task/*/children".format(parent)):
+            total += sum(sum_pss(int(pid)) for pid in pathlib.Path(children).read_text().split())
+    except (OSError, IndexError):
+        pass  # it has ended
+    return total
+
+
+def measure_many(count: int) -> Rows:
+    """So many runs at once from one image: whether all end well, and what each takes of the node's memory."""
+    with tempfile.TemporaryDirectory() as directory:
+        go = os.path.join(directory, "go")
+        command = [*RUNNER, KERNEL, "--mem", "256M", "sh", "-c", "sleep 5; while [ ! -e {} ]; do sleep 1; done".format(go)]
+        start = time.monotonic()
+        runs = [subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=directory) for _ in range(count)]
+        deadline = time.monotonic() + 60
+        per_run = 0.0
+        while time.monotonic() < deadline:  # until it grows no more: all have booted
+            time.sleep(3)
+            before, per_run = per_run, sum(sum_pss(process.pid) for process in runs) / 1024 / count
+            if per_run < before * 1.01:
+                break
+        pathlib.Path(go).touch()
+        failed = sum(process.wait() != 0 for process in runs)
+        elapsed = time.monotonic() - start
+    return [["{} runs of `sleep 5` at once, {} of them failed: memory of each".format(count, failed),
+             "{:.0f} MiB".format(per_run), "goal under 60; all ended after {:.0f} s".format(elapsed)]]
+
+
+def measure_rate(count: int) -> Rows:
+    def run_all() -> None:
+        for process in [subprocess.Popen([*RUNNER, KERNEL, "--mem", "256", "true"]) for _ in range(count)]:
+            process.wait()
+
+    return [["{} runs of `true` at once, per run".format(count), "{:.2f} s".format(seconds(run_all) / count), ""]]
+
+
+# --- Beside other tools -------------------------------------------------------------------------------------
+# The same command on the same tree: the image's files, unpacked for those that run on the node's own kernel.
+
+QEMU_INIT = """#!/bin/busybox sh
+/bin/busybox mount -t devtmpfs dev /dev
+for name in virtio virtio_ring virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk; do
+    /bin/busybox insmod /$name.ko
+done
+/bin/busybox mount -o ro /dev/vda /root
+/bin/busybox chroot /root {}
+/bin/busybox poweroff -f
+"""
+
+
+def prepare_qemu(directory: pathlib.Path, command: str) -> List[str]:
+    """Debian's kernel for clouds with the modules that it needs for the image; nothing is installed."""
+    depends = subprocess.run(["apt-cache", "depends", "linux-image-cloud-amd64"], stdout=subprocess.PIPE, check=True)
+    package = re.findall(r"Depends: (linux-image-\S+)", depends.stdout.decode())[0]
+    subprocess.run(["apt-get", "-qq", "download", package], cwd=directory, stderr=subprocess.DEVNULL, check=True)
+    subprocess.run(["dpkg-deb", "-x", glob.glob(str(directory / "linux-image-*.deb"))[0], directory / "kernel"], check=True)
+    initrd = directory / "initrd"
+    for name in ("dev", "root", "bin"):
+        (initrd / name).mkdir(parents=True)
+    shutil.copy(shutil.which("busybox") or "busybox", initrd / "bin")
+    for module in glob.glob(str(directory / "kernel/lib/modules/*/kernel/drivers/*/virtio*.ko")):
+        shutil.copy(module, initrd)
+    (initrd / "init").write_text(QEMU_INIT.format(command))
+    (initrd / "init").chmod(0o755)
+    subprocess.run("find . | cpio -o -H newc --quiet > ../initrd.cpio", shell=True, cwd=initrd, check=True)
+    kernel = glob.glob(str(directory / "kernel/boot/vmlinuz-*"))[0]
+    return ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "1G", "-nographic", "-no-reboot", "-nic", "none",
+            "-kernel", kernel, "-initrd", str(directory / "initrd.cpio"), "-append", "console=ttyS0 quiet panic=-1",
+            "-drive", "file={},format=raw,if=virtio,snapshot=on".format(IMAGE)]
+
+
+@contextlib.contextmanager
+def other_tools(command: str) -> Iterator[Dict[str, Tuple[str, List[str]]]]:
+    """What each needs on the node, and its command line."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        directory = pathlib.Path(name)
+        tree = directory / "tree"
+        tree.mkdir()
+        subprocess.run(["debugfs", "-R", "rdump / {}".format(tree), IMAGE], stderr=subprocess.DEVNULL, check=True)
+        words = ["/bin/sh", "-c", command]
+        tools = {
+            "the node itself": ("", words),
+            "AppPot": ("nothing", [*RUNNER, KERNEL, *words]),
+            "AppPot, Debian's kernel": ("nothing", [*RUNNER, DEBIANS, *words]),
+            "proot": ("ptrace", ["proot", "-r", str(tree), *words]),
+            "bwrap": ("user namespaces or setuid", ["bwrap", "--ro-bind", str(tree), "/", "--dev", "/dev", *words]),
+            "Charliecloud": ("user namespaces", ["ch-run", str(tree), "--", *words]),
+        }
+        script = tree / "bench.sh"
+        script.write_text("#!/bin/sh\n" + command + "\n")
+        tools["QEMU without KVM"] = ("nothing", prepare_qemu(directory, "/bin/sh -c '{}'".format(command)))
+        yield tools
+
+
+def measure_others(repeat: int) -> Rows:
+    rows = []
+    for what, command in (("true", "true"), ("500 processes", "for i in $(seq 500); do /bin/true; done"),
+                          ("a loop that computes", "i=0; while [ $i -lt 2000000 ]; do i=$((i+1)); done")):
+        with other_tools(command) as tools:
+            times = take_turns(repeat, {
+                name: lambda words=words: subprocess.run(  # type: ignore[misc]
+                    words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                for name, (_, words) in tools.items()})
+        rows += [["{}: {}".format(what, name), show(times[name]), "needs " + needs if needs else ""]
+                 for name, (needs, _) in tools.items()]
+    return rows
+
+
+# --- Streams and the network --------------------------------------------------------------------------------
 
 
 def mib_per_second(consumer: "subprocess.Popen[bytes]", count_mib: int, feed: bool) -> float:
@@ -138,7 +302,8 @@ def mib_per_second(consumer: "subprocess.Popen[bytes]", count_mib: int, feed: bo
     return count_mib / elapsed
 
 
-def measure_streams(repeat: int) -> List[List[str]]:
+def measure_streams(repeat: int) -> Rows:
+    runner = [*RUNNER, KERNEL]
     produce = "dd if=/dev/zero bs=1M count={} status=none"
     consume = ["sh", "-c", "echo ready; cat > /dev/null"]
     host, out, into = [], [], []
@@ -151,7 +316,7 @@ def measure_streams(repeat: int) -> List[List[str]]:
         out.append(
             mib_per_second(
                 subprocess.Popen(
-                    RUNNER + ["sh", "-c", produce.format(1000)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+                    [*runner, "sh", "-c", produce.format(1000)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
                 ),
                 1000,
                 False,
@@ -159,7 +324,7 @@ def measure_streams(repeat: int) -> List[List[str]]:
         )
         into.append(
             mib_per_second(
-                subprocess.Popen(RUNNER + consume, stdin=subprocess.PIPE, stdout=subprocess.PIPE), 1000, True
+                subprocess.Popen(runner + consume, stdin=subprocess.PIPE, stdout=subprocess.PIPE), 1000, True
             )
         )
     return [
@@ -198,11 +363,11 @@ def curl(prefix: Sequence[str], host: str, port: int) -> float:
     return float(subprocess.run([*prefix, *words], stdout=subprocess.PIPE, check=True).stdout) / MIB
 
 
-def measure_network(repeat: int) -> List[List[str]]:
+def measure_network(repeat: int) -> Rows:
     ways = {
         "host": ([], "127.0.0.1", "curl of the host, 64 MiB over its loopback"),
-        "slirp4netns": (RUNNER + ["--net", "slirp4netns"], "10.0.2.2", "curl of the guest, by slirp4netns"),
-        "slirp": (RUNNER + ["--net", "slirp"], "10.0.2.2", "curl of the guest, by slirp-fullbolt"),
+        "slirp4netns": ([*RUNNER, KERNEL, "--net", "slirp4netns"], "10.0.2.2", "curl of the guest, by slirp4netns"),
+        "slirp": ([*RUNNER, DEBIANS, "--net", "slirp"], "10.0.2.2", "curl of the guest, by slirp-fullbolt, Debian's kernel"),
     }
     speeds: Dict[str, List[float]] = {name: [] for name in ways}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), WebServer) as server:
@@ -217,28 +382,26 @@ def measure_network(repeat: int) -> List[List[str]]:
     return [[text, show(speeds[name], "MiB/s") if speeds[name] else "–", ""] for name, (_, _, text) in ways.items()]
 
 
-def measure_many(count: int) -> List[List[str]]:
-    def run_all() -> None:
-        for process in [subprocess.Popen(RUNNER + ["--mem", "256", "true"]) for _ in range(count)]:
-            process.wait()
+# --- Changes files ------------------------------------------------------------------------------------------
 
-    return [["{} runs of `true` at once, per run".format(count), "{:.2f} s".format(seconds(run_all) / count), ""]]
-
-
-# In the guest: a tree of COUNT files and MIB MiB, three quarters text, is saved and merged by both ways in turns.
+# In the guest: a tree of COUNT files and MIB MiB, three quarters text, is saved and merged by both ways. They alternate,
+# each goes first in every other round, and each finds what it reads in memory and nothing left to be written.
 CHANGES_SCRIPT = r"""
 import os, random, subprocess, sys, time
 count, size, repeat = int(sys.argv[1]), int(sys.argv[2]) << 20, int(sys.argv[3])
-EXCLUDE = " ".join("--exclude=./" + name for name in "proc sys dev run tmp var/cache var/lib/apppot".split())
-SAVE = "tar -C / --one-file-system %s --listed-incremental=/run/state%s -c%sf %s . 2>/dev/null || true"
+SAVE = "tar -C / --one-file-system --exclude=./proc --exclude=./sys --exclude=./dev --exclude=./run --exclude=./tmp \
+    --exclude=./var/cache --exclude=./var/lib/apppot --listed-incremental=/run/%s -c%sf %s . 2>/dev/null || true"
+OURS, THEIRS = "/var/cache/ours.tar.gz", "/var/cache/theirs.tar.gz"
+WAYS = [  # what, how, what comes before, command
+    ("save", "apppot-snap", "rm -f " + OURS, "apppot-snap changes " + OURS),
+    ("save", "GNU tar", "rm -f %s; cp /run/state /run/state2" % THEIRS, SAVE % ("state2", "z", THEIRS)),
+    ("merge", "apppot-snap", "rm -rf /data; cat %s > /dev/null" % OURS, "apppot-snap merge " + OURS),
+    # Of /data alone: incremental extraction removes what the archive does not list, in host directories, too.
+    ("merge", "GNU tar", "rm -rf /data; cat %s > /dev/null" % THEIRS,
+     "tar -C / --listed-incremental=/dev/null -xzf %s ./data" % THEIRS)]
 def sh(command):
     subprocess.run(command, shell=True, check=True)
-def seconds(command):
-    os.sync()
-    start = time.monotonic()
-    sh(command)
-    return time.monotonic() - start
-sh(SAVE % (EXCLUDE, "", "", "/dev/null"))
+sh(SAVE % ("state", "", "/dev/null"))
 sh("apppot-snap base")
 chance = random.Random(1)
 words = [b"%x" % chance.getrandbits(40) for _ in range(4000)]
@@ -250,73 +413,140 @@ for number in range(count):
     start = chance.randrange(len(text) - length)
     with open(directory + "/%d" % number, "wb") as file:
         file.write(text[start:start + length * 3 // 4] + noise[:length // 4])
-for _ in range(repeat):
-    print("save", seconds("apppot-snap changes /var/cache/ours.tar.gz"), flush=True)
-    sh("cp /run/state /run/state2")
-    print("save-tar", seconds(SAVE % (EXCLUDE + " --exclude=./run", "2", "z", "/var/cache/theirs.tar.gz")), flush=True)
-for _ in range(repeat):
-    sh("rm -rf /data")
-    print("merge", seconds("apppot-snap merge /var/cache/ours.tar.gz"), flush=True)
-    sh("rm -rf /data")
-    # Of /data alone: incremental extraction removes what the archive does not list, in host directories, too.
-    print("merge-tar", seconds("tar -C / --listed-incremental=/dev/null -xzf /var/cache/theirs.tar.gz ./data"), flush=True)
+for pair in WAYS[:2], WAYS[2:]:
+    for turn in range(repeat):
+        for what, how, before, command in pair[::-1 if turn % 2 else 1]:
+            sh(before)
+            os.sync()
+            start = time.monotonic()
+            sh(command)
+            print(what, time.monotonic() - start, how, sep="\t", flush=True)
 """
 
 
-def measure_changes(count: int, size_mib: int, repeat: int) -> List[List[str]]:
+def measure_changes(kernel: str, cpus: str, count: int, size_mib: int, repeat: int) -> Rows:
     """Saving and merging, beside GNU tar as the original used it, in the same appliance and run."""
+    options = [kernel, "--cpus", cpus, "--root", "--mem", "3G", "python3", "-c", CHANGES_SCRIPT]
     with tempfile.TemporaryDirectory() as directory:           # for the guest to find nothing else of the host
         output = subprocess.run(
-            RUNNER + ["--root", "python3", "-c", CHANGES_SCRIPT, str(count), str(size_mib), str(repeat)],
+            RUNNER + options + [str(number) for number in (count, size_mib, repeat)],
             cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             check=True,
         ).stdout.decode()
-    times: Dict[str, List[float]] = {}
-    for line in output.splitlines():
-        name, value = line.split()
-        times.setdefault(name, []).append(float(value))
+    lines = [line.split("\t") for line in output.splitlines()]
     rows = []
     for name, goal in (("save", 0.7), ("merge", 1.0)):
-        ratio = statistics.median(times[name]) / statistics.median(times[name + "-tar"])
-        what = "{} {} files, {} MiB".format(name, count, size_mib)
-        rows.append([what + ": GNU tar", show(times[name + "-tar"]), ""])
-        rows.append([what + ": apppot-snap", show(times[name]),
-                     "{:.2f} of GNU tar; goal {}: {}".format(ratio, goal, verdict(ratio <= goal))])  # fmt: skip
+        ours, theirs = (
+            [float(value) for what, value, how in lines if (what, how) == (name, way)]
+            for way in ("apppot-snap", "GNU tar")
+        )
+        ratios = [one / other for one, other in zip(ours, theirs)]
+        what = "{} {} files, {} MiB, {}".format(name, count, size_mib, describe_guest(kernel, cpus))
+        rows.append([what + ": GNU tar", show(theirs), ""])
+        rows.append([what + ": apppot-snap", show(ours),
+                     "{}; goal {}: {}".format(show(ratios, "of GNU tar"), goal, verdict(statistics.median(ratios) <= goal))])  # fmt: skip
     return rows
+
+
+def describe_guest(kernel: str, cpus: str) -> str:
+    return "{}, {} CPU{}".format(describe_kernel(kernel), cpus, "s" if cpus != "1" else "")
+
+
+def measure_all_changes(repeat: int) -> Rows:
+    """With both kernels; with a second CPU where the kernel has more than one."""
+    rows = []
+    for kernel in (KERNEL, DEBIANS):
+        config = subprocess.run([kernel, "--showconfig"], stdout=subprocess.PIPE).stdout
+        for cpus in ("1", "2") if b"CONFIG_SMP=y" in config else ("1",):
+            rows += measure_changes(kernel, cpus, 5000, 100, repeat)
+            rows += measure_changes(kernel, cpus, 50000, 500, max(2, repeat // 2))
+    return rows
+
+
+def measure_merge_at_boot(repeat: int) -> Rows:
+    """`true` behind a changes file of so many files of 4 KiB each."""
+    counts = (0, 1000, 5000, 20000)
+    with tempfile.TemporaryDirectory() as directory:
+        (pathlib.Path(directory) / "old").mkdir()
+        options: Dict[int, List[str]] = {}
+        for count in counts:
+            tree = pathlib.Path(directory) / str(count) / "data"
+            tree.mkdir(parents=True)
+            for number in range(count):
+                (tree / str(number)).write_bytes(os.urandom(1024) + bytes(3072))
+            layer = "{}/{}.tar.gz".format(directory, count)
+            subprocess.run([sys.executable, TOP / "changes.py", "diff", directory + "/old", tree.parent, "-o", layer], check=True)
+            options[count] = ["--changes", layer] if count else []
+        times = take_turns(repeat, {
+            str(count): lambda count=count: run(KERNEL, *options[count], "true") for count in counts})  # type: ignore[misc]
+    base = statistics.median(times["0"])
+    plot_merge([(count, statistics.median(times[str(count)])) for count in counts])
+    return [["`true` behind a changes file of {} files".format(count), show(times[str(count)]),
+             "{:+.2f} s".format(statistics.median(times[str(count)]) - base)] for count in counts]
+
+
+# --- Output -------------------------------------------------------------------------------------------------
+
+
+def plot(name: str, script: str) -> None:
+    if shutil.which("gnuplot"):
+        head = "set terminal svg size 720,360 background 'white'; set output '{}'\n".format(BUILD / name)
+        subprocess.run(["gnuplot"], input=(head + script).encode(), check=True)
+
+
+def plot_phases(medians: Dict[str, List[float]]) -> None:
+    table = "\n".join('"{}" {}'.format(name, " ".join(map(str, values))) for name, values in medians.items())
+    columns = ", ".join("$d using {}{} title '{}'".format(index + 2, ":xtic(1)" if index == 0 else "", phase.replace("`", ""))
+                        for index, phase in enumerate(PHASES))
+    plot("bench-start.svg", "$d << EOD\n{}\nEOD\nset title 'apppot\\_start.py true'; set ylabel 'seconds'\n"
+         "set style data histogram; set style histogram rowstacked; set style fill solid; set boxwidth 0.5\n"
+         "set key outside; set yrange [0:*]\nplot {}\n".format(table, columns))
+
+
+def plot_merge(points: Sequence[Tuple[int, float]]) -> None:
+    table = "\n".join("{} {}".format(*point) for point in points)
+    plot("bench-merge.svg", "$d << EOD\n{}\nEOD\nset title 'start with a changes file'; set xlabel 'files in it'\n"
+         "set ylabel 'seconds'; set yrange [0:*]; unset key\nplot $d with linespoints pointtype 7\n".format(table))
+
+
+def describe_kernel(kernel: str) -> str:
+    version = subprocess.run([kernel, "--version"], stdout=subprocess.PIPE).stdout.decode().strip()
+    return ("Debian's " if kernel == DEBIANS else "kernel ") + version
 
 
 def describe_machine() -> str:
     with open("/proc/cpuinfo") as file:
         model = re.search(r"model name\s*: (.*)", file.read())
-    version = subprocess.run([KERNEL, "--version"], stdout=subprocess.PIPE).stdout.decode().strip()
-    return "{}, {} cores, Linux {}; guest kernel {}; Python {}".format(
-        model.group(1) if model else platform.machine(),
-        os.cpu_count(),
-        platform.release(),
-        version,
-        platform.python_version(),
-    )
+    return "{}, {} cores, Linux {}; Python {}".format(
+        model.group(1) if model else platform.machine(), os.cpu_count(), platform.release(), platform.python_version())
 
 
 def main(argv: List[str]) -> int:
+    measures: Dict[str, Callable[[int], Rows]] = {
+        "start": measure_start, "memory": measure_memory_sizes, "cpus": measure_cpus, "streams": measure_streams,
+        "network": measure_network, "rate": lambda repeat: measure_rate(16), "many": lambda repeat: measure_many(64),
+        "others": measure_others, "merge": measure_merge_at_boot, "changes": measure_all_changes}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeat", type=int, default=7, help="measurements of each kind (default 7)")
+    parser.add_argument("--repeat", type=int, default=7, help="measurements of the start; half as many of the rest (7)")
+    parser.add_argument("--only", action="append", choices=sorted(measures), help="repeatable")
     options = parser.parse_args(argv)
-    if not KERNEL or not os.path.exists(IMAGE):
-        print("bench: error: no kernel or no image; `make bench` sees to both", file=sys.stderr)
+    if not DEBIANS or not os.path.exists(KERNEL) or not os.path.exists(IMAGE):
+        print("bench: error: a kernel or the image is missing; `make bench` sees to them", file=sys.stderr)
         return 2
     few = max(1, options.repeat // 2)
-    rows = measure_start(options.repeat) + measure_streams(few) + measure_network(few) + measure_many(16)
-    rows += measure_changes(5000, 100, few) + measure_changes(50000, 500, 1)
+    rows = []
+    for name, measure in measures.items():
+        if not options.only or name in options.only:
+            rows += measure(options.repeat if name == "start" else few)
     table = "\n".join(
         ["| what | median (range) | |", "|---|---|---|"] + ["| " + " | ".join(row) + " |" for row in rows]
     )
     text = "{}\n\n{}\n".format(describe_machine(), table)
     print(text, end="")
-    (TOP / "build").mkdir(exist_ok=True)
-    (TOP / "build" / "bench.md").write_text(text)
+    BUILD.mkdir(exist_ok=True)
+    (BUILD / "bench.md").write_text(text)
     return 0
 
 

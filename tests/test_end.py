@@ -151,6 +151,18 @@ def test_sigtstp_then_sigstop_of_everything_then_sigcont_as_slurm_does(any_node)
 
 
 @both_carriers
+def test_the_runner_s_continuation_continues_what_was_stopped_with_it(any_node):
+    """Else a process of the guest would run into its own SIGSTOP, which panics a kernel that traces by ptrace."""
+    process = start_work(any_node)
+    process.send_signal(signal.SIGTSTP)
+    wait_for_state([process.pid], "T")
+    signal_all(any_node, signal.SIGSTOP)
+    wait_for_state(any_node.processes(), "Tt")
+    process.send_signal(signal.SIGCONT)
+    assert any_node.finish(process) == (0, b"1\n", b"")
+
+
+@both_carriers
 def test_sigstop_and_sigcont_of_the_runner_s_group_as_grid_engine_does(any_node):
     process = start_work(any_node)
     os.killpg(process.pid, signal.SIGSTOP)

@@ -16,12 +16,18 @@ from hypothesis import strategies as st
 VALUES = st.binary(max_size=30).filter(lambda value: b"\0" not in value)
 NAMES = VALUES.filter(lambda name: name and b"=" not in name)
 SPEC = apppot_start.RunSpec(
-    command=(), kernel="/k", image="/i", cow=None, write=False, root=apppot_start.RootDevice(0, ""), mem_mib=64,
+    command=(), kernel="/k", image="/i", cow=None, write=False, root=apppot_start.RootDevice(0, "", 0, 0), disk_bytes=0, mem_mib=64,
     ram_directory="/", scratch="/", umid="guest", extra=(), empty=None, empty_asked=False, environment={}, job_directory=b"/j", job_alias=b"/a",
     binds=(), cwd=b"", as_root=False, umask=0o22, ignored_signals=(), terminal=None, timeout_s=None, boot_timeout_s=1, kill_after_s=1,
     verbose=False,
 )  # fmt: skip
-ACCOUNT = apppot_init.Account(b"ann", os.getuid(), os.getgid(), (), b"/home/ann", b"/bin/bash")
+
+
+def make_account(home=b"/home/ann"):
+    return apppot_init.Account(b"ann", os.getuid(), os.getgid(), (), home, b"/bin/bash")
+
+
+ACCOUNT = make_account()
 
 
 def make_job(stdio=b"npp", **changes):
@@ -155,7 +161,7 @@ def test_what_is_no_program_ends_with_127_or_126_and_its_name(programs, monkeypa
 def test_command_then_apppot_run_then_autorun_then_a_login_shell(tmp_path):
     home, directory = tmp_path / "home", tmp_path / "job"
     home.mkdir(), directory.mkdir()
-    account = ACCOUNT._replace(home=os.fsencode(home))
+    account = make_account(os.fsencode(home))
 
     def chosen(*command):
         return apppot_init.choose_command(make_job(command=command), account, os.fsencode(directory))

@@ -276,7 +276,8 @@ def ext4(tmp_path):
 
 
 def test_a_partition_image_is_its_own_root(ext4):
-    assert apppot_start.find_root_device(str(ext4)) == (0, "12345678-1234-1234-1234-123456789abc")
+    root = apppot_start.find_root_device(str(ext4))
+    assert root == (0, "12345678-1234-1234-1234-123456789abc", 0, ext4.stat().st_size)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage-in bundle: three files that run where nothing else is, and the disk that grows when they do."""
+
+import glob
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import pytest
+from conftest import TOP, UNPRIVILEGED, assert_error, pythons, require, wait_for, writable_copy
+
+import apppot_start
+
+STAGE = TOP / "build" / "stage"
+FILES = ["apppot_start.py", "linux", "apppot.img"]
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="chroot and mounts need root")
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    """The three files, where every user reaches them."""
+    require(STAGE.exists(), f"no bundle {STAGE}: make stage")
+    place = pathlib.Path(tempfile.mkdtemp(prefix="apppot-test-"))
+    subprocess.run(["tar", "xf", STAGE / "apppot-stage.tar", "-C", place], check=True)
+    place.chmod(0o755)
+    yield place
+    shutil.rmtree(place)
+
+
+@pytest.fixture
+def staged_node(node, bundle):
+    """A node with the bundle's kernel and image."""
+    (node.root / "linux").unlink()
+    (node.root / "linux").symlink_to(bundle / "linux")
+    node.image = bundle / "apppot.img"
+    return node
+
+
+def test_the_bundle_is_three_files_with_their_checksums_and_a_tar_that_keeps_their_holes(bundle):
+    assert sorted(os.listdir(STAGE)) == sorted([*FILES, "SHA256SUMS", "apppot-stage.tar"])
+    assert sorted(os.listdir(bundle)) == sorted([*FILES, "SHA256SUMS"])
+    for line in (bundle / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split()
+        assert hashlib.sha256((bundle / name).read_bytes()).hexdigest() == digest
+    image, tar = (bundle / "apppot.img").stat(), (STAGE / "apppot-stage.tar").stat()
+    assert image.st_blocks * 512 < image.st_size < apppot_start.DISK_MIB << 20
+    assert tar.st_size < image.st_blocks * 512 + (bundle / "linux").stat().st_size + (2 << 20)
+
+
+def test_the_kernel_is_static_and_was_built_nowhere_in_particular(bundle):
+    assert apppot_start.read_loader(str(bundle / "linux")) == ""
+    version = subprocess.run([bundle / "linux", "--version"], capture_output=True, check=True).stdout.decode().strip()
+    assert tuple(map(int, re.findall(r"\d+", version)[:2])) >= (7, 2)
+    assert b"(apppot@apppot)" in (bundle / "linux").read_bytes()
+
+
+# --- Nodes with nothing on them -----------------------------------------------------------------------------
+
+
+def copy_with_libraries(program, root):
+    """A program or shared object and what the dynamic loader would load for it."""
+    listed = subprocess.run(["ldd", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode()
+    for path in [str(program), *re.findall(r"(/\S+)", listed)]:
+        target = root / os.path.realpath(os.path.dirname(path)).lstrip("/") / os.path.basename(path)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+
+
+def install_python(python, root):
+    """Python and its library, and nothing that is not needed to run it."""
+    ask = "import sys, os; print(os.path.realpath(sys.executable), os.path.realpath(os.__file__))"
+    said = subprocess.run([python, "-ISc", ask], stdout=subprocess.PIPE, check=True).stdout.decode()
+    program, module = map(pathlib.Path, said.split())
+    library = module.parent
+    copy_with_libraries(program, root)
+    shutil.copytree(library, root / str(library).lstrip("/"), symlinks=True, ignore=shutil.ignore_patterns(
+        "test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "tkinter", "config-*"))  # fmt: skip
+    for extension in (library / "lib-dynload").glob("*.so"):
+        copy_with_libraries(extension, root)
+    for loader in glob.glob("/lib*/ld-linux*"):
+        target = root / loader.lstrip("/")
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(os.path.realpath(loader), target)
+    return program
+
+
+@needs_root
+@pytest.mark.parametrize("python", sorted(set(pythons().values()) | {sys.executable}))
+def test_the_bundle_runs_in_a_root_directory_with_a_python_alone(tmp_path_factory, bundle, python):
+    root = tmp_path_factory.mktemp("root")
+    root.chmod(0o755), root.parent.chmod(0o755)
+    program = install_python(python, root)
+    for name in ("proc", "dev", "tmp", "job"):
+        (root / name).mkdir()
+    (root / "tmp").chmod(0o1777)
+    for name in FILES:
+        subprocess.run(["cp", "--sparse=always", bundle / name, root / "job"], check=True)
+    script = f"""
+        mount -t proc proc {root}/proc; mount --rbind /dev {root}/dev
+        exec env -i unshare --root={root} --wd=/job --setgid={UNPRIVILEGED} --setuid={UNPRIVILEGED} "$@" """
+    command = [program, "apppot_start.py", "sh", "-c", "echo $((6*7)); id -u; touch x 2> /dev/null; df -m / | tail -1"]
+    result = subprocess.run(["unshare", "-m", "sh", "-ec", script, "-", *command], capture_output=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.decode().splitlines()
+    assert lines[:2] == ["42", str(UNPRIVILEGED)] and not (root / "job" / "x").exists()
+    assert int(lines[2].split()[3]) > 1000, "free MiB of the root file system"
+    wait_for(lambda: not os.listdir(root / "tmp"))
+    shutil.rmtree(root)
+
+
+# --- The disk -----------------------------------------------------------------------------------------------
+
+
+def test_a_shrunk_image_has_room_in_a_run_and_nothing_counts_as_changed(staged_node):
+    before = staged_node.image.read_bytes()[:1 << 20], staged_node.image.stat().st_mtime_ns
+    result = staged_node.run("--root", "sh", "-ec", "df -m / | tail -1; cd /; apppot-snap changes -n")
+    line, *listing = result.stdout.decode().splitlines()
+    assert int(line.split()[1]) > 1900 and int(line.split()[3]) > 1000
+    changed = [entry for entry in listing[:-1] if not entry.endswith((" /", " /root"))]   # the job directory's
+    assert (result.returncode, changed) == (0, [])
+    assert (staged_node.image.read_bytes()[:1 << 20], staged_node.image.stat().st_mtime_ns) == before
+
+
+def test_disk_makes_the_root_file_system_larger(staged_node):
+    script = "df -m / | tail -1; dd if=/dev/zero of=/big bs=1M count=1 seek=30000 status=none; ls -s /big; tail -c 1 /big"
+    result = staged_node.run("--root", "--disk", "40G", "sh", "-ec", script)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[1]) > 39000
+
+
+def test_disk_with_write_makes_the_image_itself_larger(staged_node):
+    own = writable_copy(staged_node, staged_node.image)
+    result = staged_node.run("--root", "--write", "--disk", "3G", "df", "-m", "/", image=own)
+    assert result.returncode == 0 and int(result.stdout.splitlines()[1].split()[1]) > 2900, result.stderr
+    assert own.stat().st_size == 3 << 30
+    subprocess.run(["/sbin/e2fsck", "-fn", own], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("options, said", [
+    (("--disk", "10M"), "less than the image has"), (("--disk", "much"), "not a size"),
+    (("--disk", "4G", "--image", "{cow}:{image}"), "with a COW file"),
+])  # fmt: skip
+def test_a_disk_that_cannot_be_is_refused(staged_node, options, said):
+    places = {"cow": staged_node.job / "cow", "image": staged_node.image}
+    result = staged_node.run(*(option.format(**places) for option in options), "true")
+    assert result.returncode == 125
+    assert_error(result, said)
+
+
+def test_a_kernel_that_cannot_make_the_disk_larger_is_told(node, kernel):
+    if apppot_start.kernel_holds(str(kernel), apppot_start.HAS_MAPPER):
+        pytest.skip("this kernel can")
+    result = node.run("--disk", "40G", "true")
+    assert result.returncode == 125
+    assert_error(result, "device mapper", node.root / "linux")
