@@ -127,8 +127,9 @@ check: deps-build deps-run deps-tools deps-test image mpi-image stage
 	exit $$status
 
 # The engines at once, as their tests wait more than they compute.
-check-grid: deps-build deps-run deps-tools deps-test image $(CHROOTS)
+check-grid: deps-build deps-run deps-tools deps-test image $(or $(KERNEL),kernel) $(CHROOTS)
 	@mkdir -p build
+	export APPPOT_KERNEL=$(abspath $(or $(KERNEL),build/linux))
 	pids=
 	trap 'kill $$pids 2> /dev/null; wait' EXIT
 	for engine in $(ENGINES); do

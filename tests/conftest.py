@@ -232,6 +232,26 @@ def assert_error(result, *words):
         assert str(word) in lines[0], lines
 
 
+@pytest.fixture(scope="session")
+def changes(kernel, image, tmp_path_factory):
+    """A changes file that brings what the README's job files run."""
+    from engines import make_changes_file
+
+    return make_changes_file(kernel, image, tmp_path_factory.mktemp("changes"))
+
+
+@pytest.fixture(scope="session")
+def chroot():
+    """The path of the tar of a batch system's Debian."""
+    def find(engine):
+        require(os.getuid() == 0, "the daemons of a batch system need root")
+        path = TOP / "build" / f"{engine}.tar"
+        require(path.exists(), f"no {path}: make check-grid")
+        return path
+
+    return find
+
+
 def mounted(commands):
     """A wrap that runs the run in a mount namespace changed by `commands`."""
     return ("unshare", "-m", "sh", "-ec", f'{commands}; exec "$@"', "-")

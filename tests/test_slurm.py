@@ -2,13 +2,11 @@
 """Jobs of a real Slurm. Each is sent twice, with AppPot and without: Slurm must not see a difference."""
 
 import os
-import pathlib
 import re
-import time
 
 import pytest
 from conftest import require, wait_for
-from engines import BYSTANDER, USER, Slurm, make_changes_file
+from engines import BYSTANDER, USER, Slurm
 
 PROCTRACKS = ("linuxproc", "pgid", "cgroup")
 RUNNER = "python3 /opt/apppot/apppot_start.py --kill-after 2 "  # less than KillWait
@@ -27,7 +25,7 @@ class Jobs:
     def __init__(self, slurm, script, *arguments, options="", user=USER):
         self.slurm, self.user = slurm, user
         self.ids, self.directories = [], []
-        for number, prefix in enumerate(("", RUNNER)):
+        for prefix in ("", RUNNER):
             directory = slurm.new_directory(user)
             (directory / "command").write_text(f"#!/bin/bash\n{script}\n")
             (directory / "command").chmod(0o755)
@@ -135,23 +133,12 @@ def test_a_suspended_job_stands_still_and_goes_on_with_its_data_intact(slurm):
     jobs.wait_for_line("ready")
     jobs.each("scontrol", "suspend")
     assert [slurm.show(job)["JobState"] for job in jobs.ids] == ["SUSPENDED", "SUSPENDED"]
-    wait_for(lambda: not is_computing(slurm))
+    wait_for(lambda: not slurm.is_computing())
     jobs.each("scontrol", "resume")
-    wait_for(lambda: is_computing(slurm))
+    wait_for(slurm.is_computing)
     for directory in jobs.directories:
         (directory / "go").touch()
     assert jobs.end() == ("FAILED", "3:0", ["ready", "right"])
-
-
-def is_computing(slurm):
-    """Whether any process of the user's jobs has used the CPU within a moment."""
-    def used():
-        stats = [pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in slurm.processes()]
-        return sum(int(stat[11]) + int(stat[12]) for stat in stats)
-
-    before = used()
-    time.sleep(0.5)
-    return used() != before
 
 
 def test_a_requeued_job_begins_again(slurm):
@@ -247,19 +234,18 @@ def test_memory_cpus_scratch_and_variables_are_the_job_s(slurm):
 # --- The README's recipe ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def changes(kernel, image, tmp_path_factory):
-    return make_changes_file(kernel, image, tmp_path_factory.mktemp("changes"))
-
-
 @with_one
 def test_a_study_of_a_hundred_tasks_from_one_image_and_one_changes_file(slurm, changes):
     directory = slurm.fill_job_directory(changes, "job.slurm", True)
     job = slurm.run("sbatch", "--parsable", "job.slurm", user=USER, cwd=slurm.inside(directory)).strip()
     wait_for(lambda: not slurm.run("squeue", "-h", "-j", job).strip(), 300)
     shown = slurm.run("scontrol", "-o", "show", "job", job).splitlines()
-    ends = {int(re.search(r"ArrayTaskId=(\d+)", line).group(1)): re.search(r"JobState=(\w+).* ExitCode=(\S+)", line).groups()
-            for line in shown}
+    ends = {
+        int(re.search(r"ArrayTaskId=(\d+)", line).group(1)): re.search(
+            r"JobState=(\w+).* ExitCode=(\S+)", line
+        ).groups()
+        for line in shown
+    }
     assert ends == {task: ("FAILED", "9:0") if task == 41 else ("COMPLETED", "0:0") for task in range(100)}
     logs = {task: (directory / f"log.{task}").read_text() for task in range(100)}
     assert logs == {task: f"{task} squared is {task * task}\n" for task in range(100)}
