@@ -2397,6 +2397,8 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
     if supervisor == 0:
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_KERNEL)
+            for number in KEPT_FROM_KERNEL:       # from 6.16 on a thread of the kernel has a mask of its own
+                signal.signal(number, signal.SIG_IGN)
             os.setsid()
             call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)
             null = os.open(os.devnull, os.O_RDWR)

@@ -84,10 +84,11 @@ def test_a_timeout_ends_the_command_with_124(node):
 
 
 @both_carriers
-def test_sigterm_to_every_process_of_a_run_reaches_only_the_command(node):
-    process = node.start_ready("trap 'echo told; exit 9' TERM; echo trapped; while :; do sleep 0.1; done")
+@pytest.mark.parametrize("name", [name for name in FORWARDED if name != "USR1"])  # see the README's limits
+def test_a_signal_to_every_process_of_a_run_reaches_only_the_command(node, name):
+    process = node.start_ready(f"trap 'echo told; exit 9' {name}; echo trapped; while :; do sleep 0.1; done")
     assert process.stdout.readline() == b"trapped\n"
-    signal_all(node, signal.SIGTERM)
+    signal_all(node, getattr(signal, "SIG" + name))
     assert node.finish(process)[:2] == (9, b"told\n")
 
 
