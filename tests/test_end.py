@@ -289,6 +289,16 @@ def test_what_a_kill_of_everything_left_the_next_run_removes(node):
     assert node.run("true").returncode == 0  # the fixture looks that nothing is left
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts need root")
+def test_a_kill_of_everything_leaves_nothing_in_shared_memory(node):
+    # Many batch systems remove the job's scratch directory, but not what is there.
+    look = '"$@" & read line; ls -A /dev/shm; kill -9 $!; wait'
+    wrap = (*mounted("mount -t tmpfs none /dev/shm"), "bash", "-c", look, "-")
+    process = node.start_ready("exec sleep 100", wrap=wrap, stdin=subprocess.PIPE)
+    process.stdin.write(b"look\n")
+    assert node.finish(process)[1] == b""
+
+
 def test_a_run_does_not_remove_the_directory_of_another(node):
     first = node.start_ready("read line; echo still $line", stdin=subprocess.PIPE)
     assert node.run("true").returncode == 0
