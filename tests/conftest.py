@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+pytest.register_assert_rewrite("engines")
 TOP = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
 UNPRIVILEGED = 65534  # nobody

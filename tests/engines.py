@@ -227,7 +227,7 @@ class Site:
         with contextlib.suppress(AssertionError):
             wait_for(lambda: not self.processes(user), 5)
         assert not self.processes(user)
-        assert not self.scratch_files(user)
+        assert self.scratch_files(user) == []
 
     def close(self):
         if self.init:
@@ -235,6 +235,54 @@ class Site:
             self.process.wait(DEADLINE_S)
             self.process.stdout.close()
         shutil.rmtree(self.place)
+
+
+# --- A command with AppPot and without ------------------------------------------------------------------------
+
+# Less than the batch systems here wait between a warning and the end.
+RUNNER = "python3 /opt/apppot/apppot_start.py --kill-after 2 "
+# Commands, bash scripts that say `ready`.
+HANDLES = "trap 'echo told; exit 42' {0}; echo ready; while :; do sleep 0.1; done 2> /dev/null"
+IGNORES = "trap '' {0}; echo ready; exec sleep 1000"
+DIES = "echo ready; exec sleep 1000"
+WORKS = (
+    "head -c 20000000 /dev/urandom > data; sum=$(sha256sum data); echo ready\n"
+    'until [ -e go ]; do [ "$(sha256sum data)" = "$sum" ] || exit 9; done; rm data; echo right; exit 3'
+)
+
+
+class Pair:
+    """The same command as two jobs. An engine's own says how to submit one and how it ended."""
+
+    def __init__(self, site, script, *arguments, options="", user=USER):
+        self.site, self.user = site, user
+        self.ids, self.directories = [], []
+        for prefix in ("", f"{RUNNER}{options} "):
+            directory = site.new_directory(user)
+            (directory / "command").write_text(f"#!/bin/bash\n{script}\n")
+            (directory / "command").chmod(0o755)
+            self.directories.append(directory)
+            self.ids.append(self.submit(directory, f"{prefix}./command", *arguments))
+
+    def each(self, *words, user=None):
+        for job in self.ids:
+            self.site.run(*words, job, user=user)
+
+    def output(self, number, name="out"):
+        path = self.directories[number] / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait_for_line(self, line):
+        for number in (0, 1):
+            wait_for(lambda number=number: line in self.output(number))
+
+    def end(self):
+        """How the two ended, which must be the same, and what they wrote; nothing may be left on the node."""
+        plain, ours = (self.wait_ended(job) for job in self.ids)
+        assert ours == plain, (plain, ours, [self.output(number, name) for number in (0, 1) for name in ("out", "err")])
+        self.site.assert_nothing_left(self.user)
+        assert self.output(1) == self.output(0)
+        return ours, self.output(1)
 
 
 # --- Slurm ----------------------------------------------------------------------------------------------------
@@ -374,6 +422,20 @@ BASE_CGROUP =
 ENABLE_KERNEL_TUNING = False
 MachineMaxVacateTime = 6
 """
+CONDOR_SUBMIT = """\
+executable = {}
+arguments = {}
+transfer_executable = {}
+transfer_input_files = command, input
+should_transfer_files = YES
+when_to_transfer_output = ON_EXIT
+stream_output = True
+output = out
+error = err
+log = events
+request_memory = 400
+queue
+"""
 
 
 class Condor(Site):
@@ -413,6 +475,8 @@ QUEUE = """\
 qname main.q
 hostlist node.example.org
 slots 8
+pe_list NONE
+load_thresholds NONE
 shell /bin/sh
 shell_start_mode unix_behavior
 notify 00:00:04
@@ -434,7 +498,6 @@ class GridEngine(Site):
         self.run("install", "-d", "-o", "sgeadmin", "/var/run/gridengine", "/var/spool/gridengine/execd")
         self.run("/etc/init.d/gridengine-master", "start")
         wait_for(lambda: self.run("qconf", "-sh", check=False))
-        self.run("su", "-s", "/bin/sh", "sgeadmin", "-c", "qconf -am root")
         self.run("qconf", "-ah", "node.example.org", check=False)
         self.run("qconf", "-as", "node.example.org")
         self.run("/etc/init.d/gridengine-exec", "start")
@@ -442,10 +505,19 @@ class GridEngine(Site):
         # A new queue with all that is not said here as in the template.
         own = dict(line.split(" ", 1) for line in QUEUE.splitlines())
         self.configure("-sq", "-Aq", "queue", own)
-        self.configure("-ssconf", "-Msconf", "scheduler", {
-            "schedule_interval": "0:0:1", "flush_submit_sec": "1", "flush_finish_sec": "1",
-        })
-        self.configure("-sconf", "-Mconf", "global", {"load_report_time": "00:00:02"})
+        self.configure(
+            "-ssconf",
+            "-Msconf",
+            "scheduler",
+            {
+                "schedule_interval": "0:0:1",
+                "flush_submit_sec": "1",
+                "flush_finish_sec": "1",
+                "job_load_adjustments": "NONE",
+            },
+        )
+        flush = "accounting=true reporting=false flush_time=00:00:01 joblog=false accounting_flush_time=00:00:01"
+        self.configure("-sconf", "-Mconf", "global", {"load_report_time": "00:00:02", "reporting_params": flush})
         wait_for(lambda: "main.q" in (shown := self.run("qstat", "-f", check=False)) and "-NA-" not in shown)
 
     def configure(self, show, change, name, settings):
@@ -455,3 +527,11 @@ class GridEngine(Site):
         text = "".join(f"{key} {settings.get(key, *value)}\n" for key, *value in lines)
         self.path(f"/tmp/{name}").write_text(text)
         self.run("qconf", change, f"/tmp/{name}")
+
+    def submit(self, directory, *words):
+        """A process that lives as long as the job."""
+        environment = {"HOME": "/home/" + USER}
+        return self.start(
+            "qsub", "-sync", "y", *words, user=USER, cwd=self.inside(directory), env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
