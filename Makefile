@@ -4,6 +4,8 @@
 ##
 ##   make demo     set up what is missing, build the image, run a command in it
 ##   make check    the same set-up, then all tests, with Debian's kernel and with build/linux
+##   make check-grid
+##                 as root: tests on HTCondor, Grid Engine and ARC, each in a chroot
 ##   make image    build/apppot.img, an appliance with Debian
 ##   make kernel   build/linux, a static kernel that boots in 0.2 s; 7 minutes on 2 cores
 ##   make stage    build/stage/, the three files to copy into a job, and apppot-stage.tar of them
@@ -55,6 +57,17 @@ BENCH_DEPS := proot:proot bubblewrap:bwrap charliecloud-runtime:ch-run qemu-syst
               busybox-static:busybox cpio:cpio gnuplot-nox:gnuplot
 TEST_DEPS  := python3-pytest python3-hypothesis
 
+# Batch systems that the tests run in a chroot each, with a Debian that has them.
+ENGINES             := condor gridengine arc
+CHROOTS             := $(ENGINES:%=build/%.tar)
+SUITE_condor        := trixie
+PACKAGES_condor     := condor
+SUITE_gridengine    := bookworm
+PACKAGES_gridengine := gridengine-master gridengine-exec gridengine-client
+SUITE_arc           := bookworm
+PACKAGES_arc        := $(addprefix nordugrid-arc-,arex client plugins-needed plugins-arcrest plugins-internal arcctl \
+                       arcctl-service) openssl perl time
+
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -73,7 +86,7 @@ ifneq ($(KERNEL),)
 export APPPOT_KERNEL := $(abspath $(KERNEL))
 endif
 
-.PHONY: help demo check image mpi-image kernel stage bench clean FORCE
+.PHONY: help demo check check-grid image mpi-image kernel stage bench clean FORCE
 .PHONY: deps deps-build deps-kernel deps-run deps-tools deps-bench deps-test
 
 help:
@@ -111,6 +124,22 @@ check: deps-build deps-run deps-tools deps-test image mpi-image stage
 	for pid in $$pids; do wait "$$pid" || status=1; done
 	trap - EXIT
 	for part in $$(seq $(JOBS)); do cat "build/check-$$part.log"; done
+	exit $$status
+
+# The engines at once, as their tests wait more than they compute.
+check-grid: deps-build deps-run deps-tools deps-test image $(or $(KERNEL),kernel) $(CHROOTS)
+	@mkdir -p build
+	export APPPOT_KERNEL=$(abspath $(or $(KERNEL),build/linux))
+	pids=
+	trap 'kill $$pids 2> /dev/null; wait' EXIT
+	for engine in $(ENGINES); do
+	    $(PYTHON) -m pytest -m grid $(PYTESTARGS) tests/test_$$engine.py > build/check-$$engine.log 2>&1 &
+	    pids+=" $$!"
+	done
+	status=0
+	for pid in $$pids; do wait "$$pid" || status=1; done
+	trap - EXIT
+	for engine in $(ENGINES); do cat "build/check-$$engine.log"; done
 	exit $$status
 
 bench: deps-build deps-run deps-tools deps-bench image kernel
@@ -454,5 +483,38 @@ build/linux: FORCE deps-kernel
 	    mv "$$tmp/kernel" "$$kernel"
 	fi
 	deliver "$$kernel" "$$key"
+
+# ---- chroots -----------------------------------------------------------------------------------------------------
+# Batch systems for the tests, each in a Debian that has it. Packages ask at their installation for the host's name.
+
+define CHROOT
+echo node > /proc/sys/kernel/hostname
+mmdebstrap --variant=apt --format=tar --include="python3 procps $$packages" \
+    --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' \
+    --setup-hook='printf "%s\n" "$$apt_settings" > "$$1/etc/apt/apt.conf.d/00host"' \
+    --essential-hook='echo node > "$$1/etc/hostname"' \
+    --essential-hook='printf "%s\n" "127.0.0.1 localhost" "10.97.0.1 node.example.org node" > "$$1/etc/hosts"' \
+    "$$suite" "$$tmp/chroot.tar" "$$tmp/sources.list"
+endef
+export CHROOT
+
+$(CHROOTS): build/%.tar: FORCE deps-build
+	@$(WITH_CACHE)
+	suite=$(SUITE_$*)
+	packages="$(PACKAGES_$*)"
+	key=$$(echo "$$(uname -m) $$suite $$packages $$CHROOT" | sha256sum | cut -c 1-16)
+	[ "$$(id -u)" = 0 ] || die "the daemons of batch systems need root" "sudo make $@"
+	enter_cache chroot
+	tar=$$cache/chroot-$*-$$key.tar
+	if [ ! -e "$$tar" ]; then
+	    say "Debian $$suite with $*: download and install, a minute"
+	    list_sources $$suite > "$$tmp/sources.list"
+	    export suite packages apt_settings=$$(apt-config dump Acquire | grep -E '^Acquire::(https?|ftp|Check-)')
+	    run unshare --uts bash -euo pipefail -c "$$CHROOT"
+	    mv "$$tmp/chroot.tar" "$$tar"
+	    find "$$cache" -maxdepth 1 -name 'chroot-$*-*' ! -path "$$tar" -delete
+	fi
+	ln -sf "$$tar" $@
 
 FORCE:

@@ -330,6 +330,7 @@ class Machine(NamedTuple):
                                      # "network MESSAGE"; before that LOST when the network is gone
     directory: str
     carried: int                     # pid of the kernel if `empty` carries the channel, else 0
+    ram_directory: str               # empty: the same
 
 
 class Stdio(NamedTuple):
@@ -1471,8 +1472,10 @@ def place_memory(mem: Amount, floors: Sequence[int], candidates: Sequence[str]) 
         except Fatal as fatal:
             failure = failure or fatal
             continue
+        if floor == mem.value:
+            return mem, directory
         room = int(free_mib(directory) * ROOM_SHARE)
-        if floor == mem.value or mem.value <= room:
+        if mem.value <= room:
             return mem, directory
         return Amount(max(floor, room), "room in {}; {}".format(directory, mem.source)), directory
     assert failure
@@ -2398,6 +2401,8 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
     if supervisor == 0:
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_KERNEL)
+            for number in KEPT_FROM_KERNEL:       # from 6.16 on a thread of the kernel has a mask of its own
+                signal.signal(number, signal.SIG_IGN)
             os.setsid()
             call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)
             null = os.open(os.devnull, os.O_RDWR)
@@ -2418,7 +2423,8 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
         os.close(descriptor)
     try:
         carried = exchange_channel(directories.run, from_guest, to_guest) if spec.empty else 0
-        yield Machine(supervisor, from_guest, to_guest, console, lifeline, report, directories.run, carried)
+        yield Machine(supervisor, from_guest, to_guest, console, lifeline, report, directories.run, carried,
+                      directories.ram if directories.ram != directories.run else "")
     finally:
         os.close(lifeline)
         if read_process(supervisor)[1] == os.getpid():
@@ -2869,6 +2875,8 @@ class Session:
             self._open_terminal(self.stdio.terminal)
 
     def _greet(self, hello: Dict[bytes, List[bytes]]) -> None:
+        if self._machine.ram_directory:           # the kernel's file in it has no name any more
+            remove_tree(self._machine.ram_directory)
         if self._spec.layers:                     # merging takes its time
             self._deadlines.pop("boot", None)
         self._say("agent {} in base {}".format(hello[b"agent"][0].decode(), hello[b"base"][0].decode() or "without id"))

@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+pytest.register_assert_rewrite("engines")
 TOP = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
 UNPRIVILEGED = 65534  # nobody
@@ -230,6 +231,26 @@ def assert_error(result, *words):
     assert len(lines) == 2 and lines[0].startswith("apppot: error: ") and lines[1].startswith("apppot: hint: "), lines
     for word in words:
         assert str(word) in lines[0], lines
+
+
+@pytest.fixture(scope="session")
+def changes(kernel, image, tmp_path_factory):
+    """A changes file that brings what the README's job files run."""
+    from engines import make_changes_file
+
+    return make_changes_file(kernel, image, tmp_path_factory.mktemp("changes"))
+
+
+@pytest.fixture(scope="session")
+def chroot():
+    """The path of the tar of a batch system's Debian."""
+    def find(engine):
+        require(os.getuid() == 0, "the daemons of a batch system need root")
+        path = TOP / "build" / f"{engine}.tar"
+        require(path.exists(), f"no {path}: make check-grid")
+        return path
+
+    return find
 
 
 def mounted(commands):

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 
 from conftest import DEADLINE_S, TOP, wait_for
 
@@ -23,6 +24,7 @@ USERS = {USER: 61001, BYSTANDER: 61002}
 ADDRESS = "10.97.0.1"  # on the loopback of each site; names of 127.0.0.1 alone are no use to most engines
 INIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('up', flush=True); sys.stdin.read()"
 README = (TOP / "README.md").read_text()
+PARTS = ("apppot_start.py", "linux", "apppot.img")
 # Only the changes file brings this program into the guest. Number 41 fails.
 RECKON = '#!/bin/sh\necho "$1 squared is $(($1 * $1))" | tee result\n[ "$1" != 41 ] || exit 9\n'
 ANALYSIS = '#!/bin/sh\nexec reckon "$1"\n'
@@ -31,7 +33,11 @@ ANALYSIS = '#!/bin/sh\nexec reckon "$1"\n'
 def recipe(name, is_deployed):
     """A job file of the README; where nothing is deployed as the README has it changed."""
     text = re.search(rf"^==> {re.escape(name)}: .*\n((?:(?!==>|```).*\n)+)", README, re.MULTILINE).group(1)
-    return text if is_deployed else text.replace("/opt/apppot/", "")
+    if is_deployed:
+        return text
+    text = text.replace("transfer_input_files = ", "transfer_input_files = " + "".join(f"{part}, " for part in PARTS))
+    text = text.replace("(inputFiles = ", "(inputFiles = " + "".join(f'("{part}" "")' for part in PARTS))
+    return text.replace("/opt/apppot/", "")
 
 
 def make_changes_file(kernel, image, directory):
@@ -43,6 +49,13 @@ def make_changes_file(kernel, image, directory):
     subprocess.run(runner, check=True, cwd=directory, stdin=subprocess.DEVNULL)
     (directory / "my.tar.gz").chmod(0o644)
     return directory / "my.tar.gz"
+
+
+def read_stat(pid):
+    """The fields of /proc/PID/stat behind the name; none if it has ended."""
+    with contextlib.suppress(OSError):
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
 
 
 class Site:
@@ -78,6 +91,7 @@ class Site:
         (self.place / "etc/group").write_text((etc / "group").read_text() + "".join(group))
         (self.place / "etc/hosts").write_text(f"127.0.0.1 localhost\n{ADDRESS} {name}.example.org {name}\n")
         (self.place / "etc/resolv.conf").write_text("")
+
     def _start(self, tree, name):
         root = self.place / "root" if tree else ""
         script = f"""
@@ -95,7 +109,7 @@ class Site:
                 for name in passwd group hosts; do mount --bind $place/etc/$name /etc/$name; done
                 mount -t tmpfs -o mode=755 none /run
             fi
-            for name in $place/etc/*/; do mount --bind $name $root/etc/$(basename $name); done
+            for name in $place/etc/*/; do [ ! -d $name ] || mount --bind $name $root/etc/$(basename $name); done
             mount -t proc none $root/proc
             mount -t tmpfs none $root/dev/shm
             mount -t tmpfs none $root/tmp
@@ -167,9 +181,12 @@ class Site:
         (directory / "analysis").chmod(0o755)
         shutil.copy(changes, directory)
         if not is_deployed:
-            for part in ("apppot_start.py", "linux", "apppot.img"):
-                os.link(self.place / "opt/apppot" / part, directory / part)
-            shutil.rmtree(self.place / "opt/apppot")
+            for part in PARTS:
+                subprocess.run(["cp", "--sparse=always", "-p", self.place / "opt/apppot" / part, directory], check=True)
+                (self.place / "opt/apppot" / part).unlink()
+            (directory / "apppot.img").chmod(0o644)
+            # As small as `make stage` makes it, since batch systems do not know holes.
+            subprocess.run(["resize2fs", "-f", "-M", directory / "apppot.img"], check=True, capture_output=True)
         return directory
 
     # --- What is left --------------------------------------------------------------------------------------
@@ -187,6 +204,17 @@ class Site:
                     found[int(pid)] = command.replace(b"\0", b" ").decode(errors="replace")
         return found
 
+    def is_computing(self):
+        """Whether any process of the user has used the CPU within a moment."""
+
+        def used():
+            stats = [read_stat(pid) for pid in self.processes()]
+            return sum(int(stat[11]) + int(stat[12]) for stat in stats if stat)
+
+        before = used()
+        time.sleep(0.5)
+        return used() != before
+
     def scratch_files(self, user=USER):
         return [
             entry.path
@@ -199,7 +227,7 @@ class Site:
         with contextlib.suppress(AssertionError):
             wait_for(lambda: not self.processes(user), 5)
         assert not self.processes(user)
-        assert not self.scratch_files(user)
+        assert self.scratch_files(user) == []
 
     def close(self):
         if self.init:
@@ -207,6 +235,54 @@ class Site:
             self.process.wait(DEADLINE_S)
             self.process.stdout.close()
         shutil.rmtree(self.place)
+
+
+# --- A command with AppPot and without ------------------------------------------------------------------------
+
+# Less than the batch systems here wait between a warning and the end.
+RUNNER = "python3 /opt/apppot/apppot_start.py --kill-after 2 "
+# Commands, bash scripts that say `ready`.
+HANDLES = "trap 'echo told; exit 42' {0}; echo ready; while :; do sleep 0.1; done 2> /dev/null"
+IGNORES = "trap '' {0}; echo ready; exec sleep 1000"
+DIES = "echo ready; exec sleep 1000"
+WORKS = (
+    "head -c 20000000 /dev/urandom > data; sum=$(sha256sum data); echo ready\n"
+    'until [ -e go ]; do [ "$(sha256sum data)" = "$sum" ] || exit 9; done; rm data; echo right; exit 3'
+)
+
+
+class Pair:
+    """The same command as two jobs. An engine's own says how to submit one and how it ended."""
+
+    def __init__(self, site, script, *arguments, options="", user=USER):
+        self.site, self.user = site, user
+        self.ids, self.directories = [], []
+        for prefix in ("", f"{RUNNER}{options} "):
+            directory = site.new_directory(user)
+            (directory / "command").write_text(f"#!/bin/bash\n{script}\n")
+            (directory / "command").chmod(0o755)
+            self.directories.append(directory)
+            self.ids.append(self.submit(directory, f"{prefix}./command", *arguments))
+
+    def each(self, *words, user=None):
+        for job in self.ids:
+            self.site.run(*words, job, user=user)
+
+    def output(self, number, name="out"):
+        path = self.directories[number] / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait_for_line(self, line):
+        for number in (0, 1):
+            wait_for(lambda number=number: line in self.output(number))
+
+    def end(self):
+        """How the two ended, which must be the same, and what they wrote; nothing may be left on the node."""
+        plain, ours = (self.wait_ended(job) for job in self.ids)
+        assert ours == plain, (plain, ours, [self.output(number, name) for number in (0, 1) for name in ("out", "err")])
+        self.site.assert_nothing_left(self.user)
+        assert self.output(1) == self.output(0)
+        return ours, self.output(1)
 
 
 # --- Slurm ----------------------------------------------------------------------------------------------------
@@ -309,3 +385,153 @@ class Slurm(Site):
         for directory in sorted(pathlib.Path("/sys/fs/cgroup").glob(f"**/slurm*{self.node}*"), reverse=True):
             for below, _, _ in os.walk(directory, topdown=False):
                 os.rmdir(below)
+
+
+# --- HTCondor -------------------------------------------------------------------------------------------------
+
+# Memory is more than there is, and cheap. As root condor_master would tune the kernel of the whole machine.
+CONDOR_CONF = f"""\
+CONDOR_HOST = {ADDRESS}
+NETWORK_INTERFACE = {ADDRESS}
+ENABLE_IPV6 = False
+FULL_HOSTNAME = node.example.org
+NO_DNS = True
+DEFAULT_DOMAIN_NAME = example.org
+UID_DOMAIN = example.org
+FILESYSTEM_DOMAIN = example.org
+TRUST_UID_DOMAIN = True
+DAEMON_LIST = MASTER, COLLECTOR, NEGOTIATOR, SCHEDD, STARTD
+ALLOW_READ = *
+ALLOW_WRITE = *
+ALLOW_DAEMON = *
+ALLOW_NEGOTIATOR = *
+ALLOW_ADMINISTRATOR = *
+SEC_DEFAULT_AUTHENTICATION_METHODS = FS
+NUM_CPUS = 8
+MEMORY = 16000
+START = TRUE
+SUSPEND = FALSE
+PREEMPT = FALSE
+KILL = FALSE
+NEGOTIATOR_INTERVAL = 2
+NEGOTIATOR_CYCLE_DELAY = 1
+SCHEDD_INTERVAL = 2
+SCHEDD_MIN_INTERVAL = 1
+UPDATE_INTERVAL = 5
+BASE_CGROUP =
+ENABLE_KERNEL_TUNING = False
+MachineMaxVacateTime = 6
+"""
+CONDOR_SUBMIT = """\
+executable = {}
+arguments = {}
+transfer_executable = {}
+transfer_input_files = command, input
+should_transfer_files = YES
+when_to_transfer_output = ON_EXIT
+stream_output = True
+output = out
+error = err
+log = events
+request_memory = 400
+queue
+"""
+
+
+class Condor(Site):
+    """All daemons of HTCondor on one node."""
+
+    def _start(self, *arguments):
+        super()._start(*arguments)
+        self.path("/etc/condor/config.d/99-local.config").write_text(CONDOR_CONF)
+        for place in ("spool", "log", "lib", "lib/condor/execute"):
+            name = f"/var/{place}" if "execute" in place else f"/var/{place}/condor"
+            self.run("install", "-d", "-o", "condor", "-g", "condor", name)
+        self.run("install", "-d", "-o", "condor", "-g", "condor", "/run/condor", "/run/lock/condor")
+        self.run("condor_master")
+        wait_for(lambda: self.run("condor_status", "-af", "Name", check=False), 60)
+        wait_for(lambda: "Total for all users" in self.run("condor_q", "-allusers", check=False), 60)
+
+    def submit(self, directory, name):
+        """Id of the first job of a submit file."""
+        shown = self.run("condor_submit", "-terse", name, user=USER, cwd=self.inside(directory))
+        return shown.split()[0]
+
+    def query(self, job, *attributes):
+        """Values of a job's attributes, as long as it is in the queue and after that."""
+        shown = self.run("condor_q", job, "-af", *attributes) or self.run("condor_history", job, "-af", *attributes)
+        return shown.split()
+
+    def wait_ended(self, job):
+        """JobStatus (3: removed, 4: completed), and of the program ExitBySignal, ExitCode and ExitSignal."""
+        wait_for(lambda: not self.run("condor_q", job, "-af", "JobStatus").strip())
+        wait_for(lambda: self.query(job, "JobStatus"))
+        return self.query(job, "JobStatus", "ExitBySignal", "ExitCode", "ExitSignal")
+
+
+# --- Grid Engine ----------------------------------------------------------------------------------------------
+
+QUEUE = """\
+qname main.q
+hostlist node.example.org
+slots 8
+pe_list NONE
+load_thresholds NONE
+shell /bin/sh
+shell_start_mode unix_behavior
+notify 00:00:04
+tmpdir /tmp
+"""
+
+
+class GridEngine(Site):
+    """Master and execution daemon of Grid Engine on one node."""
+
+    ENVIRONMENT = {"SGE_ROOT": "/var/lib/gridengine", "SGE_CELL": "default"}
+
+    def start(self, *words, env=(), **options):
+        return super().start(*words, env={**self.ENVIRONMENT, **dict(env)}, **options)
+
+    def _start(self, *arguments):
+        super()._start(*arguments)
+        self.path("/var/lib/gridengine/default/common/act_qmaster").write_text("node.example.org\n")
+        self.run("install", "-d", "-o", "sgeadmin", "/var/run/gridengine", "/var/spool/gridengine/execd")
+        self.run("/etc/init.d/gridengine-master", "start")
+        wait_for(lambda: self.run("qconf", "-sh", check=False))
+        self.run("qconf", "-ah", "node.example.org", check=False)
+        self.run("qconf", "-as", "node.example.org")
+        self.run("/etc/init.d/gridengine-exec", "start")
+        wait_for(lambda: "node" in self.run("qconf", "-sel", check=False))
+        # A new queue with all that is not said here as in the template.
+        own = dict(line.split(" ", 1) for line in QUEUE.splitlines())
+        self.configure("-sq", "-Aq", "queue", own)
+        self.configure(
+            "-ssconf",
+            "-Msconf",
+            "scheduler",
+            {
+                "schedule_interval": "0:0:1",
+                "flush_submit_sec": "1",
+                "flush_finish_sec": "1",
+                "job_load_adjustments": "NONE",
+            },
+        )
+        flush = "accounting=true reporting=false flush_time=00:00:01 joblog=false accounting_flush_time=00:00:01"
+        self.configure("-sconf", "-Mconf", "global", {"load_report_time": "00:00:02", "reporting_params": flush})
+        wait_for(lambda: "main.q" in (shown := self.run("qstat", "-f", check=False)) and "-NA-" not in shown)
+
+    def configure(self, show, change, name, settings):
+        """Change some settings of those that qconf shows."""
+        text = re.sub(r"\\\n\s*", "", self.run("qconf", show))
+        lines = [line.split(None, 1) for line in text.splitlines() if line and not line.startswith("#")]
+        text = "".join(f"{key} {settings.get(key, *value)}\n" for key, *value in lines)
+        self.path(f"/tmp/{name}").write_text(text)
+        self.run("qconf", change, f"/tmp/{name}")
+
+    def submit(self, directory, *words):
+        """A process that lives as long as the job."""
+        environment = {"HOME": "/home/" + USER}
+        return self.start(
+            "qsub", "-sync", "y", *words, user=USER, cwd=self.inside(directory), env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip

@@ -84,10 +84,11 @@ def test_a_timeout_ends_the_command_with_124(node):
 
 
 @both_carriers
-def test_sigterm_to_every_process_of_a_run_reaches_only_the_command(node):
-    process = node.start_ready("trap 'echo told; exit 9' TERM; echo trapped; while :; do sleep 0.1; done")
+@pytest.mark.parametrize("name", [name for name in FORWARDED if name != "USR1"])  # see the README's limits
+def test_a_signal_to_every_process_of_a_run_reaches_only_the_command(node, name):
+    process = node.start_ready(f"trap 'echo told; exit 9' {name}; echo trapped; while :; do sleep 0.1; done")
     assert process.stdout.readline() == b"trapped\n"
-    signal_all(node, signal.SIGTERM)
+    signal_all(node, getattr(signal, "SIG" + name))
     assert node.finish(process)[:2] == (9, b"told\n")
 
 
@@ -287,6 +288,16 @@ def test_what_a_kill_of_everything_left_the_next_run_removes(node):
     node.wait_until_gone()
     assert os.listdir(node.scratch)
     assert node.run("true").returncode == 0  # the fixture looks that nothing is left
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts need root")
+def test_a_kill_of_everything_leaves_nothing_in_shared_memory(node):
+    # Many batch systems remove the job's scratch directory, but not what is there.
+    look = '"$@" & read line; ls -A /dev/shm; kill -9 $!; wait'
+    wrap = (*mounted("mount -t tmpfs none /dev/shm"), "bash", "-c", look, "-")
+    process = node.start_ready("exec sleep 100", wrap=wrap, stdin=subprocess.PIPE)
+    process.stdin.write(b"look\n")
+    assert node.finish(process)[1] == b""
 
 
 def test_a_run_does_not_remove_the_directory_of_another(node):

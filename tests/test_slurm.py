@@ -2,60 +2,29 @@
 """Jobs of a real Slurm. Each is sent twice, with AppPot and without: Slurm must not see a difference."""
 
 import os
-import pathlib
 import re
-import time
 
 import pytest
 from conftest import require, wait_for
-from engines import BYSTANDER, USER, Slurm, make_changes_file
+from engines import BYSTANDER, DIES, HANDLES, IGNORES, RUNNER, USER, WORKS, Pair, Slurm
 
 PROCTRACKS = ("linuxproc", "pgid", "cgroup")
-RUNNER = "python3 /opt/apppot/apppot_start.py --kill-after 2 "  # less than KillWait
 MARK = os.urandom(4).hex()
 
-# Commands, bash scripts; those that wait say `ready` before.
-HANDLES = "trap 'echo told; exit 42' {0}; echo ready; while :; do sleep 0.1; done 2> /dev/null"
-IGNORES = "trap '' TERM; echo ready; exec sleep 1000"
 STUBBORN = "trap '' TERM; echo ready; while :; do sleep 0.1; done 2> /dev/null"
-DIES = "echo ready; exec sleep 1000"
 
 
-class Jobs:
-    """The same command as two jobs."""
+class Jobs(Pair):
+    def submit(self, directory, command, *options):
+        # The batch system's own shell comes first, and the command has a closed stdin.
+        job = f"#!/bin/sh\nexec {command} 0<&-\n"
+        return self.site.submit(job, "--output=out", *options, user=self.user, cwd=self.site.inside(directory))
 
-    def __init__(self, slurm, script, *arguments, options="", user=USER):
-        self.slurm, self.user = slurm, user
-        self.ids, self.directories = [], []
-        for number, prefix in enumerate(("", RUNNER)):
-            directory = slurm.new_directory(user)
-            (directory / "command").write_text(f"#!/bin/bash\n{script}\n")
-            (directory / "command").chmod(0o755)
-            # The batch system's own shell is in between, and the command has a closed stdin.
-            job = f"#!/bin/sh\nexec {prefix and prefix + options} ./command 0<&-\n"
-            self.directories.append(directory)
-            self.ids.append(slurm.submit(job, "--output=out", *arguments, user=user, cwd=slurm.inside(directory)))
+    def wait_ended(self, job, seconds=60):
+        return self.site.wait_ended(job, seconds)
 
-    def wait_for_line(self, line):
-        for number in (0, 1):
-            wait_for(lambda number=number: line in self.output(number))
-
-    def output(self, number):
-        path = self.directories[number] / "out"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [line for line in lines if not line.startswith("slurmstepd-")]
-
-    def each(self, *words, user=None):
-        for job in self.ids:
-            self.slurm.run(*words, job, user=user)
-
-    def end(self, seconds=60):
-        """State, ExitCode and output of the two, which must be the same, and nothing may be left on the node."""
-        plain, ours = (self.slurm.wait_ended(job, seconds) for job in self.ids)
-        assert ours == plain, (self.output(0), self.output(1))
-        self.slurm.assert_nothing_left(self.user)
-        assert self.output(1) == self.output(0)
-        return (*ours, self.output(1))
+    def output(self, number, name="out"):
+        return [line for line in super().output(number, name) if not line.startswith("slurmstepd-")]
 
 
 @pytest.fixture(scope="session")
@@ -100,14 +69,14 @@ def with_one(function):
     ],
 )
 def test_a_job_ends_as_its_command_does(slurm, script, state, code):
-    assert Jobs(slurm, f"echo {MARK}; {script}").end() == (state, code, [MARK])
+    assert Jobs(slurm, f"echo {MARK}; {script}").end() == ((state, code), [MARK])
 
 
 @pytest.mark.parametrize(
     "script, code, output",
     [
         (HANDLES.format("TERM"), "42:0", ["ready", "told"]),
-        (IGNORES, "0:9", ["ready"]),
+        (IGNORES.format("TERM"), "0:9", ["ready"]),
         (DIES, "0:15", ["ready"]),
     ],
 )
@@ -115,7 +84,7 @@ def test_scancel_warns_the_command_and_ends_it(slurm, script, code, output):
     jobs = Jobs(slurm, script)
     jobs.wait_for_line("ready")
     jobs.each("scancel", user=USER)
-    assert jobs.end() == ("CANCELLED", code, output)
+    assert jobs.end() == (("CANCELLED", code), output)
 
 
 @pytest.mark.parametrize("option", ["--full", "--batch"])
@@ -123,35 +92,20 @@ def test_a_signal_of_scancel_reaches_the_command(slurm, option):
     jobs = Jobs(slurm, HANDLES.format("USR1"))
     jobs.wait_for_line("ready")
     jobs.each("scancel", "--signal=USR1", option, user=USER)
-    assert jobs.end() == ("FAILED", "42:0", ["ready", "told"])
+    assert jobs.end() == (("FAILED", "42:0"), ["ready", "told"])
 
 
 def test_a_suspended_job_stands_still_and_goes_on_with_its_data_intact(slurm):
-    work = (
-        "head -c 20000000 /dev/urandom > data; sum=$(sha256sum data); echo ready\n"
-        'until [ -e go ]; do [ "$(sha256sum data)" = "$sum" ] || exit 9; done; echo right; exit 3'
-    )
-    jobs = Jobs(slurm, work)
+    jobs = Jobs(slurm, WORKS)
     jobs.wait_for_line("ready")
     jobs.each("scontrol", "suspend")
     assert [slurm.show(job)["JobState"] for job in jobs.ids] == ["SUSPENDED", "SUSPENDED"]
-    wait_for(lambda: not is_computing(slurm))
+    wait_for(lambda: not slurm.is_computing())
     jobs.each("scontrol", "resume")
-    wait_for(lambda: is_computing(slurm))
+    wait_for(slurm.is_computing)
     for directory in jobs.directories:
         (directory / "go").touch()
-    assert jobs.end() == ("FAILED", "3:0", ["ready", "right"])
-
-
-def is_computing(slurm):
-    """Whether any process of the user's jobs has used the CPU within a moment."""
-    def used():
-        stats = [pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in slurm.processes()]
-        return sum(int(stat[11]) + int(stat[12]) for stat in stats)
-
-    before = used()
-    time.sleep(0.5)
-    return used() != before
+    assert jobs.end() == (("FAILED", "3:0"), ["ready", "right"])
 
 
 def test_a_requeued_job_begins_again(slurm):
@@ -163,7 +117,7 @@ def test_a_requeued_job_begins_again(slurm):
         wait_for(lambda job=job: slurm.show(job)["JobState"] == "PENDING")
         # Slurm would have it wait for two minutes; in the second of its end slurmd refuses it.
         slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
-    assert jobs.end() == ("FAILED", "5:0", ["run 0", "ready", "run 1"])
+    assert jobs.end() == (("FAILED", "5:0"), ["run 0", "ready", "run 1"])
     assert [slurm.show(job)["Restarts"] for job in jobs.ids] == ["1", "1"]
 
 
@@ -207,7 +161,7 @@ def test_a_job_at_its_time_limit_is_warned_and_ended(slurm):
     for jobs, code, output in (handles, "42:0", ["ready", "warned", "told"]), (ignores, "0:9", ["ready", "warned"]):
         for job in jobs.ids:
             slurm.wait_ended(job, 200)
-        assert jobs.end() == ("TIMEOUT", code, output)
+        assert jobs.end() == (("TIMEOUT", code), output)
 
 
 def test_a_run_whose_batch_shell_was_ended_alone_ends_where_asked_to(slurm):
@@ -247,19 +201,18 @@ def test_memory_cpus_scratch_and_variables_are_the_job_s(slurm):
 # --- The README's recipe ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def changes(kernel, image, tmp_path_factory):
-    return make_changes_file(kernel, image, tmp_path_factory.mktemp("changes"))
-
-
 @with_one
 def test_a_study_of_a_hundred_tasks_from_one_image_and_one_changes_file(slurm, changes):
     directory = slurm.fill_job_directory(changes, "job.slurm", True)
     job = slurm.run("sbatch", "--parsable", "job.slurm", user=USER, cwd=slurm.inside(directory)).strip()
     wait_for(lambda: not slurm.run("squeue", "-h", "-j", job).strip(), 300)
     shown = slurm.run("scontrol", "-o", "show", "job", job).splitlines()
-    ends = {int(re.search(r"ArrayTaskId=(\d+)", line).group(1)): re.search(r"JobState=(\w+).* ExitCode=(\S+)", line).groups()
-            for line in shown}
+    ends = {
+        int(re.search(r"ArrayTaskId=(\d+)", line).group(1)): re.search(
+            r"JobState=(\w+).* ExitCode=(\S+)", line
+        ).groups()
+        for line in shown
+    }
     assert ends == {task: ("FAILED", "9:0") if task == 41 else ("COMPLETED", "0:0") for task in range(100)}
     logs = {task: (directory / f"log.{task}").read_text() for task in range(100)}
     assert logs == {task: f"{task} squared is {task * task}\n" for task in range(100)}
