@@ -59,13 +59,17 @@ TEST_DEPS  := python3-pytest python3-hypothesis
 
 # Batch systems that the tests run in a chroot each, with a Debian that has them.
 ENGINES             := condor gridengine arc
-CHROOTS             := $(ENGINES:%=build/%.tar)
+# And nodes with an older and a newer Python and C library than this machine's.
+NODES               := debian-11 debian-13
+CHROOTS             := $(patsubst %,build/%.tar,$(ENGINES) $(NODES))
+SUITE_debian-11     := bullseye
+SUITE_debian-13     := trixie
 SUITE_condor        := trixie
-PACKAGES_condor     := condor
+PACKAGES_condor     := condor procps
 SUITE_gridengine    := bookworm
-PACKAGES_gridengine := gridengine-master gridengine-exec gridengine-client
+PACKAGES_gridengine := procps gridengine-master gridengine-exec gridengine-client
 SUITE_arc           := bookworm
-PACKAGES_arc        := $(addprefix nordugrid-arc-,arex client plugins-needed plugins-arcrest plugins-internal arcctl \
+PACKAGES_arc        := procps $(addprefix nordugrid-arc-,arex client plugins-needed plugins-arcrest plugins-internal arcctl \
                        arcctl-service) openssl perl time
 
 SHELL       := /bin/bash
@@ -96,7 +100,7 @@ demo: deps-build deps-run image
 	$(PYTHON) apppot_start.py --image $(IMAGE) sh -c 'uname -a; head -n 1 /etc/os-release'
 
 # All tests with Debian's kernel, and those that boot with our own, too.
-check: deps-build deps-run deps-tools deps-test image mpi-image stage
+check: deps-build deps-run deps-tools deps-test image mpi-image stage $(if $(AS_ROOT),,$(NODES:%=build/%.tar))
 	@mkdir -p build
 	test_part() {
 	    status=0
@@ -127,7 +131,7 @@ check: deps-build deps-run deps-tools deps-test image mpi-image stage
 	exit $$status
 
 # The engines at once, as their tests wait more than they compute.
-check-grid: deps-build deps-run deps-tools deps-test image $(or $(KERNEL),kernel) $(CHROOTS)
+check-grid: deps-build deps-run deps-tools deps-test image $(or $(KERNEL),kernel) $(ENGINES:%=build/%.tar)
 	@mkdir -p build
 	export APPPOT_KERNEL=$(abspath $(or $(KERNEL),build/linux))
 	pids=
@@ -485,11 +489,11 @@ build/linux: FORCE deps-kernel
 	deliver "$$kernel" "$$key"
 
 # ---- chroots -----------------------------------------------------------------------------------------------------
-# Batch systems for the tests, each in a Debian that has it. Packages ask at their installation for the host's name.
+# For the tests. Packages of batch systems ask at their installation for the host's name.
 
 define CHROOT
 echo node > /proc/sys/kernel/hostname
-mmdebstrap --variant=apt --format=tar --include="python3 procps $$packages" \
+mmdebstrap --variant=apt --format=tar --include="python3 $$packages" \
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' \
     --setup-hook='printf "%s\n" "$$apt_settings" > "$$1/etc/apt/apt.conf.d/00host"' \
@@ -504,11 +508,11 @@ $(CHROOTS): build/%.tar: FORCE deps-build
 	suite=$(SUITE_$*)
 	packages="$(PACKAGES_$*)"
 	key=$$(echo "$$(uname -m) $$suite $$packages $$CHROOT" | sha256sum | cut -c 1-16)
-	[ "$$(id -u)" = 0 ] || die "the daemons of batch systems need root" "sudo make $@"
+	[ "$$(id -u)" = 0 ] || die "chroot needs root" "sudo make $@"
 	enter_cache chroot
 	tar=$$cache/chroot-$*-$$key.tar
 	if [ ! -e "$$tar" ]; then
-	    say "Debian $$suite with $*: download and install, a minute"
+	    say "$* in Debian $$suite: download and install, a minute"
 	    list_sources $$suite > "$$tmp/sources.list"
 	    export suite packages apt_settings=$$(apt-config dump Acquire | grep -E '^Acquire::(https?|ftp|Check-)')
 	    run unshare --uts bash -euo pipefail -c "$$CHROOT"

@@ -243,11 +243,11 @@ def changes(kernel, image, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chroot():
-    """The path of the tar of a batch system's Debian."""
-    def find(engine):
-        require(os.getuid() == 0, "the daemons of a batch system need root")
-        path = TOP / "build" / f"{engine}.tar"
-        require(path.exists(), f"no {path}: make check-grid")
+    """The path of the tar of a batch system's Debian, or of another."""
+    def find(name):
+        require(os.getuid() == 0, "chroot and daemons of a batch system need root")
+        path = TOP / "build" / f"{name}.tar"
+        require(path.exists(), f"no {path}: make {path.relative_to(TOP)}")
         return path
 
     return find

@@ -114,6 +114,20 @@ def test_the_bundle_runs_in_a_root_directory_with_a_python_alone(tmp_path_factor
     shutil.rmtree(root)
 
 
+@needs_root
+@pytest.mark.parametrize("name", ["debian-11", "debian-13"])
+def test_the_bundle_runs_on_an_older_and_a_newer_debian(tmp_path, bundle, chroot, name):
+    subprocess.run(["tar", "-C", tmp_path, "-xpf", chroot(name), "--exclude=./dev/*"], check=True)
+    for part in FILES:
+        subprocess.run(["cp", "--sparse=always", bundle / part, tmp_path / "root"], check=True)
+    script = f"""
+        mount -t proc proc {tmp_path}/proc; mount --rbind /dev {tmp_path}/dev
+        exec env -i chroot {tmp_path} python3 /root/apppot_start.py "$@" """
+    command = ["sh", "-c", "echo $((6*7)); grep VERSION_ID /etc/os-release"]
+    result = subprocess.run(["unshare", "-m", "sh", "-ec", script, "-", *command], capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"") and result.stdout.startswith(b"42\n"), result
+
+
 # --- The disk -----------------------------------------------------------------------------------------------
 
 
