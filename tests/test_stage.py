@@ -122,7 +122,7 @@ def test_the_bundle_runs_on_an_older_and_a_newer_debian(tmp_path, bundle, chroot
         subprocess.run(["cp", "--sparse=always", bundle / part, tmp_path / "root"], check=True)
     script = f"""
         mount -t proc proc {tmp_path}/proc; mount --rbind /dev {tmp_path}/dev
-        exec env -i chroot {tmp_path} python3 /root/apppot_start.py "$@" """
+        exec chroot {tmp_path} env -i python3 /root/apppot_start.py "$@" """
     command = ["sh", "-c", "echo $((6*7)); grep VERSION_ID /etc/os-release"]
     result = subprocess.run(["unshare", "-m", "sh", "-ec", script, "-", *command], capture_output=True)
     assert (result.returncode, result.stderr) == (0, b"") and result.stdout.startswith(b"42\n"), result
