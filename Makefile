@@ -104,11 +104,10 @@ check: deps-build deps-run deps-tools deps-test image mpi-image stage $(if $(AS_
 	@mkdir -p build
 	test_part() {
 	    status=0
-	    again=
-	    for kernel in $(or $(KERNEL),"$$(command -v linux.uml)" build/linux); do
-	        APPPOT_KERNEL=$$(realpath "$$kernel") \
-	            $(PYTHON) -m pytest $$again --shard "$$1/$(JOBS)" $(PYTESTARGS) tests & pytest=$$!
-	        again=--again
+	    kernels=($(or $(KERNEL),"$$(command -v linux.uml)" build/linux))
+	    for number in "$${!kernels[@]}"; do
+	        APPPOT_KERNEL=$$(realpath "$${kernels[number]}") $(PYTHON) -m pytest --shard "$$1/$(JOBS)" \
+	            --kernel "$$((number + 1))/$${#kernels[@]}" $(PYTESTARGS) tests & pytest=$$!
 	        trap 'kill $$pytest 2> /dev/null; wait' EXIT
 	        code=0
 	        wait $$pytest || code=$$?

@@ -31,22 +31,28 @@ def pytest_addoption(parser):
     parser.addoption("--shard", default="1/1", metavar="N/M", help="run the Nth of M parts; make check runs all at once")
 
 
-    parser.addoption("--again", action="store_true", help="with another kernel: what boots, users and carriers swapped")
+    parser.addoption("--kernel", default="1/1", metavar="N/M", help="this is the Nth of M kernels that check runs with")
 
 
 def pytest_collection_modifyitems(config, items):
     part, parts = map(int, config.getoption("--shard").split("/"))
-    chosen = [item for item in items if is_for(config.getoption("--again"), item)][part - 1 :: parts]
+    kernel, kernels = map(int, config.getoption("--kernel").split("/"))
+    chosen = [item for item in items if is_for(item, kernel, kernels)][part - 1 :: parts]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
 
 
-def is_for(again, item):
-    """With the second kernel only what boots. Of two users and two carriers each kernel gets two of the four pairs."""
+def is_for(item, kernel, kernels):
+    """With several kernels: what does not boot is for the first, what is marked so for the last, which is the faster.
+
+    Of the four pairs of a user and a carrier each kernel gets two.
+    """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if os.getuid() == 0 and {"any_node", "carrier"} <= set(parameters):
-        return ((parameters["any_node"] == "root") == (parameters["carrier"] == "builtin")) != again
-    return not again or "kernel" in item.fixturenames
+    if item.get_closest_marker("last_kernel") and not item.get_closest_marker("every_kernel"):
+        return kernel == kernels
+    if kernels > 1 and os.getuid() == 0 and {"any_node", "carrier"} <= set(parameters):
+        return ((parameters["any_node"] == "root") == (parameters["carrier"] == "builtin")) == (kernel == 1)
+    return kernel == 1 or "kernel" in item.fixturenames
 
 
 def pytest_report_header():

@@ -8,6 +8,7 @@ import pytest
 from conftest import require, wait_for
 from engines import BYSTANDER, DIES, HANDLES, IGNORES, RUNNER, USER, WORKS, Pair, Slurm
 
+pytestmark = pytest.mark.last_kernel
 PROCTRACKS = ("linuxproc", "pgid", "cgroup")
 MARK = os.urandom(4).hex()
 
@@ -95,6 +96,7 @@ def test_a_signal_of_scancel_reaches_the_command(slurm, option):
     assert jobs.end() == (("FAILED", "42:0"), ["ready", "told"])
 
 
+@pytest.mark.every_kernel
 def test_a_suspended_job_stands_still_and_goes_on_with_its_data_intact(slurm):
     jobs = Jobs(slurm, WORKS)
     jobs.wait_for_line("ready")
@@ -167,7 +169,7 @@ def test_a_job_at_its_time_limit_is_warned_and_ended(slurm):
 def test_a_run_whose_batch_shell_was_ended_alone_ends_where_asked_to(slurm):
     # The shell dies of SIGTERM at once, since it did not exec; then Slurm may look no further.
     directory = slurm.new_directory()
-    words = "--die-with-parent sh -c 'trap \"echo told; exit\" TERM; echo ready; while :; do sleep 0.1; done'"
+    words = "--kill-after 20 --die-with-parent sh -c 'trap \"echo told; exit\" TERM; echo ready; while :; do sleep 0.1; done'"
     job = slurm.submit(f"#!/bin/sh\n{RUNNER} {words} > out 2> err\nexit\n", cwd=slurm.inside(directory))
     out = directory / "out"
     wait_for(lambda: out.exists() and out.read_text() == "ready\n")
