@@ -1141,7 +1141,7 @@ def kill_everything() -> None:
 # --- The end ------------------------------------------------------------------------------------------------
 
 def send_rest() -> None:
-    """Let what the command has written to its TCP connections go out: on a host the kernel would do so after its end."""
+    """Let what the command wrote to its TCP connections go out: on a host the kernel would do so after its end."""
     deadline = time.monotonic() + NETWORK_GRACE_S
     unsent = True
     while unsent and time.monotonic() < deadline:

@@ -431,12 +431,12 @@ def build_root_args(spec: RunSpec) -> List[str]:
     if not spec.disk_bytes or spec.write:
         return ["root=/dev/ubda{}".format(spec.root.partition or "")]
     first, rest = (size // COW_SECTOR for size in (spec.root.length, spec.disk_bytes - spec.root.length))
-    return ["ubd1=disk", "root=/dev/dm-0", 'dm-mod.create="root,,,rw,0 {0} linear 98:{1} 0,{0} {2} linear 98:16 0"'.format(
-        first, spec.root.partition, rest)]
+    table = "0 {0} linear 98:{1} 0,{0} {2} linear 98:16 0".format(first, spec.root.partition, rest)
+    return ["ubd1=disk", "root=/dev/dm-0", 'dm-mod.create="root,,,rw,{}"'.format(table)]
 
 
 def choose_mode(kernel: str, ptrace: bool, extra: Sequence[str]) -> str:
-    """How the kernel is to trap system calls: "auto", by seccomp if the node can, "on", "off", by ptrace; "": no choice."""
+    """How the kernel is to trap system calls: "on", by seccomp, "off", by ptrace, "auto"; "" where it has no choice."""
     if not kernel_holds(kernel, HAS_SECCOMP):
         return ""
     chosen = [word.partition("=")[2] for word in extra if word.startswith("seccomp=")]
@@ -3176,7 +3176,8 @@ def add_command_options(add: Callable[..., Any]) -> None:
     add("--clean-env", action="store_true", help="pass no variable but those of --env")
     add("-B", "--bind", action="append", default=[], metavar="SRC[:DST[:ro]]",
         help="show a file or directory of this machine in the guest, at DST or the same path; repeatable")
-    add("--no-job-dir", dest="job_dir", action="store_false", help="show no job directory; the command starts in its home")
+    add("--no-job-dir", dest="job_dir", action="store_false",
+        help="show no job directory; the command starts in its home")
     add("-t", dest="terminal", action="store_true", default=None,
         help="give the command a terminal, whatever the caller has (default: for what is a terminal here)")
     add("-T", dest="terminal", action="store_false", help="give it pipes, even in a terminal")
@@ -3259,8 +3260,8 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
         disk_bytes=choose_disk(options, root, cow, kernel),
-        mem_mib=mem.value, cpus=cpus.value,
-        mode=choose_mode(kernel, options.ptrace, options.extra), ram_directory=ram_directory, scratch=choose_scratch(candidates),
+        mem_mib=mem.value, cpus=cpus.value, mode=choose_mode(kernel, options.ptrace, options.extra),
+        ram_directory=ram_directory, scratch=choose_scratch(candidates),
         umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
         environment=environment, network=network, empty=empty, empty_asked=empty_asked,
         job_directory=directory, job_alias=alias, binds=tuple(parse_bind(text) for text in options.bind),
@@ -3273,7 +3274,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose,
         in_job=bool(grants.systems),
-        notes=grants.notes + notes + ("memory " + describe_memory(mem, ram_directory), describe_cpus(cpus)) if options.verbose else ())
+        notes=(*grants.notes, *notes, "memory " + describe_memory(mem, ram_directory), describe_cpus(cpus)))
 
 
 def check_layer_file(path: str) -> str:

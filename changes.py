@@ -1953,7 +1953,8 @@ def find_cut(layer: Layer) -> int:
     while cut < len(members) - 1 and work > 0:
         work -= FILE_WORK + members[cut].size
         cut += 1
-    links = [(path, member.link.replace(b"/", b"\0")) for path, member in zip(paths, members) if member.kind == HARD_LINK]
+    links = [(path, member.link.replace(b"/", b"\0"))
+             for path, member in zip(paths, members) if member.kind == HARD_LINK]
     is_sorted = all(path < following for path, following in zip(paths, paths[1:]))
     return cut if is_sorted and all((path < paths[cut]) == (link < paths[cut]) for path, link in links) else 0
 

@@ -30,7 +30,7 @@ DEBIANS = shutil.which("linux.uml") or ""
 KERNEL = os.environ.get("APPPOT_KERNEL") or str(BUILD / "linux")
 RUNNER = [sys.executable, str(TOP / "apppot_start.py"), "--image", IMAGE, "--kernel"]
 MARKS = ("", "kernel started", "agent ", "command started", "result record", "nothing left", "exit")
-PHASES = ("Python, and the runner", "guest kernel, Python of the agent", "agent", "`true`, and flushing",
+PHASES = ("Python, and the runner", "guest kernel, Python of the agent", "agent", "the command, and flushing",
           "end of the guest", "end of the runner")
 MIB = 1 << 20
 Rows = List[List[str]]
@@ -180,7 +180,8 @@ def measure_many(count: int) -> Rows:
     """So many runs at once from one image: whether all end well, and what each takes of the node's memory."""
     with tempfile.TemporaryDirectory() as directory:
         go = os.path.join(directory, "go")
-        command = [*RUNNER, KERNEL, "--mem", "256M", "sh", "-c", "sleep 5; while [ ! -e {} ]; do sleep 1; done".format(go)]
+        script = "sleep 5; while [ ! -e {} ]; do sleep 1; done".format(go)
+        command = [*RUNNER, KERNEL, "--mem", "256M", "sh", "-c", script]
         start = time.monotonic()
         runs = [subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=directory) for _ in range(count)]
         deadline = time.monotonic() + 60
@@ -224,7 +225,8 @@ def prepare_qemu(directory: pathlib.Path, command: str) -> List[str]:
     depends = subprocess.run(["apt-cache", "depends", "linux-image-cloud-amd64"], stdout=subprocess.PIPE, check=True)
     package = re.findall(r"Depends: (linux-image-\S+)", depends.stdout.decode())[0]
     subprocess.run(["apt-get", "-qq", "download", package], cwd=directory, stderr=subprocess.DEVNULL, check=True)
-    subprocess.run(["dpkg-deb", "-x", glob.glob(str(directory / "linux-image-*.deb"))[0], directory / "kernel"], check=True)
+    downloaded = glob.glob(str(directory / "linux-image-*.deb"))[0]
+    subprocess.run(["dpkg-deb", "-x", downloaded, directory / "kernel"], check=True)
     initrd = directory / "initrd"
     for name in ("dev", "root", "bin"):
         (initrd / name).mkdir(parents=True)
@@ -235,8 +237,8 @@ def prepare_qemu(directory: pathlib.Path, command: str) -> List[str]:
     (initrd / "init").chmod(0o755)
     subprocess.run("find . | cpio -o -H newc --quiet > ../initrd.cpio", shell=True, cwd=initrd, check=True)
     kernel = glob.glob(str(directory / "kernel/boot/vmlinuz-*"))[0]
-    return ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "1G", "-nographic", "-no-reboot", "-nic", "none",
-            "-kernel", kernel, "-initrd", str(directory / "initrd.cpio"), "-append", "console=ttyS0 quiet panic=-1",
+    return ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "1G", "-nographic", "-no-reboot",
+            "-nic", "none", "-kernel", kernel, "-initrd", str(directory / "initrd.cpio"), "-append", "console=ttyS0 quiet panic=-1",
             "-drive", "file={},format=raw,if=virtio,snapshot=on".format(IMAGE)]
 
 
@@ -367,7 +369,7 @@ def measure_network(repeat: int) -> Rows:
     ways = {
         "host": ([], "127.0.0.1", "curl of the host, 64 MiB over its loopback"),
         "slirp4netns": ([*RUNNER, KERNEL, "--net", "slirp4netns"], "10.0.2.2", "curl of the guest, by slirp4netns"),
-        "slirp": ([*RUNNER, DEBIANS, "--net", "slirp"], "10.0.2.2", "curl of the guest, by slirp-fullbolt, Debian's kernel"),
+        "slirp": ([*RUNNER, DEBIANS, "--net", "slirp"], "10.0.2.2", "curl of the guest, by slirp-fullbolt"),
     }
     speeds: Dict[str, List[float]] = {name: [] for name in ways}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), WebServer) as server:
@@ -477,7 +479,8 @@ def measure_merge_at_boot(repeat: int) -> Rows:
             for number in range(count):
                 (tree / str(number)).write_bytes(os.urandom(1024) + bytes(3072))
             layer = "{}/{}.tar.gz".format(directory, count)
-            subprocess.run([sys.executable, TOP / "changes.py", "diff", directory + "/old", tree.parent, "-o", layer], check=True)
+            words = ["diff", directory + "/old", tree.parent, "-o", layer]
+            subprocess.run([sys.executable, TOP / "changes.py", *words], check=True)
             options[count] = ["--changes", layer] if count else []
         times = take_turns(repeat, {
             str(count): lambda count=count: run(KERNEL, *options[count], "true") for count in counts})  # type: ignore[misc]
@@ -498,7 +501,7 @@ def plot(name: str, script: str) -> None:
 
 def plot_phases(medians: Dict[str, List[float]]) -> None:
     table = "\n".join('"{}" {}'.format(name, " ".join(map(str, values))) for name, values in medians.items())
-    columns = ", ".join("$d using {}{} title '{}'".format(index + 2, ":xtic(1)" if index == 0 else "", phase.replace("`", ""))
+    columns = ", ".join("$d using {} title '{}'".format("2:xtic(1)" if index == 0 else index + 2, phase)
                         for index, phase in enumerate(PHASES))
     plot("bench-start.svg", "$d << EOD\n{}\nEOD\nset title 'apppot\\_start.py true'; set ylabel 'seconds'\n"
          "set style data histogram; set style histogram rowstacked; set style fill solid; set boxwidth 0.5\n"

@@ -28,7 +28,7 @@ both_carriers = pytest.mark.parametrize("carrier", ["builtin", "empty"], indirec
 
 
 def pytest_addoption(parser):
-    parser.addoption("--shard", default="1/1", metavar="N/M", help="run the Nth of M parts; make check runs all at once")
+    parser.addoption("--shard", default="1/1", metavar="N/M", help="run the Nth of M parts")
 
 
     parser.addoption("--kernel", default="1/1", metavar="N/M", help="this is the Nth of M kernels that check runs with")

@@ -185,13 +185,13 @@ os.execv(sys.argv[2], sys.argv[2:])
 @pytest.mark.parametrize("action", ["00050001", "80000000", "00030000"], ids=["errno", "kill", "trap"])
 def test_ptrace_forbidden_by_a_seccomp_filter_is_named(any_node, kernel, action):
     wrap = (sys.executable if any_node.uid == os.getuid() else "/usr/bin/python3", "-c", DENY, action)
-    options = ["--ptrace"]
-    findings = assert_culprit(any_node, "ptrace", "ptrace", "seccomp filter", options=options, wrap=wrap, python="/usr/bin/python3")
+    more = {"wrap": wrap, "python": "/usr/bin/python3"}
+    findings = assert_culprit(any_node, "ptrace", "ptrace", "seccomp filter", options=["--ptrace"], **more)
     has_seccomp_mode = apppot_start.kernel_holds(str(kernel), apppot_start.HAS_SECCOMP)
     assert ("leave out --ptrace" in findings["ptrace"][1]) == has_seccomp_mode
     if has_seccomp_mode and action == "00050001":
-        assert examine(any_node, wrap=wrap, python="/usr/bin/python3")["ptrace"][0] == "ok"
-        assert any_node.run("true", wrap=wrap, python="/usr/bin/python3").returncode == 0
+        assert examine(any_node, **more)["ptrace"][0] == "ok"
+        assert any_node.run("true", **more).returncode == 0
 
 
 def test_ptrace_forbidden_by_yama_is_named(monkeypatch):

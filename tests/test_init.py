@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 VALUES = st.binary(max_size=30).filter(lambda value: b"\0" not in value)
 NAMES = VALUES.filter(lambda name: name and b"=" not in name)
 SPEC = apppot_start.RunSpec(
-    command=(), kernel="/k", image="/i", cow=None, write=False, root=apppot_start.RootDevice(0, "", 0, 0), disk_bytes=0, mem_mib=64,
-    ram_directory="/", scratch="/", umid="guest", extra=(), empty=None, empty_asked=False, environment={}, job_directory=b"/j", job_alias=b"/a",
-    binds=(), cwd=b"", as_root=False, umask=0o22, ignored_signals=(), terminal=None, timeout_s=None, boot_timeout_s=1, kill_after_s=1,
-    verbose=False,
+    command=(), kernel="/k", image="/i", cow=None, write=False, root=apppot_start.RootDevice(0, "", 0, 0),
+    disk_bytes=0, mem_mib=64, ram_directory="/", scratch="/", umid="guest", extra=(), empty=None, empty_asked=False,
+    environment={}, job_directory=b"/j", job_alias=b"/a", binds=(), cwd=b"", as_root=False, umask=0o22,
+    ignored_signals=(), terminal=None, timeout_s=None, boot_timeout_s=1, kill_after_s=1, verbose=False,
 )  # fmt: skip
 
 
