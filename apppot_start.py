@@ -2793,7 +2793,7 @@ class Session:
         self._console = (self._console + content)[-CONSOLE_TAIL:]
         if self._spec.verbose:
             self._show(content)
-        if LOST_PROCESS in self._console and not self._told:   # it may be PID 1 that is not noticed until it should run
+        if LOST_PROCESS in self._console and not self._told:   # it may be the agent
             self._fail("a process of the guest was killed on the host", "look for who did, then run the job again")
         return bool(content)
 

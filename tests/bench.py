@@ -238,7 +238,8 @@ def prepare_qemu(directory: pathlib.Path, command: str) -> List[str]:
     subprocess.run("find . | cpio -o -H newc --quiet > ../initrd.cpio", shell=True, cwd=initrd, check=True)
     kernel = glob.glob(str(directory / "kernel/boot/vmlinuz-*"))[0]
     return ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "1G", "-nographic", "-no-reboot",
-            "-nic", "none", "-kernel", kernel, "-initrd", str(directory / "initrd.cpio"), "-append", "console=ttyS0 quiet panic=-1",
+            "-nic", "none", "-kernel", kernel, "-initrd", str(directory / "initrd.cpio"),
+            "-append", "console=ttyS0 quiet panic=-1",
             "-drive", "file={},format=raw,if=virtio,snapshot=on".format(IMAGE)]
 
 

@@ -252,8 +252,8 @@ def list_parts(node, process):
 
 
 def kill_and_look(any_node, victim, words):
-    # A command that does something: a kernel in seccomp mode sees that a process is lost when something happens.
-    process = any_node.start_ready("while :; do sleep 0.1; done", "--net", "none")  # test_net.py kills its helpers
+    # Command and agent work: a kernel in seccomp mode tells that a process is lost when that should run.
+    process = any_node.start_ready("while echo; do sleep 0.1; done", "--net", "none")  # test_net.py kills its helpers
     os.kill(list_parts(any_node, process)[victim], signal.SIGKILL)
     any_node.wait_until_gone(2)
     status, stdout, stderr = any_node.finish(process)

@@ -169,7 +169,8 @@ def test_a_job_at_its_time_limit_is_warned_and_ended(slurm):
 def test_a_run_whose_batch_shell_was_ended_alone_ends_where_asked_to(slurm):
     # The shell dies of SIGTERM at once, since it did not exec; then Slurm may look no further.
     directory = slurm.new_directory()
-    words = "--kill-after 20 --die-with-parent sh -c 'trap \"echo told; exit\" TERM; echo ready; while :; do sleep 0.1; done'"
+    words = "--kill-after 20 --die-with-parent "
+    words += "sh -c 'trap \"echo told; exit\" TERM; echo ready; while :; do sleep 0.1; done'"
     job = slurm.submit(f"#!/bin/sh\n{RUNNER} {words} > out 2> err\nexit\n", cwd=slurm.inside(directory))
     out = directory / "out"
     wait_for(lambda: out.exists() and out.read_text() == "ready\n")
