@@ -596,6 +596,10 @@ class Arc(Site):
         words = ["arcsub", "-T", "arcrest", "-C", self.URL, name]
         return re.search(r"https://\S+", self.client(*words, cwd=self.inside(directory))).group(0)
 
+    def scratch_files(self, user=USER):
+        """Without those of ARC itself, which keeps the scripts it has run."""
+        return [path for path in super().scratch_files(user) if "/fork_job_script." not in path]
+
     def session(self, job):
         """The directory where a job runs."""
         return self.path(f"/var/spool/arc/sessiondir/{job.rpartition('/')[2]}")

@@ -41,13 +41,13 @@ class Jobs(Pair):
 @pytest.mark.parametrize("script, status", [("exit 0", 0), ("exit 7", 7), ("kill -SEGV $$", 139)])
 def test_a_job_ends_as_its_command_does(arc, script, status):
     failure = f"LRMS error: ({status}) Job finished with wrong exit code - {status} != 0" if status else ""
-    jobs = Jobs(arc, f"echo here; echo made > result; {script}", options="--die-with-parent")
+    jobs = Jobs(arc, f"echo here; echo made > result; {script}", options="--die-with submit-fork-job")
     assert jobs.end() == ((failure, str(status)), ["here"])
 
 
 def test_arckill_of_the_wrapper_alone_ends_the_command(arc):
     # The back end kills its wrapper and nothing else: without AppPot the command would go on.
-    jobs = Jobs(arc, HANDLES.format("TERM"), options="--die-with-parent")
+    jobs = Jobs(arc, HANDLES.format("TERM"), options="--die-with submit-fork-job")
     jobs.wait_for_line("ready")
     arc.client("arckill", "-k", jobs.ids[1])
     wait_for(lambda: not any("apppot" in command for command in arc.processes().values()))
