@@ -3202,6 +3202,7 @@ def add_run_options(add: Callable[..., Any]) -> None:
         help="kill a command that lives S seconds after SIGTERM; 0: never (default 10)")
     add("--die-with-parent", action="store_true",
         help="end as by SIGTERM when the process that started this one ends, which batch systems may not tell")
+    add("--die-with", metavar="NAME", help="the same of the nearest process of that name above this one, if there is one")
     add("--tmpdir", metavar="DIR", help="temporary files (default: the batch system's, TMPDIR, /tmp, /var/tmp)")
     add("--dry-run", action="store_true", help="check everything, print the kernel's command line, start nothing")
 
@@ -3598,6 +3599,30 @@ def follow_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def is_called(pid: int, name: str) -> bool:
+    """Whether a process runs the program or, as the second word, the script of that name; no dead one does."""
+    try:
+        with open("/proc/{}/cmdline".format(pid), "rb") as file:
+            return os.fsencode(name) in [os.path.basename(word) for word in file.read().split(b"\0")[:2]]
+    except OSError:
+        return False
+
+
+def follow_ancestor(name: str) -> None:
+    pid = os.getppid()
+    while pid > 1 and not is_called(pid, name):
+        pid = read_process(pid)[1]
+
+    def look(number: int, frame: Any) -> None:
+        if not is_called(pid, name):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if pid > 1:
+        signal.signal(signal.SIGALRM, look)       # of the end of one that is no parent no signal tells
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
+
+
 def main(argv: List[str]) -> int:
     started, parent = time.time(), os.getppid()
     open_standard_descriptors()
@@ -3615,6 +3640,8 @@ def main(argv: List[str]) -> int:
             return examine(options, command)
         if options.die_with_parent:
             follow_parent(parent)
+        if options.die_with:
+            follow_ancestor(options.die_with)
         spec = build_spec(options, command)
         if options.dry_run:
             print(" ".join(shlex.quote(word) for word in build_command_line(spec, name_disk(spec, None))), flush=True)

@@ -518,7 +518,7 @@ class GridEngine(Site):
         )
         flush = "accounting=true reporting=false flush_time=00:00:01 joblog=false accounting_flush_time=00:00:01"
         self.configure("-sconf", "-Mconf", "global", {"load_report_time": "00:00:02", "reporting_params": flush})
-        wait_for(lambda: "main.q" in (shown := self.run("qstat", "-f", check=False)) and "-NA-" not in shown)
+        wait_for(lambda: re.search(r"^main\.q.* lx-amd64 *$", self.run("qstat", "-f", check=False), re.MULTILINE))
 
     def configure(self, show, change, name, settings):
         """Change some settings of those that qconf shows."""
@@ -535,3 +535,80 @@ class GridEngine(Site):
             "qsub", "-sync", "y", *words, user=USER, cwd=self.inside(directory), env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
+
+
+# --- ARC ------------------------------------------------------------------------------------------------------
+
+ARC_CONF = """\
+[common]
+hostname = node.example.org
+x509_host_key = /etc/grid-security/testCA-hostkey.pem
+x509_host_cert = /etc/grid-security/testCA-hostcert.pem
+x509_cert_dir = /etc/grid-security/certificates
+[authgroup:zero]
+file = /etc/grid-security/testCA.allowed-subjects
+[mapping]
+map_to_user = zero griduser:griduser
+[lrms]
+lrms = fork
+[arex]
+wakeupperiod = 1
+[arex/ws]
+wsurl = https://node.example.org:8443/arex
+[arex/ws/jobs]
+allowaccess = zero
+[infosys]
+[infosys/glue2]
+[infosys/cluster]
+[queue:fork]
+"""
+
+
+class Arc(Site):
+    """A-REX with its REST interface and the fork back end, and a client with a proxy of a test authority."""
+
+    CLIENT = {
+        "X509_CERT_DIR": "/etc/grid-security/certificates",
+        "X509_USER_PROXY": f"/home/{USER}/proxy",
+        "HOME": f"/home/{USER}",
+    }
+    URL = "https://node.example.org:8443/arex"
+    STATUS = "/var/spool/arc/jobstatus"
+
+    def _start(self, *arguments):
+        super()._start(*arguments)
+        self.path("/etc/arc.conf").write_text(ARC_CONF)
+        self.run("arcctl", "test-ca", "usercert", "-n", "grid01", "-i", USER, "-f")
+        self.run("mkdir", "-p", "/run/arc")
+        for name in ("arc-arex-start", "arc-arex-ws-start"):
+            self.run("sh", "-c", f"setsid /usr/share/arc/{name} > /dev/null 2>&1 < /dev/null &")
+        self.client("arcproxy")
+        # What it publishes, without which the client submits nothing.
+        wait_for((self.path(self.STATUS) / "info.xml").exists)
+        knock = ["bash", "-c", "exec 3<> /dev/tcp/node.example.org/8443 && echo open"]
+        wait_for(lambda: self.run(*knock, check=False))
+
+    def client(self, *words, **options):
+        return self.run(*words, user=USER, env=self.CLIENT, **options)
+
+    def submit(self, directory, name):
+        """URL of a job."""
+        words = ["arcsub", "-T", "arcrest", "-C", self.URL, name]
+        return re.search(r"https://\S+", self.client(*words, cwd=self.inside(directory))).group(0)
+
+    def scratch_files(self, user=USER):
+        """Without those of ARC itself, which keeps the scripts it has run."""
+        return [path for path in super().scratch_files(user) if "/fork_job_script." not in path]
+
+    def session(self, job):
+        """The directory where a job runs."""
+        return self.path(f"/var/spool/arc/sessiondir/{job.rpartition('/')[2]}")
+
+    def wait_ended(self, job):
+        """Why it failed, and the program's exit code; what the client knows comes later."""
+        status = self.path(self.STATUS)
+        name = f"job.{job.rpartition('/')[2]}"
+        wait_for(lambda: (status / "finished" / f"{name}.status").exists())
+        failed, diag = (status / f"{name}.failed", status / f"{name}.diag")
+        code = re.search(r"^exitcode=(.*)", diag.read_text(), re.MULTILINE)
+        return (failed.read_text().strip() if failed.exists() else "", code and code.group(1))

@@ -110,8 +110,21 @@ def test_a_run_ends_with_its_parent_where_asked_to(any_node):
     any_node.wait_until_gone(5)
 
 
-def test_a_parent_that_lives_is_no_matter(node):
-    assert node.run("--die-with-parent", "sh", "-c", "exit 3").returncode == 3
+def test_a_run_ends_with_the_process_above_that_it_is_to_end_with(node):
+    (node.job / "wrapper").write_text('#!/bin/bash\n(bash -c \'"$@"; exit\' - "$@"; exit) & echo $!; wait\n')
+    (node.job / "wrapper").chmod(0o755)
+    script = "trap 'echo told; exit' TERM; echo ready; while :; do sleep 0.1; done 2> /dev/null"
+    process = node.start("--die-with", "wrapper", "bash", "-c", script, wrap=("./wrapper",))
+    wrapper = int(process.stdout.readline())      # the nearest of two
+    assert process.stdout.readline() == b"ready\n"
+    os.kill(wrapper, signal.SIGKILL)
+    assert process.stdout.read() == b"told\n"
+    node.wait_until_gone(5)
+
+
+@pytest.mark.parametrize("options", [["--die-with-parent"], ["--die-with", "no-such-process"], ["--die-with", "pytest"]])
+def test_a_process_above_that_lives_or_is_not_there_is_no_matter(node, options):
+    assert node.run(*options, "sh", "-c", "sleep 2; exit 3").returncode == 3
 
 
 def test_a_guest_that_runs_out_of_memory_says_so(node):

@@ -33,7 +33,7 @@ class Jobs(Pair):
         wait_for(lambda: "exit_status" in self.site.run("qacct", "-j", name, check=False))
         account = self.site.run("qacct", "-j", name)
         fields = [re.search(rf"^{field} +(\d+)", account, re.MULTILINE).group(1) for field in ("failed", "exit_status")]
-        return process.returncode, *told, *fields
+        return (process.returncode, *told, *fields)
 
     def each(self, *words):
         for directory in self.directories:
