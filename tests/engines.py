@@ -579,7 +579,9 @@ class Arc(Site):
         super()._start(*arguments)
         self.path("/etc/arc.conf").write_text(ARC_CONF)
         self.run("arcctl", "test-ca", "usercert", "-n", "grid01", "-i", USER, "-f")
-        self.run("mkdir", "-p", "/run/arc")
+        self.run("mkdir", "-p", "/run/arc", self.STATUS)
+        # Else A-REX has a pair of 4096 bits made, which takes a CPU some minutes.
+        self.run("openssl", "dhparam", "-dsaparam", "-out", f"{self.STATUS}/dhparam.pem", "2048")
         for name in ("arc-arex-start", "arc-arex-ws-start"):
             self.run("sh", "-c", f"setsid /usr/share/arc/{name} > /dev/null 2>&1 < /dev/null &")
         self.client("arcproxy")
