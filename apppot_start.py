@@ -3202,7 +3202,8 @@ def add_run_options(add: Callable[..., Any]) -> None:
         help="kill a command that lives S seconds after SIGTERM; 0: never (default 10)")
     add("--die-with-parent", action="store_true",
         help="end as by SIGTERM when the process that started this one ends, which batch systems may not tell")
-    add("--die-with", metavar="NAME", help="the same of the nearest process of that name above this one, if there is one")
+    add("--die-with", metavar="NAME",
+        help="the same when the nearest process of that name above this one ends; no matter if there is none")
     add("--tmpdir", metavar="DIR", help="temporary files (default: the batch system's, TMPDIR, /tmp, /var/tmp)")
     add("--dry-run", action="store_true", help="check everything, print the kernel's command line, start nothing")
 

@@ -7,6 +7,7 @@ every process in it, and its mounts go with them.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -588,7 +589,7 @@ class Arc(Site):
         # What it publishes, without which the client submits nothing.
         wait_for((self.path(self.STATUS) / "info.xml").exists)
         knock = ["bash", "-c", "exec 3<> /dev/tcp/node.example.org/8443 && echo open"]
-        wait_for(lambda: self.run(*knock, check=False))
+        wait_for(functools.partial(self.run, *knock, check=False))
 
     def client(self, *words, **options):
         return self.run(*words, user=USER, env=self.CLIENT, **options)

@@ -63,7 +63,8 @@ def run_recipe(site, changes, is_deployed):
     job = site.submit(directory, "job.xrsl")
     assert site.wait_ended(job) == ("", "0")
     # The client learns of the end when A-REX has gathered what it publishes.
-    wait_for(lambda: "successfully retrieved: 1" in site.client("arcget", "-D", site.inside(directory), job, check=False))
+    fetch = ["arcget", "-D", site.inside(directory), job]
+    wait_for(lambda: "successfully retrieved: 1" in site.client(*fetch, check=False))
     (got,) = [path for path in directory.iterdir() if path.is_dir()]
     assert [(got / name).read_text() for name in ("out", "result", "err")] == ["1 squared is 1\n"] * 2 + [""]
     site.assert_nothing_left()

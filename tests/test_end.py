@@ -122,7 +122,10 @@ def test_a_run_ends_with_the_process_above_that_it_is_to_end_with(node):
     node.wait_until_gone(5)
 
 
-@pytest.mark.parametrize("options", [["--die-with-parent"], ["--die-with", "no-such-process"], ["--die-with", "pytest"]])
+ABOVE = [["--die-with-parent"], ["--die-with", "no-such-process"], ["--die-with", "pytest"]]
+
+
+@pytest.mark.parametrize("options", ABOVE)
 def test_a_process_above_that_lives_or_is_not_there_is_no_matter(node, options):
     assert node.run(*options, "sh", "-c", "sleep 2; exit 3").returncode == 3
 
