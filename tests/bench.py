@@ -7,7 +7,6 @@ two plots, build/bench-start.svg and build/bench-merge.svg.
 """
 
 import argparse
-import contextlib
 import glob
 import http.server
 import os
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Callable, Dict, List, Sequence, Tuple
 
 TOP = pathlib.Path(__file__).resolve().parent.parent
 BUILD = TOP / "build"
@@ -220,14 +219,19 @@ done
 """
 
 
-def prepare_qemu(directory: pathlib.Path, command: str) -> List[str]:
-    """Debian's kernel for clouds with the modules that it needs for the image; nothing is installed."""
+def unpack_cloud_kernel(directory: pathlib.Path) -> None:
+    """Debian's kernel for clouds; nothing is installed."""
     depends = subprocess.run(["apt-cache", "depends", "linux-image-cloud-amd64"], stdout=subprocess.PIPE, check=True)
     package = re.findall(r"Depends: (linux-image-\S+)", depends.stdout.decode())[0]
     subprocess.run(["apt-get", "-qq", "download", package], cwd=directory, stderr=subprocess.DEVNULL, check=True)
     downloaded = glob.glob(str(directory / "linux-image-*.deb"))[0]
     subprocess.run(["dpkg-deb", "-x", downloaded, directory / "kernel"], check=True)
+
+
+def build_qemu_command(directory: pathlib.Path, command: str) -> List[str]:
+    """With an initrd that holds the modules for the image, runs the command in it, and powers off."""
     initrd = directory / "initrd"
+    shutil.rmtree(initrd, ignore_errors=True)
     for name in ("dev", "root", "bin"):
         (initrd / name).mkdir(parents=True)
     shutil.copy(shutil.which("busybox") or "busybox", initrd / "bin")
@@ -243,40 +247,36 @@ def prepare_qemu(directory: pathlib.Path, command: str) -> List[str]:
             "-drive", "file={},format=raw,if=virtio,snapshot=on".format(IMAGE)]
 
 
-@contextlib.contextmanager
-def other_tools(command: str) -> Iterator[Dict[str, Tuple[str, List[str]]]]:
+def list_tools(directory: pathlib.Path, command: str) -> Dict[str, Tuple[str, List[str]]]:
     """What each needs on the node, and its command line."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
-        directory = pathlib.Path(name)
-        tree = directory / "tree"
-        tree.mkdir()
-        subprocess.run(["debugfs", "-R", "rdump / {}".format(tree), IMAGE], stderr=subprocess.DEVNULL, check=True)
-        words = ["/bin/sh", "-c", command]
-        tools = {
-            "the node itself": ("", words),
-            "AppPot": ("nothing", [*RUNNER, KERNEL, *words]),
-            "AppPot, Debian's kernel": ("nothing", [*RUNNER, DEBIANS, *words]),
-            "proot": ("ptrace", ["proot", "-r", str(tree), *words]),
-            "bwrap": ("user namespaces or setuid", ["bwrap", "--ro-bind", str(tree), "/", "--dev", "/dev", *words]),
-            "Charliecloud": ("user namespaces", ["ch-run", str(tree), "--", *words]),
-        }
-        script = tree / "bench.sh"
-        script.write_text("#!/bin/sh\n" + command + "\n")
-        tools["QEMU without KVM"] = ("nothing", prepare_qemu(directory, "/bin/sh -c '{}'".format(command)))
-        yield tools
+    words, tree = ["/bin/sh", "-c", command], str(directory / "tree")
+    return {
+        "the node itself": ("", words),
+        "AppPot": ("nothing", [*RUNNER, KERNEL, *words]),
+        "AppPot, Debian's kernel": ("nothing", [*RUNNER, DEBIANS, *words]),
+        "proot": ("ptrace", ["proot", "-r", tree, *words]),
+        "bwrap": ("user namespaces or setuid", ["bwrap", "--ro-bind", tree, "/", "--dev", "/dev", *words]),
+        "Charliecloud": ("user namespaces", ["ch-run", tree, "--", *words]),
+        "QEMU without KVM": ("nothing", build_qemu_command(directory, "/bin/sh -c '{}'".format(command))),
+    }
 
 
 def measure_others(repeat: int) -> Rows:
     rows = []
-    for what, command in (("true", "true"), ("500 processes", "for i in $(seq 500); do /bin/true; done"),
-                          ("a loop that computes", "i=0; while [ $i -lt 2000000 ]; do i=$((i+1)); done")):
-        with other_tools(command) as tools:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        directory = pathlib.Path(name)
+        (directory / "tree").mkdir()
+        subprocess.run(["debugfs", "-R", "rdump / {}/tree".format(name), IMAGE], stderr=subprocess.DEVNULL, check=True)
+        unpack_cloud_kernel(directory)
+        for what, command in (("`true`", "true"), ("500 processes", "for i in $(seq 500); do /bin/true; done"),
+                              ("a loop that computes", "i=0; while [ $i -lt 2000000 ]; do i=$((i+1)); done")):
+            tools = list_tools(directory, command)
             times = take_turns(repeat, {
                 name: lambda words=words: subprocess.run(  # type: ignore[misc]
-                    words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
                 for name, (_, words) in tools.items()})
-        rows += [["{}: {}".format(what, name), show(times[name]), "needs " + needs if needs else ""]
-                 for name, (needs, _) in tools.items()]
+            rows += [["{}: {}".format(what, name), show(times[name]), "needs " + needs if needs else ""]
+                     for name, (needs, _) in tools.items()]
     return rows
 
 
