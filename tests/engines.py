@@ -611,7 +611,7 @@ class Arc(Site):
         """Why it failed, and the program's exit code; what the client knows comes later."""
         status = self.path(self.STATUS)
         name = f"job.{job.rpartition('/')[2]}"
-        wait_for(lambda: (status / "finished" / f"{name}.status").exists())
+        wait_for((status / "finished" / f"{name}.status").exists)
         failed, diag = (status / f"{name}.failed", status / f"{name}.diag")
         code = re.search(r"^exitcode=(.*)", diag.read_text(), re.MULTILINE)
         return (failed.read_text().strip() if failed.exists() else "", code and code.group(1))
