@@ -468,6 +468,9 @@ def make_report(channel: Channel) -> "changes.Report":
     class ChannelReport(changes.Report):
         def warn(self, text: str) -> None:
             channel.send(WARNING, text.encode("utf-8", "backslashreplace"))
+
+        def progress(self, what: str, count: int, size: int) -> None:
+            pass                                  # the console is a terminal that nobody looks at
     return ChannelReport()
 
 
@@ -475,6 +478,7 @@ def merge_layers(job: Job, channel: Channel) -> None:
     """Before anything of the host is mounted but the layers themselves, and those for a moment."""
     import changes
 
+    changes.spare_memory()
     places = [b"/run/apppot/layer%d" % number for number in range(len(job.layers))]
     paths = [os.path.join(place, os.path.basename(layer)) for place, layer in zip(places, job.layers)]
     for place in places:
@@ -536,6 +540,7 @@ def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
     import changes
 
     channel.send(SAVING)
+    changes.spare_memory()
     place = b"/run/apppot/save"
     os.mkdir(place, 0o700)
     mount(b"none", place, b"hostfs", MS_NOSUID | MS_NODEV, b"save")
