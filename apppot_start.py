@@ -1814,11 +1814,20 @@ def fill_run_directory(spec: RunSpec, directories: Directories) -> None:
         os.symlink(bind.directory, os.path.join(hostfs, b"bind%d" % number))
     if not spec.write and not (spec.cow and os.path.exists(spec.cow)):
         create_cow(spec.cow or os.path.join(directories.run, "cow"), spec.image)
-    if spec.disk_bytes and spec.write:
-        os.truncate(spec.image, max(spec.disk_bytes, os.path.getsize(spec.image)))
-    elif spec.disk_bytes:
-        with open(os.path.join(directories.run, "disk"), "xb") as file:
-            file.truncate(spec.disk_bytes - spec.root.length)
+    if spec.disk_bytes:
+        enlarge_disk(spec, directories.run)
+
+
+def enlarge_disk(spec: RunSpec, directory: str) -> None:
+    """Make the image itself larger, or the second disk behind it; sparse in either case."""
+    path = spec.image if spec.write else os.path.join(directory, "disk")
+    size = max(spec.disk_bytes, os.path.getsize(path)) if spec.write else spec.disk_bytes - spec.root.length
+    try:
+        with open(path, "ab") as file:
+            file.truncate(size)
+    except OSError as error:
+        raise Fatal("file of --disk cannot be made, {}: {}".format(error.strerror, path),
+                    "ask for less, or name another directory with --tmpdir")
 
 
 def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, int]]:
