@@ -85,6 +85,7 @@ def test_stdout_and_stderr_are_byte_exact_at_once(any_node):
     assert stderr.hexdigest() == digest_of(any_node.job / "b")
 
 
+@pytest.mark.last_kernel
 @both_carriers
 def test_a_gibibyte_of_stdin_arrives(node):
     process = node.start("sh", "-c", "cat | sha256sum", stdin=subprocess.PIPE)
@@ -390,6 +391,7 @@ def test_a_whole_disk_image_boots_from_its_linux_partition(node, image, label):
     )
 
 
+@pytest.mark.last_kernel
 @both_carriers
 def test_sixteen_runs_at_once_share_one_unchanged_image(any_node, image):
     before = digest_of(image)
