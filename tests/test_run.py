@@ -391,7 +391,6 @@ def test_a_whole_disk_image_boots_from_its_linux_partition(node, image, label):
     )
 
 
-@pytest.mark.last_kernel
 @both_carriers
 def test_sixteen_runs_at_once_share_one_unchanged_image(any_node, image):
     before = digest_of(image)
