@@ -149,11 +149,12 @@ JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "JOB_ID", "LSB_JOBID")
 LAN_GROUP = re.compile(r"(\d+\.\d+\.\d+\.\d+):(\d+)$", re.ASCII)
 
 # `empty` (github.com/mezantrop/empty) makes these FIFOs in the run directory. Its program gets a pty as 0, 1 and 2; the
-# shell puts that where the kernel has the channel, and has what the kernel prints go to the console as ever.
+# shell puts that where the kernel has the channel, has what the kernel prints go to the console as ever, and ignores
+# again what `empty` has handlers for.
 EMPTY_MARK = b"empty -f"             # in its usage text
 EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST = "empty.pid", "to-guest", "from-guest"
 EMPTY_ARGS = ["-f", "-i", EMPTY_TO_GUEST, "-o", EMPTY_FROM_GUEST, "-p", EMPTY_PID, "/bin/sh", "-c",
-              'exec "$0" "$@" {}<&0 {}>&1 </dev/null >&{} 2>&1'.format(
+              'trap "" HUP INT QUIT TERM; exec "$0" "$@" {}<&0 {}>&1 </dev/null >&{} 2>&1'.format(
                   KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD)]
 EMPTY_TRIES = 3                      # its semaphore's key has 8 bits of a pid: two that start at once may meet there
 EMPTY_START_S = 10.0
