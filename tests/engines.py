@@ -226,7 +226,8 @@ class Site:
 
     def assert_nothing_left(self, user=USER):
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: not self.processes(user), 5)
+            # The engine may still be about to remove a directory of its own.
+            wait_for(lambda: not self.processes(user) and not self.scratch_files(user), 10)
         assert not self.processes(user)
         assert self.scratch_files(user) == []
 
