@@ -3035,7 +3035,7 @@ class Session:
             who = {"empty": "`empty`, which carried the channel,", "helper": "a helper process of the kernel"}.get(
                 what, "the supervisor process of the run")
             return Fatal(who + " was killed", "look for who did, then run the job again")
-        return explain_kernel_end(int(number), console, self._spec, self._running)
+        return explain_kernel_end(int(number), console, self._spec, self._greeted)
 
     def _forward_signal(self, number: int) -> None:
         if not self._running or self._told:       # nothing to forward to: die of it, as any program would
@@ -3087,8 +3087,11 @@ class Session:
                 "walltime of {:g} s is over".format(self._spec.timeout_s or 0), "--timeout sets it"))
 
 
-def explain_kernel_end(status: int, console: str, spec: RunSpec, running: bool) -> Fatal:
-    """Why a kernel ended without a result record, from its wait status and what it printed."""
+def explain_kernel_end(status: int, console: str, spec: RunSpec, was_up: bool) -> Fatal:
+    """Why a kernel ended without a result record, from its wait status and what it printed.
+
+    Once the agent has answered the guest was up: a command may end it before it is told that the command has started.
+    """
     panic = re.search(r"Kernel panic - not syncing: (.*)", console)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return Fatal("guest was killed by signal 9", "was the memory that the job asked for used up?")
@@ -3100,7 +3103,7 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, running: bool) 
                      "run with -v to see the guest's console; is the image damaged? `e2fsck -fn` tells")
     if panic:
         return Fatal("guest panicked: " + panic.group(1).strip(), "run with -v to see the guest's console")
-    if running:
+    if was_up:
         return Fatal("guest ended before the command did",
                      "it was powered off or rebooted from inside, or its kernel crashed; -v shows its console")
     how = "signal {}".format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else "status {}".format(status >> 8)
