@@ -21,7 +21,7 @@
 ##   PACKAGES      more Debian packages for it
 ##   IMAGE_SIZE    its size, free space included               2G
 ##   MIRROR        its Debian mirror                           that of this machine's apt
-##   KERNEL        the UML kernel for demo and bench           linux.uml of Debian
+##   KERNEL        the UML kernel for demo, check and bench    demo: Debian's; check: that and build/linux; bench: the latter
 ##   KERNEL_SUITE  the Debian suite whose linux-source becomes build/linux
 ##                                                             testing
 ##   PYTESTARGS    for check, such as "-k signal -x"
