@@ -12,12 +12,18 @@ import sys
 import tempfile
 import time
 
+import hypothesis
 import pytest
 
 pytest.register_assert_rewrite("engines")
 TOP = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
 UNPRIVILEGED = 65534  # nobody
+# An example may take its time on a machine that does much else.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 # A boot takes 2 s; this is for a machine that does much else.
 DEADLINE_S = float(os.environ.get("APPPOT_TEST_DEADLINE", "90"))
 STAND_IN = TOP / "tests" / "empty.py"
@@ -29,8 +35,6 @@ both_carriers = pytest.mark.parametrize("carrier", ["builtin", "empty"], indirec
 
 def pytest_addoption(parser):
     parser.addoption("--shard", default="1/1", metavar="N/M", help="run the Nth of M parts")
-
-
     parser.addoption("--kernel", default="1/1", metavar="N/M", help="this is the Nth of M kernels that check runs with")
 
 

@@ -186,7 +186,8 @@ def test_bg_lets_a_stopped_run_go_on_without_the_terminal(shell):
     shell.expect("&\r\n")
     shell.type("touch go\n")
     shell.expect("done\r\n")
-    shell.type("\nfg\n")
+    shell.expect("Stopped")  # it wants the terminal; a shell that has not seen that yet has nothing for fg to continue
+    shell.type("fg\n")
     shell.expect("got \\$line'\r\n")
     shell.type(f"{NONCE}\n")
     shell.expect(f"got {NONCE}\r\n")
