@@ -9,7 +9,6 @@ does nothing twice, works relative to directory descriptors, and imports little.
 applying it are apart: a kernel that attaches layers would replace the last alone.
 """
 import errno
-import itertools
 import os
 import re
 import stat
@@ -71,10 +70,6 @@ INDEX_MAX = 250000                   # members kept in memory, 500 bytes each
 BUFFER, PACKED = 1 << 18, 1 << 16
 LEVEL = 1                            # of zlib: 2.1 to 3.4 times as fast as 6, 8 to 14 % larger (measured)
 STORED_MAX = 65535                   # RFC 1951: bytes in a block that is not compressed
-SLOTS, GROUP = 16, 4                 # blocks on the way to another process; so many at once, as waking it takes 1 ms
-SLOT_SIZE = struct.Struct("<I")
-FIRST_SHARE, FILE_WORK = 0.57, 1 << 15                         # a file costs as much as so many bytes, and these
-FORK_MIN = 4 << 20                   # bytes of a layer that are worth one
 DESCRIPTORS = 200                    # directories kept open on the way down
 SIGNATURE = struct.Struct("<QQQQI")  # inode, size, mtime, ctime, mode
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -366,9 +361,6 @@ class Sink:
     def finish(self) -> None:
         """All was put."""
 
-    def close(self) -> None:
-        """Whatever has happened."""
-
 
 class Deflater(Sink):
     """Writes gzip."""
@@ -395,91 +387,6 @@ class Deflater(Sink):
 
     def finish(self) -> None:
         write_all(self._descriptor, self._compressor.flush() + struct.pack("<II", self._crc, self._size & 0xffffffff))
-
-
-class ForkedDeflater(Sink):
-    """The same by a process of its own, for another CPU: UML runs the threads of a process one at a time.
-
-    The blocks are in shared memory; one pipe says how long the next ones are, the other that a group has been read.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        import mmap  # not for the agent
-
-        memory = memoryview(mmap.mmap(-1, SLOTS * BUFFER))
-        self._slots = [memory[start:start + BUFFER] for start in range(0, SLOTS * BUFFER, BUFFER)]
-        self._count = 0
-        self._group = b""                         # sizes of blocks not handed over yet
-        self.buffer = self._slots[0]
-        sizes, self._sizes = os.pipe()
-        self._acks, acks = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
-            os.close(self._sizes)
-            self._run(descriptor, sizes, acks)
-        os.close(sizes)
-        os.close(acks)
-
-    def _run(self, descriptor: int, sizes: int, acks: int) -> NoReturn:
-        """The child's part; its exit status is 0 or the number of the error."""
-        import signal
-
-        status = errno.EINTR
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):      # it ends with its parent
-                signal.signal(number, signal.SIG_IGN)
-            deflater = Deflater(descriptor)
-            for count in itertools.count():
-                size = os.read(sizes, SLOT_SIZE.size)
-                if not size:
-                    break
-                deflater.buffer = self._slots[count % SLOTS]
-                deflater.put(SLOT_SIZE.unpack(size)[0])
-                if count % GROUP == GROUP - 1:
-                    os.write(acks, b"\0")
-            deflater.finish()
-            status = 0
-        except OSError as error:
-            status = error.errno or status
-        finally:
-            os._exit(status)
-
-    def put(self, size: int) -> None:
-        self._group += SLOT_SIZE.pack(size)
-        self._count += 1
-        self.buffer = self._slots[self._count % SLOTS]
-        if self._count % GROUP == 0:
-            self.finish()
-            if self._count >= SLOTS and not os.read(self._acks, 1):
-                raise BrokenPipeError(errno.EPIPE, "the compressing process has ended")
-
-    def finish(self) -> None:
-        os.write(self._sizes, self._group)
-        self._group = b""
-
-    def close(self) -> None:
-        os.close(self._sizes)
-        os.close(self._acks)
-        status = os.waitpid(self._pid, 0)[1]
-        if status:                                # says more than the broken pipe
-            number = os.WEXITSTATUS(status) if os.WIFEXITED(status) else errno.EINTR
-            raise OSError(number, os.strerror(number))
-
-
-@contextmanager
-def open_sink(descriptor: int, is_plain: bool, size: int) -> Iterator[Sink]:
-    """For a layer of about `size` bytes. Which kind it is does not show in what is written."""
-    if is_plain:
-        sink = Sink(descriptor)
-    elif size < FORK_MIN or len(os.sched_getaffinity(0)) == 1:
-        sink = Deflater(descriptor)
-    else:
-        sink = ForkedDeflater(descriptor)
-    try:
-        yield sink
-        sink.finish()
-    finally:
-        sink.close()
 
 
 class LayerWriter:
@@ -1253,8 +1160,10 @@ def new_file(path: bytes) -> Iterator[int]:
 def new_layer(path: bytes, size: int) -> Iterator[LayerWriter]:
     """Of at most `size` bytes of content."""
     try:
-        with new_file(path) as descriptor, open_sink(descriptor, path.endswith(b".tar"), size) as sink:
+        with new_file(path) as descriptor:
+            sink = Sink(descriptor) if path.endswith(b".tar") else Deflater(descriptor)
             yield LayerWriter(sink)
+            sink.finish()
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
@@ -1902,7 +1811,7 @@ def write_content(descriptor: int, member: Member, content: Iterable[memoryview]
 
 
 def apply_layer(layer: Layer, root: bytes, report: Report) -> None:
-    """Merge a checked layer into a tree; by two processes where there are two CPUs."""
+    """Merge a checked layer into a tree."""
     umask = os.umask(0)
     try:
         with Target(root, report) as target:
@@ -1910,24 +1819,19 @@ def apply_layer(layer: Layer, root: bytes, report: Report) -> None:
                 skip_missing(target.clear, path, report)
             for path in layer.whiteouts:
                 skip_missing(target.remove, path, report)
-            cut = find_cut(layer)
-            if cut and prepare_way(target, layer, cut):
-                with beside(lambda: unpack_rest(layer, root, cut, report)):
-                    unpack(target, layer, layer.reader(), cut, report)
-            else:
-                unpack(target, layer, layer.reader(), sys.maxsize, report)
-            target.close()                        # the directories that the two have in common
+            unpack(target, layer, report)
+            target.close()
     finally:
         os.umask(umask)
         report.clear()
 
 
-def unpack(target: Target, layer: Layer, reader: LayerReader, count: int, report: Report) -> None:
-    """Put the first `count` members that the reader has into the tree."""
+def unpack(target: Target, layer: Layer, report: Report) -> None:
     has_state = os.path.isdir(os.path.join(target.root, STATE))
     path = b""
     try:
-        for number, member in zip(range(count), reader):       # and nothing behind these, or to the end
+        reader = layer.reader()
+        for number, member in enumerate(reader):
             path = member.path
             if number % 100 == 0:
                 report.progress("merging", number, 0)
@@ -1940,86 +1844,6 @@ def unpack(target: Target, layer: Layer, reader: LayerReader, count: int, report
                     "what is below {} is incomplete".format(printable(target.root)))
     except OSError as error:
         explain_failure(error, layer, target.root, path)
-
-
-def find_cut(layer: Layer) -> int:
-    """So many of the members one process is to unpack, and the rest another; 0 if one has to do it all.
-
-    The other skips what comes before, so that it gets less to write. Each path comes once and behind its directories,
-    and no hard link leads from one part to the other: else the order would matter.
-    """
-    if layer.size < FORK_MIN or not layer.index or len(os.sched_getaffinity(0)) == 1:
-        return 0
-    members = [member for member, _, _ in layer.index]
-    if members[-1].path == LABEL:                 # where it is, nothing else is
-        members.pop()
-    paths = [by_path(member) for member in members]
-    cut, work = 0, FIRST_SHARE * (layer.size + FILE_WORK * len(members))
-    while cut < len(members) - 1 and work > 0:
-        work -= FILE_WORK + members[cut].size
-        cut += 1
-    links = [(path, member.link.replace(b"/", b"\0"))
-             for path, member in zip(paths, members) if member.kind == HARD_LINK]
-    is_sorted = all(path < following for path, following in zip(paths, paths[1:]))
-    return cut if is_sorted and all((path < paths[cut]) == (link < paths[cut]) for path, link in links) else 0
-
-
-def prepare_way(target: Target, layer: Layer, cut: int) -> bool:
-    """Make the directories that both parts have something in."""
-    assert layer.index
-    first = layer.index[cut][0].path
-    try:
-        for member, _, _ in layer.index[:cut]:
-            if member.kind == DIRECTORY and first.startswith(member.path + b"/" * (member.path != b"")):
-                target.put_directory(member)
-        target.open_parent(first)
-    except (Mounted, OSError):
-        return False                              # unpack() tells
-    return True
-
-
-def unpack_rest(layer: Layer, root: bytes, cut: int, report: Report) -> None:
-    """In a process of its own: the members from number `cut` on."""
-    assert layer.index
-    rest = layer.index[cut:]
-    member, before, size = rest[0]
-    rest[0] = member, before + sum(ahead + length for _, ahead, length in layer.index[:cut]), size
-    # Opened anew, since the descriptor's position is the other process's, too.
-    descriptor = os.open("/proc/self/fd/{}".format(layer.descriptor), os.O_RDONLY | os.O_CLOEXEC)
-    with Target(root, report) as target:
-        unpack(target, layer, LayerReader(descriptor, rest), sys.maxsize, report)
-        target.close()
-
-
-@contextmanager
-def beside(work: Callable[[], None]) -> Iterator[None]:
-    """Have a process of its own do some work meanwhile; what it fails of is raised here, at the end."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        said = ""
-        try:
-            work()
-        except Fatal as fatal:
-            said = fatal.message + "\0" + fatal.hint
-        except BaseException as error:
-            said = "process of the merge failed, {!r}\0please report it".format(error)
-        finally:
-            os.write(writer, b"." + said.encode("utf-8", "surrogateescape"))
-            os._exit(0)
-    os.close(writer)
-    try:
-        yield
-        with os.fdopen(reader, "rb", closefd=False) as file:
-            said = file.read().decode("utf-8", "surrogateescape") or ".process of the merge was killed\0merge it again"
-    except BaseException:
-        os.kill(pid, 9)                           # the module signal costs an import
-        raise
-    finally:
-        os.close(reader)
-        os.waitpid(pid, 0)
-    if said != ".":
-        raise Fatal(*said[1:].split("\0"))
 
 
 def skip_missing(action: Callable[[bytes], None], path: bytes, report: Report) -> None:

@@ -2,7 +2,6 @@
 """Changes files: real trees, compared by a canonical dump that shares no code with what it judges."""
 
 import contextlib
-import errno
 import gzip
 import hashlib
 import io
@@ -11,7 +10,6 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import socket
 import stat
 import struct
@@ -19,7 +17,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import unittest.mock
 import zlib
 
 import pytest
@@ -230,37 +227,6 @@ many = settings(max_examples=60, deadline=None, suppress_health_check=list(Healt
 
 
 # --- Any two trees ------------------------------------------------------------------------------------------
-
-
-@many
-@given(roots, roots)
-def test_two_processes_unpack_a_layer_as_one_does(old, new):
-    with fresh_place() as place, unittest.mock.patch("changes.FORK_MIN", 0):
-        a, b = place / "a", place / "b"
-        make(a, old), make(b, new)
-        diff(a, b, place / "ab.tar.gz")
-        wanted = dump(b)
-        merge(a, place / "ab.tar.gz")
-        assert dump(a) == wanted
-
-
-def test_what_fails_in_either_process_is_told(place, monkeypatch):
-    monkeypatch.setattr(changes, "FORK_MIN", 0)
-    members = [(f"d{number}/file", b"x") for number in range(10)]
-    layer = make_layer(place / "l", [member for name, x in members for member in (
-        (name[:2], {"type": tarfile.DIRTYPE, "mode": 0o755}), (name, x))])  # fmt: skip
-    really = changes.Target.put
-    for victim in members[1], members[8]:
-        def put(target, member, content, victim=victim):
-            if member.path == victim[0].encode():
-                raise OSError(errno.EIO, "Input/output error")
-            really(target, member, content)
-
-        monkeypatch.setattr(changes.Target, "put", put)
-        root = place / victim[0][:2]
-        root.mkdir()
-        with pytest.raises(changes.Fatal, match=f"cannot merge /{victim[0]}, Input/output error"):
-            merge(root, layer)
 
 
 @many
@@ -956,35 +922,6 @@ def test_only_a_file_is_replaced_by_a_layer(place):
         assert result.returncode == 125
         assert_error(result, "not a regular file", place / name)
     assert sorted(os.listdir(place)) == ["a", "fifo", "link"] and stat.S_ISFIFO(os.lstat(place / "fifo").st_mode)
-
-
-@pytest.mark.parametrize("size", [3 << 20, 4 << 20, 9 << 20, (9 << 20) + 12345])
-def test_a_second_cpu_does_not_show_in_the_layer(place, monkeypatch, size):
-    (place / "a").mkdir(), (place / "b").mkdir()
-    (place / "b/file").write_bytes(os.urandom(size // 2) + b"text" * (size // 8))
-    layers = []
-    for cpus in ({0}, {0, 1}):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: cpus)
-        layers.append(diff(place / "a", place / "b", place / f"{len(cpus)}.tar.gz").read_bytes())
-    assert layers[0] == layers[1] and len(gzip.decompress(layers[0])) > size // 2
-
-
-def test_a_compressing_process_that_is_killed_is_an_error(place, monkeypatch):
-    (place / "a").mkdir(), (place / "b").mkdir()
-    (place / "b/file").write_bytes(bytes(64 << 20))
-    fork = os.fork
-
-    def fork_and_kill():
-        pid = fork()
-        if pid:
-            os.kill(pid, signal.SIGKILL)
-        return pid
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr(os, "fork", fork_and_kill)
-    with pytest.raises(OSError):
-        diff(place / "a", place / "b", place / "l.tar.gz")
-    assert sorted(os.listdir(place)) == ["a", "b"]
 
 
 def test_interrupted_saving_leaves_no_temporary_file(place):
