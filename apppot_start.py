@@ -104,6 +104,7 @@ END_OF_FILE = b"\4"                  # Ctrl-D
 TYPED_AHEAD_MAX = 64                 # lines
 ACK_STEP = 512 << 10
 WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
+QUIET_ROUNDS = 4                     # with little to do, before a guest with several CPUs is kept on one again
 HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run directory; 6.12 and later want it absolute
 # Debian's kernels time every algorithm of RAID 5 and 6 at each boot, for 0.5 s; who has an array in a guest?
 # And all kernels count for 0.05 s how many loops make a tick, for drivers that wait so; a guest has none.
@@ -1583,9 +1584,10 @@ def list_libraries(program: str) -> List[str]:
     return [loader] + re.findall(r"(/\S.*) \(0x", text)
 
 
-def list_children(pid: int) -> List[int]:
+def list_children(pid: int, thread: int = 0) -> List[int]:
+    """The children of a process that one of its threads has started, by default the first."""
     try:
-        with open("/proc/{0}/task/{0}/children".format(pid)) as file:
+        with open("/proc/{}/task/{}/children".format(pid, thread or pid)) as file:
             return [int(word) for word in file.read().split()]
     except OSError:                               # a kernel without CONFIG_PROC_CHILDREN, or it has ended
         every = [int(name) for name in os.listdir("/proc") if name.isdigit()]
@@ -1600,6 +1602,33 @@ def read_process(pid: int) -> Tuple[str, int]:
     except (OSError, ValueError):
         return "", 0
     return state.decode(), int(parent)
+
+
+def read_processor(pid: int) -> int:
+    """The CPU that a process was on last (proc(5)); -1 when there is none."""
+    try:
+        with open("/proc/{}/stat".format(pid), "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[36])
+    except (OSError, IndexError):
+        return -1
+
+
+def read_times(task: int) -> Tuple[float, float]:
+    """Seconds that a thread has run, and that it has waited for a CPU; 0 if the host does not count."""
+    try:
+        with open("/proc/{}/schedstat".format(task), "rb") as file:
+            ran, waited = file.read().split()[:2]
+    except (OSError, ValueError):
+        return 0.0, 0.0
+    return int(ran) / 1e9, int(waited) / 1e9
+
+
+def read_idle_times() -> Dict[int, float]:
+    """Seconds that each CPU of the host had nothing to run."""
+    with open("/proc/stat", "rb") as file:
+        lines = [line.split() for line in file if line.startswith(b"cpu")][1:]
+    tick = os.sysconf("SC_CLK_TCK")
+    return {int(words[0][3:]): (int(words[4]) + int(words[5])) / tick for words in lines}
 
 
 def read_name(pid: int) -> bytes:
@@ -2225,8 +2254,8 @@ def start_by_empty(spec: RunSpec, argv: List[str], launch: Launch) -> Optional[T
             first = spawn_kernel(spec, argv, launch)
             pids = find_carried_kernel(first, launch, deadline)
             if pids:
-                for leash, pid in zip(leashes, pids):
-                    tie_to_us(leash, pid)
+                for leash, owner in zip(leashes, (-pids[0], pids[1])):
+                    tie_to_us(leash, owner)
                 return pids
             kill_children(launch.helper)
             for name in (EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST):
@@ -2263,12 +2292,14 @@ def find_carried_kernel(first: int, launch: Launch, deadline: float) -> Optional
     return None
 
 
-def tie_to_us(leash: int, pid: int) -> None:
-    """Have the host's kernel kill `pid` when we are gone: for a grandchild, whom PR_SET_PDEATHSIG cannot reach.
+def tie_to_us(leash: int, owner: int) -> None:
+    """Have the host's kernel kill a process, or the process group -owner, when we are gone.
 
-    `leash` is the read end of a pipe that `pid` holds open, too, and nobody but us has the write end of.
+    That is for whom PR_SET_PDEATHSIG cannot reach: grandchildren, such as the processes of the guest, which go on to
+    compute when nobody traces them any more. `leash` is the read end of a pipe that they hold open, too, and nobody
+    but us has the write end of.
     """
-    fcntl.fcntl(leash, fcntl.F_SETOWN, pid)
+    fcntl.fcntl(leash, fcntl.F_SETOWN, owner)
     fcntl.fcntl(leash, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(leash, fcntl.F_SETFL, os.O_ASYNC)
     os.close(leash)
@@ -2286,7 +2317,11 @@ def start_kernel(spec: RunSpec, launch: Launch) -> Optional[Tuple[int, int]]:
             os.write(launch.keep[KERNEL_OUTPUT_FD], CARRIED.pack(pids[0]) if pids else b"")
             return pids
         os.write(launch.keep[KERNEL_OUTPUT_FD], CARRIED.pack(0))
-    return spawn_kernel(spec, build_kernel_args(spec, disk), launch), 0
+    leash = os.pipe()[0]                          # the write end stays open until we end, however that be
+    keep = {**launch.keep, KERNEL_LEASH_FDS[0]: leash}
+    pid = spawn_kernel(spec, build_kernel_args(spec, disk), launch._replace(keep=keep))
+    tie_to_us(leash, -pid)                        # it makes itself the leader of a group
+    return pid, 0
 
 
 def find_end(kernel: int, empty: int) -> str:
@@ -2310,7 +2345,85 @@ def find_end(kernel: int, empty: int) -> str:
     return "ended {}".format(status) if pid else ""
 
 
-def watch_kernel(pids: Tuple[int, int], umid: str, lifeline: int, wakeup: int, check_helper: Callable[[], None]) -> str:
+class Placement:
+    """Keeps a guest on one CPU of the host as long as it needs no second one, and moves it away from others' work.
+
+    At each system call of the guest two processes wake each other. On one CPU that takes 9 us, between two 50 us; the
+    host would put them on two, as each is woken while the other still runs.
+    """
+
+    def __init__(self, kernel: int, ncpus: int) -> None:
+        self._kernel, self._ncpus = kernel, ncpus
+        self.interval_s = WATCH_INTERVAL_S if ncpus == 1 else WATCH_INTERVAL_S / 4     # until work is spread
+        self._times: Dict[int, Tuple[float, float]] = {}
+        self._idle: Dict[int, float] = {}
+        self._reviewed = time.monotonic()
+        self._due = self._reviewed + self.interval_s
+        self._is_kept = False
+        self._quiet_rounds = 0                    # since it was let go
+        # Where it cannot be seen whether others want the CPU, too, the host's scheduler knows better.
+        self._is_possible = any(read_times(os.getpid())) and len(os.sched_getaffinity(0)) > 1
+        if self._is_possible:
+            self._keep(read_processor(kernel))    # where the scheduler has put it
+
+    def review(self) -> None:
+        """To be called at each round of the supervisor."""
+        started = time.monotonic()
+        if not self._is_possible or started < self._due:
+            return
+        before, self._times = self._times, {task: read_times(task) for task in self._list_tasks()}
+        elapsed, self._reviewed = started - self._reviewed, started
+        ran, waited = (sum(now[index] - before.get(task, now)[index] for task, now in self._times.items()) / elapsed
+                       for index in (0, 1))
+        # The two wait 0.1 to 0.7 for each other, most in a loop of system calls; with a third that computes it is 1.
+        if not self._is_kept:
+            self._quiet_rounds = self._quiet_rounds + 1 if ran < 0.9 else 0
+            if self._quiet_rounds == QUIET_ROUNDS:
+                self._keep(read_processor(self._kernel))
+        elif ran < 0.8 and waited > 0.3:
+            self._leave_crowd(elapsed)
+        elif waited > 0.85 and self._ncpus > 1:   # and the CPUs of the guest wait for each other's locks
+            self._set_affinity(os.sched_getaffinity(0))
+            self._is_kept, self._quiet_rounds = False, 0
+        else:
+            self._idle = {}
+        # Of a guest with hundreds of processes less often: this is to take a hundredth of a CPU at most.
+        self._due = started + max(0.9 * self.interval_s, 100 * (time.monotonic() - started))
+
+    def _leave_crowd(self, elapsed: float) -> None:
+        """Go to another CPU that was idle in the last round; each of several guests goes or stays, as chance has it."""
+        before, self._idle = self._idle, read_idle_times()
+        idle = [cpu for cpu in os.sched_getaffinity(0) & set(before) & set(self._idle)
+                if self._idle[cpu] - before[cpu] > 0.5 * elapsed]
+        chance = os.urandom(2)
+        if idle and chance[0] % 2:
+            self._keep(idle[chance[1] % len(idle)])
+            self._idle = {}
+
+    def _keep(self, cpu: int) -> None:
+        self._set_affinity({cpu} & os.sched_getaffinity(0))
+        self._is_kept = True
+
+    def _set_affinity(self, cpus: Set[int]) -> None:
+        for task in self._list_tasks():
+            try:
+                os.sched_setaffinity(task, cpus)
+            except OSError:                       # it has ended
+                pass
+
+    def _list_tasks(self) -> Iterator[int]:
+        """Threads of the kernel, and then what these have started by that time: a process for each of the guest."""
+        try:
+            threads = [int(name) for name in os.listdir("/proc/{}/task".format(self._kernel))]
+        except OSError:
+            return
+        yield from threads
+        for thread in threads:
+            yield from list_children(self._kernel, thread)
+
+
+def watch_kernel(pids: Tuple[int, int], spec: RunSpec, lifeline: int, wakeup: int,
+                 check_helper: Callable[[], None]) -> str:
     """Wait for the kernel's end or the runner's; return what to report. Stop the guest while the runner is stopped.
 
     A stopped runner means a suspended job. The guest is stopped by its mconsole: it then runs nothing, and none of
@@ -2319,12 +2432,14 @@ def watch_kernel(pids: Tuple[int, int], umid: str, lifeline: int, wakeup: int, c
     kernel, empty = pids
     runner = os.getppid()
     suspended = False
-    rounds_with_corpse = 0
+    corpses: Set[int] = set()
+    dead_since = time.monotonic()
+    placement = Placement(kernel, spec.cpus)
     poll = select.poll()
     poll.register(lifeline, select.POLLIN)
     poll.register(wakeup, select.POLLIN)
     while True:
-        ready = {descriptor for descriptor, _ in poll.poll(WATCH_INTERVAL_S * 1000)}
+        ready = {descriptor for descriptor, _ in poll.poll(placement.interval_s * 1000)}
         if lifeline in ready:
             return ""
         if wakeup in ready:
@@ -2333,26 +2448,28 @@ def watch_kernel(pids: Tuple[int, int], umid: str, lifeline: int, wakeup: int, c
         if end:
             return end
         check_helper()
+        placement.review()
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
             if suspended:
-                ask_mconsole(".", umid, b"stop")
+                ask_mconsole(".", spec.umid, b"stop")
             else:
-                resume_guest(os.getpid(), ".", umid)
-        rounds_with_corpse = rounds_with_corpse + 1 if has_dead_helper(kernel) else 0
-        if rounds_with_corpse * WATCH_INTERVAL_S >= 1:
+                resume_guest(os.getpid(), ".", spec.umid)
+        before, corpses = corpses, find_corpses(kernel)
+        if suspended or not before & corpses:
+            dead_since = time.monotonic()
+        elif time.monotonic() > dead_since + 1 and read_process(kernel)[0] == "S":     # not about to reap it
             return "helper"
 
 
-def has_dead_helper(kernel: int) -> bool:
-    """Whether a thread that the kernel started for its own use is dead: it does not notice, and the guest hangs.
+def find_corpses(kernel: int) -> Set[int]:
+    """Threads that the kernel started for its own use and that are dead: it does not notice, and the guest hangs.
 
-    These are the first of its children; later ones are the guest's processes. A kernel that runs may be about to
-    reap its child, one that sleeps is not. Slirp is a child, too, but another program, and one it can do without.
+    These are the first of its children; later ones are the guest's processes. Slirp is a child, too, but another
+    program, and one it can do without.
     """
-    return read_process(kernel)[0] == "S" and any(
-        read_process(child)[0] == "Z" and read_name(child) == read_name(kernel)
-        for child in list_children(kernel)[:KERNEL_HELPERS])
+    return {child for child in list_children(kernel)[:KERNEL_HELPERS]
+            if read_process(child)[0] == "Z" and read_name(child) == read_name(kernel)}
 
 
 def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int, report: int) -> None:
@@ -2381,7 +2498,7 @@ def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
         for number in {1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD} & set(keep):
             os.close(keep[number])                # so that they end with the kernel
         if pids:
-            message = watch_kernel(pids, spec.umid, lifeline, wakeup, check_helper)
+            message = watch_kernel(pids, spec, lifeline, wakeup, check_helper)
     except OSError as error:
         message = "exec {}".format(error.errno)
     except Fatal as fatal:
