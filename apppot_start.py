@@ -110,6 +110,7 @@ HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run dire
 # And all kernels count for 0.05 s how many loops make a tick, for drivers that wait so; a guest has none.
 SKIPPED_AT_BOOT = ["initcall_blacklist=raid6_select_algo,calibrate_xor_blocks", "lpj=25000000"]
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
+USE_UP_S = 60                        # for a job's memory to be used up
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
@@ -308,6 +309,7 @@ class RunSpec(NamedTuple):
     force_changes: bool = False      # merge those of another base, too
     saved_changes: Optional[str] = None   # where to write a changes file after the command
     in_job: bool = False             # of a batch system
+    limit_mib: int = 0               # of the job's cgroup, which is why the guest has no more memory; 0: not so
 
     @property
     def persistent(self) -> bool:
@@ -1463,6 +1465,14 @@ def choose_memory(asked: Optional[str], grants: Grants) -> Tuple[Amount, Tuple[i
     mem = default_mem(grants)
     floors = (DEFAULT_MEM_MIB, SMALL_MEM_MIB) if grants.systems else (mem.value,)
     return mem, tuple(min(floor, mem.value) for floor in floors)
+
+
+def find_job_limit(grants: Grants) -> int:
+    """MiB of a cgroup that is the job's own, as it allows what the job was granted; 0 if there is none."""
+    limits = [limit for limit in grants.mem_limits if limit.source.startswith("cgroup")]
+    if not grants.mem or not limits or smallest(limits).value > 1.25 * smallest(grants.mem).value:
+        return 0
+    return smallest(limits).value
 
 
 def place_memory(mem: Amount, floors: Sequence[int], candidates: Sequence[str]) -> Tuple[Amount, str]:
@@ -2785,11 +2795,34 @@ class Result(NamedTuple):
     status: int
     failure: Optional[Fatal] = None
     signal: int = 0                  # what the command died of, and AppPot is to die of
+    out_of_memory: bool = False      # the guest was
 
 
 def killed_by(number: int) -> Result:
     """In shell's terms, and what to die of."""
     return Result(128 + number, signal=number)
+
+
+def use_up_memory(limit_mib: int) -> None:
+    """Have the limit on the job's memory kill a process of ours, as it would have killed what was killed in the guest.
+
+    The batch system then tells its user that the job was out of memory, and what runs it again grants it more.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(USE_UP_S)
+            with open("/proc/self/oom_score_adj", "w") as file:
+                file.write("1000")                # no other process is to be chosen
+            block = b"x" * (64 << 20)
+            pieces = []
+            for _ in range(0, limit_mib + limit_mib // 4, 64):
+                pieces.append(mmap.mmap(-1, len(block), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+                pieces[-1].write(block)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
 
 
 def die_of(number: int) -> None:
@@ -3111,12 +3144,12 @@ class Session:
         if b"error" in fields:
             return Result(int(fields[b"status"][0]), Fatal(fields[b"error"][0].decode(), fields[b"hint"][0].decode()))
         self._reader.restore_offset(int(fields[b"stdin"][0]))
-        if OUT_OF_MEMORY in self._console:
+        out_of_memory = OUT_OF_MEMORY in self._console
+        if out_of_memory:
             self._warn("guest was out of memory, of which it has {}, and killed a process; ask the batch system for "
                        "more, or with --mem".format(format_mib(self._spec.mem_mib)))
-        if b"signal" in fields:
-            return killed_by(int(fields[b"signal"][0]))
-        return Result(int(fields[b"exit"][0]))
+        result = killed_by(int(fields[b"signal"][0])) if b"signal" in fields else Result(int(fields[b"exit"][0]))
+        return result._replace(out_of_memory=out_of_memory)
 
     def _take_report(self) -> None:
         message = os.read(self._machine.report, 4096)
@@ -3406,6 +3439,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose,
         in_job=bool(grants.systems),
+        limit_mib=0 if options.mem or os.environ.get("APPPOT_MEM") else find_job_limit(grants),
         notes=(*grants.notes, *notes, "memory " + describe_memory(mem, ram_directory), describe_cpus(cpus)))
 
 
@@ -3780,6 +3814,8 @@ def main(argv: List[str]) -> int:
         result = run(spec, started)
         if result.failure:
             report(result.failure)
+        if result.out_of_memory and spec.limit_mib:
+            use_up_memory(spec.limit_mib)
         if result.signal and spec.in_job:
             die_of(result.signal)
         return result.status

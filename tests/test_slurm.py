@@ -140,22 +140,30 @@ HOG = "echo ready; exec tail /dev/zero"
 
 
 @with_one
-def test_a_guest_as_large_as_its_job_is_out_of_memory_as_the_job(slurm):
-    jobs = Jobs(slurm, HOG, "--mem=200", options="--mem 200")
+@pytest.mark.parametrize("options", ["", "--mem 200"])
+def test_a_job_is_out_of_memory_as_without_apppot(slurm, options):
+    # By default the guest is first, as it has less than the job; a guest as large as the job is killed as a whole.
+    jobs = Jobs(slurm, HOG, "--mem=200", options=options)
     plain, ours = (slurm.wait_ended(job) for job in jobs.ids)
     assert plain == ours == ("OUT_OF_MEMORY", "0:125")
-    assert "was the memory that the job asked for used up?" in jobs.output(1)[-1]
+    said = "was the memory that the job asked for used up?" if options else "guest was out of memory"
+    assert said in "\n".join(jobs.output(1))
     slurm.assert_nothing_left()
 
 
 @with_one
-def test_a_command_that_takes_the_guest_s_memory_is_killed_and_the_reason_told(slurm):
-    # By default the guest has less than the job, since AppPot needs some, too: Slurm's limit is never met.
-    jobs = Jobs(slurm, HOG, "--mem=200")
+def test_a_job_is_out_of_memory_also_when_its_command_copes(slurm):
+    jobs = Jobs(slurm, "echo ready; tail /dev/zero; exit 3", "--mem=200")
     plain, ours = (slurm.wait_ended(job) for job in jobs.ids)
-    assert (plain, ours) == (("OUT_OF_MEMORY", "0:125"), ("FAILED", "0:9"))
-    assert "out of memory" in "\n".join(jobs.output(1))
+    assert plain == ours
     slurm.assert_nothing_left()
+
+
+@with_one
+def test_a_guest_smaller_than_its_job_is_out_of_memory_alone(slurm):
+    jobs = Jobs(slurm, HOG, "--mem=300", options="--mem 128M")
+    assert slurm.wait_ended(jobs.ids[1]) == ("FAILED", "0:9")
+    assert "guest was out of memory" in "\n".join(jobs.output(1))
 
 
 def test_a_job_at_its_time_limit_is_warned_and_ended(slurm):

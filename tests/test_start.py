@@ -155,6 +155,19 @@ def find_grants(environment, files, machine_mib=65536):
     return apppot_start.find_grants(environment, lambda path: files.get(path, ""), machine_mib)
 
 
+@pytest.mark.parametrize("variables, limit, wanted", [
+    ({"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"}, 200, 200),
+    ({"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"}, 220, 220),       # as AllowedRAMSpace=110 has it
+    ({"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"}, 4000, 0),        # that of others, too
+    ({"SLURM_JOB_ID": "1"}, 200, 0),
+    ({}, 200, 0),
+])  # fmt: skip
+def test_the_limit_of_a_job_is_told_from_others(variables, limit, wanted):
+    files = {"/proc/self/cgroup": "0::/a\n", "/proc/self/mountinfo": "1 1 0:1 / /c rw - cgroup2 none rw\n",
+             "/c/a/memory.max": str(limit << 20)}  # fmt: skip
+    assert apppot_start.find_job_limit(find_grants(variables, files)) == wanted
+
+
 @pytest.mark.parametrize(
     "environment, system, mem, cpus",
     [
