@@ -2390,11 +2390,11 @@ class Placement:
             self._quiet_rounds = self._quiet_rounds + 1 if ran < 0.9 else 0
             if self._quiet_rounds == QUIET_ROUNDS:
                 self._keep(read_processor(self._kernel))
-        elif ran < 0.8 and waited > 0.3:
-            self._leave_crowd(elapsed)
         elif waited > 0.85 and self._ncpus > 1:   # and the CPUs of the guest wait for each other's locks
             self._set_affinity(os.sched_getaffinity(0))
             self._is_kept, self._quiet_rounds = False, 0
+        elif ran < 0.8 and waited > 0.3:
+            self._leave_crowd(elapsed)
         else:
             self._idle = {}
         # Of a guest with hundreds of processes less often: this is to take a hundredth of a CPU at most.

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 
 import hypothesis
 import pytest
@@ -49,13 +50,14 @@ def pytest_collection_modifyitems(config, items):
 def is_for(item, kernel, kernels):
     """With several kernels: what does not boot is for the first, what is marked so for the last, which is the faster.
 
-    Of the four pairs of a user and a carrier each kernel gets two.
+    Of the two users, and of the four pairs of a user and a carrier, each kernel gets half; of the two alone by chance.
     """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if item.get_closest_marker("last_kernel") and not item.get_closest_marker("every_kernel"):
         return kernel == kernels
-    if kernels > 1 and os.getuid() == 0 and {"any_node", "carrier"} <= set(parameters):
-        return ((parameters["any_node"] == "root") == (parameters["carrier"] == "builtin")) == (kernel == 1)
+    if kernels > 1 and os.getuid() == 0 and "any_node" in parameters:
+        carrier = parameters.get("carrier") or ("builtin", "empty")[zlib.crc32(item.originalname.encode()) % 2]
+        return ((parameters["any_node"] == "root") == (carrier == "builtin")) == (kernel == 1)
     return kernel == 1 or "kernel" in item.fixturenames
 
 
