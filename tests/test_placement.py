@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest on one CPU of the host, as long as that has nobody else and the guest needs no second one."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -16,10 +17,11 @@ def guest_of(node):
     """Threads of the guests' kernels, and the processes that stand for the guests' own."""
     tasks = []
     for pid in node.processes():
-        if os.readlink(f"/proc/{pid}/exe") == os.path.realpath(node.root / "linux"):
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                children = pathlib.Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
-                tasks += [int(thread), *map(int, children)]
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if os.readlink(f"/proc/{pid}/exe") == os.path.realpath(node.root / "linux"):
+                for thread in os.listdir(f"/proc/{pid}/task"):
+                    children = pathlib.Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
+                    tasks += [int(thread), *map(int, children)]
     return tasks
 
 
@@ -27,10 +29,8 @@ def places(node):
     """The sets of CPUs that they may run on."""
     found = set()
     for pid in guest_of(node):
-        try:
+        with contextlib.suppress(OSError):
             found.add(frozenset(os.sched_getaffinity(pid)))
-        except ProcessLookupError:  # it ended meanwhile
-            pass
     return found
 
 
