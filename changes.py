@@ -4,7 +4,7 @@
 
 Usage: apppot-snap {base,changes,merge,show,squash,diff,apply} ... in the appliance, python3 changes.py ... on the host
 
-Constraint: in the appliance a system call costs 10 to 60 us and an import up to 80 ms, so this has a tar of its own that
+Constraint: in the appliance a system call costs 10 us or more, an import up to 80 ms, so this has a tar of its own that
 does nothing twice, works relative to directory descriptors, and imports little. Reading a layer, checking it and
 applying it are apart: a kernel that attaches layers would replace the last alone.
 """
