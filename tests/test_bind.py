@@ -2,6 +2,7 @@
 """Directories and files of the host in the guest: those that were asked for, and no others."""
 
 import os
+import pwd
 import shlex
 import subprocess
 import sys
@@ -109,9 +110,13 @@ def test_the_job_directory_may_lie_in_a_bind(any_node):
     assert (any_node.job / "made").read_text() == NONCE + "\n"
 
 
+def home_of(node):
+    return "/root" if node.uid == 0 else "/home/" + pwd.getpwuid(node.uid).pw_name
+
+
 def test_a_home_may_be_bound_and_keeps_no_link(any_node):
     (home,) = make_tree(any_node, "home")
-    target = "/root" if any_node.uid == 0 else "/home/nobody"
+    target = home_of(any_node)
     result = any_node.run("--bind", f"{home}:{target}", "sh", "-c", "cat ~/file; pwd")
     assert result.stdout.decode() == f"{NONCE}{any_node.job}\n"
     assert os.listdir(home) == ["file"]
@@ -125,7 +130,7 @@ def test_a_mount_over_the_job_directory_is_no_failure(node):
 def test_no_job_dir_shows_nothing_of_it(any_node):
     (any_node.job / "apppot-run").write_text("echo wrong\n")
     result = any_node.run("--no-job-dir", "sh", "-c", f"pwd; echo ~; ls -A ~/job {any_node.job}; mount -t hostfs")
-    home = "/root" if any_node.uid == 0 else "/home/nobody"
+    home = home_of(any_node)
     assert result.stdout.decode().split("\n")[:2] == [home, home]
     assert result.stderr.count(b"No such file") == 2 and b" /tmp" not in result.stdout
 

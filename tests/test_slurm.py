@@ -231,6 +231,7 @@ def test_a_study_of_a_hundred_tasks_from_one_image_and_one_changes_file(slurm, c
 
 
 def test_a_job_that_brings_everything_needs_nothing_on_the_node(kernel, image, changes):
+    require(os.getuid() == 0, "the daemons of a batch system need root")
     slurm = Slurm(kernel, image, "linuxproc")
     try:
         directory = slurm.fill_job_directory(changes, "job.slurm", False)

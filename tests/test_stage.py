@@ -12,7 +12,7 @@ import sys
 import tempfile
 
 import pytest
-from conftest import TOP, UNPRIVILEGED, assert_error, pythons, require, wait_for, writable_copy
+from conftest import TOP, UNPRIVILEGED, assert_error, caller_is_root, pythons, require, wait_for, writable_copy
 
 import apppot_start
 
@@ -131,6 +131,7 @@ def test_the_bundle_runs_on_an_older_and_a_newer_debian(tmp_path, bundle, chroot
 # --- The disk -----------------------------------------------------------------------------------------------
 
 
+@caller_is_root
 def test_a_shrunk_image_has_room_in_a_run_and_nothing_counts_as_changed(staged_node):
     before = staged_node.image.read_bytes()[:1 << 20], staged_node.image.stat().st_mtime_ns
     result = staged_node.run("--root", "sh", "-ec", "df -m / | tail -1; cd /; apppot-snap changes -n")
