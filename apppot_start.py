@@ -1469,7 +1469,8 @@ def choose_memory(asked: Optional[str], grants: Grants) -> Tuple[Amount, Tuple[i
 
 def find_job_limit(grants: Grants) -> int:
     """MiB of a cgroup that is the job's own, as it allows what the job was granted; 0 if there is none."""
-    limits = [limit for limit in grants.mem_limits if limit.source.startswith("cgroup")]
+    limits = [limit for limit in grants.mem_limits             # memory.high slows down and kills nobody
+              if limit.source in ("cgroup's memory.max", "cgroup's memory.limit_in_bytes")]
     if not grants.mem or not limits or smallest(limits).value > 1.25 * smallest(grants.mem).value:
         return 0
     return smallest(limits).value
@@ -2811,6 +2812,7 @@ def use_up_memory(limit_mib: int) -> None:
     pid = os.fork()
     if pid == 0:
         try:
+            call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(USE_UP_S)
             with open("/proc/self/oom_score_adj", "w") as file:

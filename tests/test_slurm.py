@@ -155,7 +155,7 @@ def test_a_job_is_out_of_memory_as_without_apppot(slurm, options):
 def test_a_job_is_out_of_memory_also_when_its_command_copes(slurm):
     jobs = Jobs(slurm, "echo ready; tail /dev/zero; exit 3", "--mem=200")
     plain, ours = (slurm.wait_ended(job) for job in jobs.ids)
-    assert plain == ours
+    assert plain == ours == ("OUT_OF_MEMORY", "0:125")
     slurm.assert_nothing_left()
 
 

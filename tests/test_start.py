@@ -162,10 +162,11 @@ def find_grants(environment, files, machine_mib=65536):
     ({"SLURM_JOB_ID": "1"}, 200, 0),
     ({}, 200, 0),
 ])  # fmt: skip
-def test_the_limit_of_a_job_is_told_from_others(variables, limit, wanted):
+@pytest.mark.parametrize("name", ["memory.max", "memory.high"])
+def test_the_limit_of_a_job_is_told_from_others(variables, limit, wanted, name):
     files = {"/proc/self/cgroup": "0::/a\n", "/proc/self/mountinfo": "1 1 0:1 / /c rw - cgroup2 none rw\n",
-             "/c/a/memory.max": str(limit << 20)}  # fmt: skip
-    assert apppot_start.find_job_limit(find_grants(variables, files)) == wanted
+             "/c/a/" + name: str(limit << 20)}  # fmt: skip
+    assert apppot_start.find_job_limit(find_grants(variables, files)) == (wanted if name == "memory.max" else 0)
 
 
 @pytest.mark.parametrize(
