@@ -9,6 +9,11 @@ Constraint: this one file is copied alone to a node, so it imports the standard 
 Three processes make a run: this runner, which relays bytes and signals; a supervisor forked from it, which owns the
 User-Mode Linux kernel and cleans up whatever happens to the runner; and the kernel itself.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)               # Ctrl-C is no traceback, nor during the imports
+
 import argparse
 import binascii
 import collections
@@ -22,7 +27,6 @@ import re
 import resource
 import select
 import shlex
-import signal
 import socket
 import stat
 import struct
@@ -84,6 +88,9 @@ DEFAULT_MEM_MIB, SMALL_MEM_MIB = 1024, 256
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
 ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
 OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32  # the guest gets 64 MiB and a 32nd less than the job; 40 and a 100th are used
+IMAGE_HINT = "--image names a file that is a disk image and that you may read; dd makes one of a device"
+PROCESSES_HINT = "raise the limit of processes (ulimit -u, or pids.max of the cgroup), or of memory"
+SCRATCH_HINT = "is the directory of --tmpdir full or gone?"
 SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the COW file
 DESCRIPTORS_MIN, PROCESSES_MIN = 40, 16
 SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
@@ -113,6 +120,9 @@ KERNEL_HELPERS = 4                   # at most so many threads of its own a kern
 USE_UP_S = 60                        # for a job's memory to be used up
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
+UMID_LOCK_S = 2.0                    # for another run to make or remove its link in ~/.uml
+CLEAN_S = 5.0                        # for the supervisor to end the guest and clean up
+TRACE_MAX = 3000                     # bytes of a supervisor's traceback: a pipe takes 4096 at once
 OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
 LOST_PROCESS = b"Unexpectedly lost MM child!"                  # arch/um/kernel/skas/mmu.c, 6.16 and later
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
@@ -134,6 +144,8 @@ BPF_RET, SECCOMP_RET_ALLOW = 0x06, 0x7FFF0000                  # include/uapi/li
 PTRACE_TRACEME, PTRACE_SETOPTIONS, PTRACE_O_TRACESYSGOOD, PTRACE_SYSEMU = 0, 0x4200, 1, 31     # linux/ptrace.h, x86
 PT_INTERP = 3                                                  # include/uapi/linux/elf.h
 ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
+# include/uapi/asm-generic/fcntl.h: struct flock, whose pid is 0 for a lock of an open file description.
+F_OFD_SETLK, FLOCK = 37, struct.Struct("@hhqqi4x")
 MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
 MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
 
@@ -203,6 +215,14 @@ class Fatal(Exception):
     def __init__(self, message: str, hint: str, status: int = EXIT_FAILED) -> None:
         super().__init__(message)
         self.message, self.hint, self.status = message, hint, status
+
+
+class Bug(Exception):
+    """An exception that nobody foresaw, of another process."""
+
+    def __init__(self, trace: bytes) -> None:
+        super().__init__(trace)
+        self.trace = trace
 
 
 class RootDevice(NamedTuple):
@@ -330,10 +350,9 @@ class Machine(NamedTuple):
     to_guest: int                    # and write end, non-blocking
     console: int                     # read end: what the kernel prints
     lifeline: int                    # write end: closing it ends the guest
-    report: int                      # read end, when the guest is gone: "exec ERRNO", "ended STATUS", "helper" or
-                                     # "network MESSAGE"; before that LOST when the network is gone
+    report: int                      # read end: at the guest's end "ended STATUS", "empty", "helper",
+                                     # "fatal MESSAGE\0HINT" or "bug TRACEBACK"; LOST when the network is gone
     directory: str
-    carried: int                     # pid of the kernel if `empty` carries the channel, else 0
     ram_directory: str               # empty: the same
 
 
@@ -436,7 +455,7 @@ def build_root_args(spec: RunSpec) -> List[str]:
         return ["root=/dev/ubda{}".format(spec.root.partition or "")]
     first, rest = (size // COW_SECTOR for size in (spec.root.length, spec.disk_bytes - spec.root.length))
     table = "0 {0} linear 98:{1} 0,{0} {2} linear 98:16 0".format(first, spec.root.partition, rest)
-    return ["ubd1=disk", "root=/dev/dm-0", 'dm-mod.create="root,,,rw,{}"'.format(table)]
+    return ["ubd1c=disk", "root=/dev/dm-0", 'dm-mod.create="root,,,rw,{}"'.format(table)]
 
 
 def choose_mode(kernel: str, ptrace: bool, extra: Sequence[str]) -> str:
@@ -593,11 +612,68 @@ def write_stderr(content: bytes) -> None:
         pass                                      # nobody listens
 
 
+def write_stdout(text: str) -> None:
+    with blaming("cannot be written", "standard output", "is the disk full that it goes to, or its reader gone?"):
+        print(text, end="", flush=True)
+
+
 def warn(text: str) -> None:
     write_stderr(b"apppot: warning: %s\n" % text.replace("\n", "\\n").encode("utf-8", "backslashreplace"))
 
 
+def describe_exception() -> bytes:
+    """The traceback of what is being handled, the end of a long one."""
+    import traceback
+
+    error = sys.exc_info()[1]
+    trace = error.trace if isinstance(error, Bug) else traceback.format_exc().encode("utf-8", "backslashreplace")
+    return trace[-TRACE_MAX:]
+
+
+def explain_bug(where: str, trace: bytes) -> Fatal:
+    """What to say of an exception that nobody foresaw, below its traceback."""
+    what = trace.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    return Fatal("bug in {}: {}".format(where, what), "please report it, with the lines above")
+
+
+def explain_exception(error: Exception) -> Fatal:
+    if isinstance(error, OSError) and error.filename:
+        return Fatal("{}: {}".format(error.strerror, os.fsdecode(error.filename)), "look at that file or directory")
+    trace = describe_exception()
+    write_stderr(trace)
+    return explain_bug("the runner", trace)
+
+
+@contextmanager
+def blaming(what: str, path: AnyPath, hint: str) -> Iterator[None]:
+    """Tell an OSError as a failure to do `what` with `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise Fatal("{}, {}: {}".format(what, error.strerror or error, os.fsdecode(path)), hint)
+
+
 # --- Images -------------------------------------------------------------------------------------------------
+
+FILE_KINDS = (
+    (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISBLK, "a block device"), (stat.S_ISCHR, "a character device"))
+
+
+def name_kind(path: AnyPath) -> str:
+    """What a path leads to if that is no regular file, else nothing."""
+    mode = os.stat(path).st_mode
+    return next((name for is_kind, name in FILE_KINDS if is_kind(mode)), "")
+
+
+def open_regular(path: str, what: str, hint: str) -> BinaryIO:
+    """Open for reading what is to be a regular file; to open a FIFO would take until somebody writes to it."""
+    with blaming(what + " cannot be read", path, hint):
+        kind = name_kind(path)
+        if kind:
+            raise Fatal("{} is {}: {}".format(what, kind, path), hint)
+        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+
 
 def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
     if offset >= 1 << 62:                         # a damaged table; seek() would raise
@@ -658,25 +734,22 @@ def read_mbr(file: BinaryIO) -> Iterator[Tuple[int, bool, int, int]]:
 
 def find_root_device(path: str) -> RootDevice:
     """The root file system of a partition image or, by its partition table, of a whole-disk image."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size == 0:
-                raise Fatal("image is empty: " + path, "was the transfer cut off? Copy it again")
-            whole = read_ext_superblock(file, 0)
-            partitions = [] if whole else list(read_gpt(file)) or list(read_mbr(file))
-            found = [(0, False, 0, size)] if whole else partitions
-            roots = []
-            for number, says_root, start, _ in found:
-                superblock = read_ext_superblock(file, start)
-                if superblock:
-                    roots.append((says_root, superblock[1], RootDevice(number, superblock[0], start, superblock[1])))
-            if not roots:
-                raise explain_no_root(file, path, bool(partitions))
-    except OSError as error:
-        raise Fatal("image cannot be read, {}: {}".format(error.strerror, path),
-                    "--image names a disk image file" if error.errno in (errno.ENOENT, errno.EISDIR) else
-                    "check its permissions")
+    with open_regular(path, "image", IMAGE_HINT) as file, blaming("image cannot be read", path, IMAGE_HINT):
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            raise Fatal("image is empty: " + path, "was the transfer cut off? Copy it again")
+
+        whole = read_ext_superblock(file, 0)
+        partitions = [] if whole else list(read_gpt(file)) or list(read_mbr(file))
+        found = [(0, False, 0, size)] if whole else partitions
+        roots = []
+        for number, says_root, start, _ in found:
+            superblock = read_ext_superblock(file, start)
+            if superblock:
+                roots.append((says_root, superblock[1], RootDevice(number, superblock[0], start, superblock[1])))
+        if not roots:
+            raise explain_no_root(file, path, bool(partitions))
+
     root = max(roots)[2]
     if root.start + root.length > size:
         raise Fatal("image is truncated: {} has {} of {} bytes".format(path, size, root.start + root.length),
@@ -781,7 +854,7 @@ class ExtReader:
 
 def find_missing_agent(path: str, offset: int) -> str:
     """Which file of the agent an image lacks; empty if none. ValueError where that cannot be seen from outside."""
-    with open(path, "rb") as file:
+    with open_regular(path, "image", IMAGE_HINT) as file:
         try:
             image = ExtReader(file, offset)
             launcher = image.read(AGENT.encode())
@@ -811,19 +884,19 @@ def explain_no_root(file: BinaryIO, path: str, has_partitions: bool) -> Fatal:
 
 def check_cow(cow: str, base: str) -> None:
     """Refuse a COW file that was made for another base image, as the kernel would, but before the boot."""
-    try:
-        with open(cow, "rb") as file:
-            header = file.read(COW_HEADER.size)
-    except FileNotFoundError:
-        if not os.access(os.path.dirname(os.path.abspath(cow)), os.W_OK):
+    if not os.path.lexists(cow):
+        if not os.access(os.path.dirname(os.path.abspath(cow)), os.W_OK | os.X_OK):
             raise Fatal("COW file cannot be made: " + cow, "its directory must exist and be writable")
         return
-    except OSError as error:
-        raise Fatal("COW file cannot be read, {}: {}".format(error.strerror, cow), "check its permissions")
+    hint = "--image COW:BASE names the COW file first; is the order right?"
+    with open_regular(cow, "COW file", hint) as file:
+        header = file.read(COW_HEADER.size)
     if not os.access(cow, os.W_OK):
         raise Fatal("COW file is not writable: " + cow, "check its permissions, or run without a COW file")
+    if not header:                                # open_cow() fills it
+        return
     if len(header) < COW_HEADER.size or header[:4] != COW_MAGIC:
-        raise Fatal("not a COW file: " + cow, "--image COW:BASE names the COW file first; is the order right?")
+        raise Fatal("not a COW file: " + cow, hint)
     version, mtime, size = COW_HEADER.unpack(header)[1:4]
     status = os.stat(base)
     if version == 3 and (mtime != int(status.st_mtime) & 0xFFFFFFFF or size != status.st_size):
@@ -831,43 +904,71 @@ def check_cow(cow: str, base: str) -> None:
                     "the base must have the size and time it had then; copies keep the time with cp -p or rsync -t")
 
 
-def create_cow(cow: str, base: str) -> None:
-    """Make a COW file without a sector in it, as the kernel would, which may not make files anywhere it likes."""
+def size_cow_bitmap(size: int) -> int:
+    """Bytes of the map of written sectors of an image; the kernel keeps it in the guest's memory, too."""
+    return -(-size // (8 * COW_SECTOR))
+
+
+def open_cow(cow: str, base: str) -> int:
+    """Open and lock a COW file. One that is new or empty gets a header and no sector.
+
+    The kernel would make it, too, but may not make files anywhere it likes. The header comes after the lock: another
+    run may want the same file.
+    """
+    with blaming("COW file cannot be opened", cow, SCRATCH_HINT):
+        descriptor = os.open(cow, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
+    lock_file(descriptor, True, "COW file", cow)
+
     status = os.stat(base)
-    bitmap = -(-status.st_size // (8 * COW_SECTOR))
-    start = -(-(COW_HEADER.size + bitmap) // COW_ALIGNMENT) * COW_ALIGNMENT
-    with open(cow, "xb") as file:
-        file.write(COW_HEADER.pack(COW_MAGIC, 3, int(status.st_mtime) & 0xFFFFFFFF, status.st_size, COW_SECTOR,
-                                   COW_ALIGNMENT, 0, os.fsencode(os.path.abspath(base))[:4095]))
-        file.truncate(start + status.st_size)
-
-
-def lock_image(path: str, exclusive: bool) -> int:
-    """Lock an image against others that write it; the descriptor goes to the kernel, so the lock lasts as it does."""
-    descriptor = os.open(path, os.O_RDWR if exclusive else os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise Fatal("image is in use by {}: {}".format(find_lock_holder(path), path),
-                    "--write and a COW file given by name want it for themselves: wait, or use a copy" if exclusive
-                    else "a run is writing it: wait, or use a copy")
-    except OSError:
-        pass                                      # a file system without locks: nothing can be promised there
+    start = -(-(COW_HEADER.size + size_cow_bitmap(status.st_size)) // COW_ALIGNMENT) * COW_ALIGNMENT
+    with blaming("COW file cannot be made", cow, SCRATCH_HINT):
+        if os.fstat(descriptor).st_size == 0:
+            header = COW_HEADER.pack(COW_MAGIC, 3, int(status.st_mtime) & 0xFFFFFFFF, status.st_size, COW_SECTOR,
+                                     COW_ALIGNMENT, 0, os.fsencode(os.path.abspath(base))[:4095])
+            os.write(descriptor, header)
+            os.ftruncate(descriptor, start + status.st_size)
     return descriptor
 
 
-def find_lock_holder(path: str) -> str:
-    inode = str(os.stat(path).st_ino)
+def open_image(path: str, exclusive: bool) -> int:
+    """Open and lock an image; the descriptor goes to the kernel, so the lock lasts as it does."""
+    with blaming("image cannot be opened", path, "check its permissions"):
+        descriptor = os.open(path, os.O_RDWR if exclusive else os.O_RDONLY)
+    lock_file(descriptor, exclusive, "image", path)
+    return descriptor
+
+
+def lock_file(descriptor: int, exclusive: bool, what: str, path: str) -> None:
+    """Lock a file against runs that write it, or against all others.
+
+    By an open file description lock, as the exclusive one wants write permission: with flock(2) anybody who can read
+    an image could keep everybody from running it.
+    """
+    kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
     try:
-        with open("/proc/locks") as file:
-            for line in file:
-                words = line.split()
-                if words[1] == "FLOCK" and words[5].split(":")[-1] == inode:
-                    return "process " + words[4]
-    except (OSError, IndexError):
-        pass
-    return "a process on another node"
+        fcntl.fcntl(descriptor, F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            return                                # a file system without locks: nothing can be promised there
+        holder = find_lock_holder(os.fstat(descriptor))
+        os.close(descriptor)
+        raise Fatal("{} is in use by {}: {}".format(what, holder, path),
+                    "--write and a COW file given by name want it for themselves: wait, or use a copy" if exclusive
+                    else "a run is writing it: wait, or use a copy")
+
+
+def find_lock_holder(locked: os.stat_result) -> str:
+    """In /proc/locks these locks have no process; a process shows its own in /proc/PID/fdinfo, but to its user only."""
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        place = "/proc/{}/fd".format(pid)
+        try:
+            for name in os.listdir(place):
+                if os.path.samestat(os.stat(os.path.join(place, name)), locked) \
+                        and "lock:" in read_node_file("{}info/{}".format(place, name)):
+                    return "process {}".format(pid)
+        except OSError:                           # another user's, or it has ended
+            pass
+    return "another run"
 
 
 # --- The node -----------------------------------------------------------------------------------------------
@@ -886,7 +987,7 @@ def find_part(option: Optional[str], variable: str, names: Sequence[str], what: 
 
 def list_candidates(names: Sequence[str], on_path: bool) -> Iterator[str]:
     beside = os.path.dirname(os.path.abspath(__file__))
-    places = [beside, os.getcwd()] + (os.environ.get("PATH", os.defpath).split(os.pathsep) if on_path else [])
+    places = [beside, os.curdir] + (os.environ.get("PATH", os.defpath).split(os.pathsep) if on_path else [])
     for place in places:
         for name in names:
             path = os.path.join(place or ".", name)
@@ -896,12 +997,8 @@ def list_candidates(names: Sequence[str], on_path: bool) -> Iterator[str]:
 
 def check_kernel(path: str) -> str:
     """Absolute path of a kernel that can be executed. A grid's stage-in loses the execute bit: set it again."""
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise Fatal("kernel cannot be read, {}: {}".format(error.strerror, path),
-                    "--kernel names a User-Mode Linux executable")
+    with open_regular(path, "kernel", "--kernel names a User-Mode Linux executable") as file:
+        magic = file.read(4)
     if magic != b"\x7fELF":
         raise Fatal("kernel is not an executable program: " + path,
                     "User-Mode Linux is one; the file in /boot is not. Debian has it in the package user-mode-linux")
@@ -939,12 +1036,8 @@ def find_empty(io: str, option: Optional[str]) -> Tuple[Optional[str], bool]:
 
 
 def check_is_empty(path: str) -> None:
-    try:
-        with open(path, "rb") as file:
-            is_empty = EMPTY_MARK in file.read(1 << 20)
-    except OSError as error:
-        raise Fatal("`empty` cannot be read, {}: {}".format(error.strerror, path),
-                    "--empty names the program, --io builtin does without it")
+    with open_regular(path, "`empty`", "--empty names the program, --io builtin does without it") as file:
+        is_empty = EMPTY_MARK in file.read(1 << 20)
     if not is_empty:
         raise Fatal("not the program `empty`: " + path, "build it from github.com/mezantrop/empty, or use --io builtin")
     if not make_executable(path):
@@ -1027,11 +1120,12 @@ def find_fault_for_ram(directory: str, mem_mib: int) -> str:
     """Why the guest's memory cannot be a file in `directory`; empty if it can. UML maps that file executable."""
     path = os.path.join(directory, unique_name(".apppot-probe-"))
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        with signals_held():
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            os.unlink(path)
     except OSError as error:
         return "cannot be written ({})".format(error.strerror)
     try:
-        os.unlink(path)
         os.ftruncate(descriptor, mmap.PAGESIZE)
         mmap.mmap(descriptor, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_EXEC).close()
         room = free_mib(directory)
@@ -1151,7 +1245,7 @@ def kernel_holds(kernel: str, text: bytes) -> bool:
     Unlike the kernel's own answer this takes no process, and is there when a library of the kernel is not; but the
     search takes 5 ms.
     """
-    with open(kernel, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with blaming("kernel cannot be read", kernel, "is it complete?"), open(kernel, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(text) >= 0
 
 
@@ -1528,6 +1622,29 @@ def describe_cpus(cpus: Amount) -> str:
 
 # --- Processes ----------------------------------------------------------------------------------------------
 
+@contextmanager
+def signals_held() -> Iterator[Set[int]]:
+    """Keep signals from ending this process while there is something that it must remove; yields the mask before.
+
+    Those that come are dealt with at the end of the context, or when Session.run() lets them in.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_KERNEL)
+    handlers = {number: signal.getsignal(number) for number in KEPT_FROM_KERNEL}
+    try:
+        yield {int(number) for number in mask}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def fork(what: str) -> int:
+    try:
+        return os.fork()
+    except OSError as error:
+        raise Fatal("process for {} cannot be started: {}".format(what, error.strerror), PROCESSES_HINT)
+
+
 def call_libc(name: str, *arguments: Union[int, bytes, None]) -> int:
     """What the standard library does not offer; -1 if it fails or this Python has no ctypes."""
     try:
@@ -1707,13 +1824,19 @@ class Terminal:
 
     @property
     def modes(self) -> bytes:
-        return encode_modes(termios.tcgetattr(self.input)) if self.is_real else b""
+        try:
+            return encode_modes(termios.tcgetattr(self.input)) if self.is_real else b""
+        except termios.error:                     # it was hung up
+            return b""
 
     @property
     def window(self) -> bytes:
-        if not self.is_real:
-            return WINDOW_SIZE.pack(24, 80, 0, 0)
-        return fcntl.ioctl(self.input, termios.TIOCGWINSZ, bytes(WINDOW_SIZE.size))
+        try:
+            if self.is_real:
+                return fcntl.ioctl(self.input, termios.TIOCGWINSZ, bytes(WINDOW_SIZE.size))
+        except OSError:                           # it was hung up
+            pass
+        return WINDOW_SIZE.pack(24, 80, 0, 0)
 
     def is_ours(self) -> bool:
         """Whether this process is in the foreground of the terminal, or no shell has a say in that."""
@@ -1726,7 +1849,7 @@ class Terminal:
         """Make it raw; in the background this stops the process until the user brings it to the foreground."""
         if self.is_real:
             if not self.is_raw:
-                self._state[1:] = self.modes
+                self._state[1:] = encode_modes(termios.tcgetattr(self.input))
             tty.setraw(self.input, termios.TCSANOW)
             if self._shares_output:
                 raw = termios.tcgetattr(self.input)
@@ -1748,7 +1871,8 @@ def find_open_for(not_only: int, on_terminal: Sequence[bool]) -> int:
     for number in (0, 1, 2):
         if on_terminal[number] and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != not_only:
             return number
-    return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+    with blaming("terminal cannot be opened", "/dev/tty", "-T runs the command without one"):
+        return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
 
 
 def find_controlling_terminal() -> Optional[Terminal]:
@@ -1853,8 +1977,8 @@ def fill_run_directory(spec: RunSpec, directories: Directories) -> None:
         os.symlink(spec.job_directory, os.path.join(hostfs, b"job"))
     for number, bind in enumerate(spec.binds):
         os.symlink(bind.directory, os.path.join(hostfs, b"bind%d" % number))
-    if not spec.write and not (spec.cow and os.path.exists(spec.cow)):
-        create_cow(spec.cow or os.path.join(directories.run, "cow"), spec.image)
+    if not spec.write and not spec.cow:
+        os.close(open_cow(os.path.join(directories.run, "cow"), spec.image))
     if spec.disk_bytes:
         enlarge_disk(spec, directories.run)
 
@@ -1911,7 +2035,7 @@ def claim_umid(link: str, target: str) -> None:
         os.mkdir(place_name, 0o700)               # but no home directory that does not exist
     place = os.open(place_name, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX)
+        lock_for(place, UMID_LOCK_S)
         if os.path.lexists(link):
             is_ours = os.path.islink(link)        # else of a kernel that was started without AppPot
             holder = os.path.dirname(os.readlink(link)) if is_ours else link
@@ -1925,6 +2049,19 @@ def claim_umid(link: str, target: str) -> None:
         os.symlink(target, link)
     finally:
         os.close(place)
+
+
+def lock_for(directory: int, seconds: float) -> None:
+    """Wait for the lock of a directory, but not for ever: whoever can read it can lock it, too."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:                           # a file system without locks
+            return
 
 
 def release_umid(link: Optional[str], target: str) -> None:
@@ -1972,10 +2109,11 @@ def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
             os.symlink(path, os.path.join(directory, link))
         return link
 
+    # c: no lock of the kernel's own, which would meet ours.
     if spec.write:
-        return "ubd0c=" + kernel_path("image", spec.image)     # c: no lock of the kernel's own, we have one
+        return "ubd0c=" + kernel_path("image", spec.image)
     cow = kernel_path("cow", spec.cow) if spec.cow else "cow"
-    return "ubd0={},{}".format(cow, kernel_path("base", spec.image))
+    return "ubd0c={},{}".format(cow, kernel_path("base", spec.image))
 
 
 # --- The network --------------------------------------------------------------------------------------------
@@ -2138,7 +2276,7 @@ def start_slirp4netns(network: Network, lifeline: int) -> Tuple[int, int]:
     messages, writer = os.pipe()
     ready = os.dup(writer)
     argv = [network.helper, "--target-type=bess", "--api-socket=net-api", "--ready-fd=30", "net"]
-    pid = os.fork()
+    pid = fork("the network helper")
     if pid == 0:
         call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
@@ -2154,7 +2292,8 @@ def start_slirp4netns(network: Network, lifeline: int) -> Tuple[int, int]:
         for port in network.published:
             publish(port)
     except OSError as error:
-        raise Fatal("network helper failed, {}: {}".format(error.strerror or error, network.helper), "")
+        raise Fatal("network helper failed, {}: {}".format(error.strerror or error, network.helper),
+                    "--net none runs without a network")
     os.close(messages)                            # it ignores SIGPIPE, and would block on a full pipe
     return pid, guest.detach()
 
@@ -2174,7 +2313,7 @@ def spawn_kernel(spec: RunSpec, argv: List[str], launch: Launch) -> int:
     """Fork and execute argv in the current directory as a kernel is."""
     supervisor = os.getpid()
     error_read, error_write = os.pipe()
-    pid = os.fork()
+    pid = fork("the guest")
     if pid == 0:
         try:
             call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -2193,16 +2332,21 @@ def spawn_kernel(spec: RunSpec, argv: List[str], launch: Launch) -> int:
             environment = dict(os.environ, TMPDIR=launch.directories.ram)
             if spec.network.kind == SLIRP:        # it would run programs for the guest, and read ~/.slirprc
                 environment.update(PATH=os.devnull, HOME=".")
-            os.execve(argv[0], argv, environment)
-        except OSError as error:
-            os.write(error_write, b"%d" % (error.errno or 0))
+            try:
+                os.execve(argv[0], argv, environment)
+            except OSError as error:
+                os.write(error_write, b"%d" % (error.errno or 0))
+        except BaseException:
+            os.write(error_write, describe_exception())
         finally:
             os._exit(EXIT_FAILED)
     os.close(error_write)
     with os.fdopen(error_read, "rb") as file:
         failure = file.read()
+    if failure.isdigit():
+        raise explain_exec_failure(int(failure), argv[0])
     if failure:
-        raise OSError(int(failure), os.strerror(int(failure)))
+        raise Bug(failure)
     return pid
 
 
@@ -2271,8 +2415,8 @@ def start_by_empty(spec: RunSpec, argv: List[str], launch: Launch) -> Optional[T
             kill_children(launch.helper)
             for name in (EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST):
                 remove_tree(name)
-    except OSError:
-        kill_children(launch.helper)
+    except Fatal:                                 # it cannot be executed
+        pass
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     return None
@@ -2318,7 +2462,8 @@ def tie_to_us(leash: int, owner: int) -> None:
 
 def start_kernel(spec: RunSpec, launch: Launch) -> Optional[Tuple[int, int]]:
     """Start the kernel; its pid and that of the `empty` around it, 0 without; None if there is to be one and cannot."""
-    disk = name_disk(spec, launch.directories.run)
+    with blaming("run directory cannot be filled", launch.directories.run, SCRATCH_HINT):
+        disk = name_disk(spec, launch.directories.run)
     if spec.empty:
         # `empty` does not tell whether the kernel can be executed, so this does.
         spawn_kernel(spec, [spec.kernel, "--version"], launch._replace(keep={}))
@@ -2485,12 +2630,26 @@ def find_corpses(kernel: int) -> Set[int]:
 
 def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int, report: int) -> None:
     """The supervisor's life: run the kernel, end it when it should end, leave nothing."""
+    try:
+        message = run_kernel(spec, directories, keep, lifeline, report).encode()
+    except Fatal as fatal:
+        message = b"fatal %s\0%s" % (fatal.message.encode("utf-8", "surrogateescape"), fatal.hint.encode())
+    except Exception:
+        message = b"bug " + describe_exception()
+    kill_children()
+    os.chdir("/")
+    release_umid(spec.umid_link, os.path.join(directories.run, spec.umid))
+    for directory in directories:
+        remove_tree(directory)
+    os.write(report, message)
+
+
+def run_kernel(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int, report: int) -> str:
+    """Start the kernel and what it needs, and wait for its end or the runner's; return what to report."""
     wakeup, to_wakeup = os.pipe()
     os.set_blocking(to_wakeup, False)
     signal.set_wakeup_fd(to_wakeup)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    os.chdir(directories.run)
-    message = "empty"
     helper = 0
 
     def check_helper() -> None:
@@ -2499,27 +2658,17 @@ def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
             helper = 0
             os.write(report, LOST)
 
-    try:
-        if spec.network.kind == SLIRP4NETNS:
-            helper, keep[KERNEL_NETWORK_FD] = start_slirp4netns(spec.network, lifeline)
-        elif spec.network.kind == SLIRP:
+    with blaming("run directory cannot be used", directories.run, SCRATCH_HINT):
+        os.chdir(directories.run)
+        if spec.network.kind == SLIRP:
             os.symlink(spec.network.helper, "slirp")
-        rules = list_rules(spec, directories) if is_confined(spec.empty) else []
-        pids = start_kernel(spec, Launch(directories, rules, keep, lifeline, helper))
-        for number in {1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD} & set(keep):
-            os.close(keep[number])                # so that they end with the kernel
-        if pids:
-            message = watch_kernel(pids, spec, lifeline, wakeup, check_helper)
-    except OSError as error:
-        message = "exec {}".format(error.errno)
-    except Fatal as fatal:
-        message = "network " + fatal.message
-    kill_children()
-    os.chdir("/")
-    release_umid(spec.umid_link, os.path.join(directories.run, spec.umid))
-    for directory in directories:
-        remove_tree(directory)
-    os.write(report, message.encode("utf-8", "surrogateescape"))
+    if spec.network.kind == SLIRP4NETNS:
+        helper, keep[KERNEL_NETWORK_FD] = start_slirp4netns(spec.network, lifeline)
+    rules = list_rules(spec, directories) if is_confined(spec.empty) else []
+    pids = start_kernel(spec, Launch(directories, rules, keep, lifeline, helper))
+    for number in {1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD} & set(keep):
+        os.close(keep[number])                    # so that they end with the kernel
+    return watch_kernel(pids, spec, lifeline, wakeup, check_helper) if pids else "empty"
 
 
 @contextmanager
@@ -2535,10 +2684,9 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
     lifeline_end, lifeline = os.pipe()
     report, report_end = os.pipe()
     sys.stderr.flush()
-    supervisor = os.fork()
-    if supervisor == 0:
+    supervisor = fork("the supervisor")
+    if supervisor == 0:                           # signals_held() has blocked for it what it is to be spared
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_KERNEL)
             for number in KEPT_FROM_KERNEL:       # from 6.16 on a thread of the kernel has a mask of its own
                 signal.signal(number, signal.SIG_IGN)
             os.setsid()
@@ -2555,21 +2703,33 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
             if terminal:
                 os.read(lifeline_end, 1)          # returns when the runner is dead, or has done it
                 terminal.release()
+        except BaseException:
+            os.write(report_end, b"bug " + describe_exception())
         finally:
             os._exit(0)
     for descriptor in (input_end, output_end, console_end, lifeline_end, report_end):
         os.close(descriptor)
     try:
-        carried = exchange_channel(directories.run, from_guest, to_guest) if spec.empty else 0
-        yield Machine(supervisor, from_guest, to_guest, console, lifeline, report, directories.run, carried,
+        yield Machine(supervisor, from_guest, to_guest, console, lifeline, report, directories.run,
                       directories.ram if directories.ram != directories.run else "")
     finally:
         os.close(lifeline)
-        if read_process(supervisor)[1] == os.getpid():
-            os.waitpid(supervisor, 0)
+        end_supervisor(supervisor, report)
         kill_children()
         for descriptor in (from_guest, to_guest, console, report):
             os.close(descriptor)
+
+
+def end_supervisor(pid: int, report: int) -> None:
+    """Wait until the supervisor has cleaned up. One that was stopped goes on; one that hangs is killed."""
+    if read_process(pid)[1] != os.getpid():
+        return                                    # it was reaped already
+    os.kill(pid, signal.SIGCONT)
+    deadline = time.monotonic() + CLEAN_S
+    while select.select([report], [], [], max(0, deadline - time.monotonic()))[0] and os.read(report, 4096):
+        pass
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def exchange_channel(directory: str, from_guest: int, to_guest: int) -> int:
@@ -2622,13 +2782,19 @@ class Worker(threading.Thread):
     Up to Python 3.8 a thread ends by pthread_exit(3), which wants a library (libgcc_s.so.1) that a node may lack.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, session: "Session") -> None:
         super().__init__(daemon=True)
+        self._session = session
         self.finished = threading.Event()
+        self.failure: Optional[Fatal] = None
 
     def run(self) -> None:
-        self.work()
+        try:
+            self.work()
+        except Exception:
+            self.failure = self._session.show_bug("the runner", describe_exception())
         self.finished.set()
+        self._session.wake()
         threading.Event().wait()
 
     def work(self) -> None:
@@ -2642,8 +2808,8 @@ class OutputWriter(Worker):
     """
 
     def __init__(self, session: "Session", kind: int, descriptor: int) -> None:
-        super().__init__()
-        self._session, self._kind, self._descriptor = session, kind, descriptor
+        super().__init__(session)
+        self._kind, self._descriptor = kind, descriptor
         self._queue: Deque[Optional[bytes]] = collections.deque()
         self._filled = threading.Semaphore(0)
         self._received = self._written = 0        # pieces
@@ -2672,8 +2838,6 @@ class OutputWriter(Worker):
             if written >= ACK_STEP or not self._queue:
                 self._session.post(encode_frame(ACK, struct.pack("<BI", self._kind, written)))
                 written = 0
-        self.finished.set()                       # before the session looks
-        self._session.wake()
 
     def _write(self, content: bytes) -> None:
         terminal = self._session.stdio.terminal
@@ -2695,13 +2859,12 @@ class InputReader(Worker):
     """Reads the caller's stdin, no further ahead of the command than STDIN_WINDOW bytes."""
 
     def __init__(self, session: "Session", spool: str) -> None:
-        super().__init__()
-        self._session, self._spool = session, spool
+        super().__init__(session)
+        self._spool = spool
         self._room = STDIN_WINDOW
         self._changed = threading.Condition()
         self._stopped = False
         self._names = 0
-        self.failure: Optional[Fatal] = None
         try:
             self._start_offset: Optional[int] = os.lseek(0, 0, os.SEEK_CUR)
         except OSError:
@@ -2746,7 +2909,6 @@ class InputReader(Worker):
         except OSError as error:
             self.failure = Fatal("stdin cannot be passed on: " + str(error.strerror),
                                  "is the directory of --tmpdir full?")
-            self._session.wake()
 
     def _wait_for_room(self) -> bool:
         with self._changed:
@@ -2857,6 +3019,8 @@ class Session:
         os.set_blocking(self._wakeup, False)
         os.set_blocking(self._to_wakeup, False)
         self._signals: Deque[int] = collections.deque()
+        self._carried = 0                         # pid of the kernel if `empty` carries the channel
+        self._exchanged = not spec.empty          # whether that is known
         self._deadlines: Dict[str, float] = {"boot": time.monotonic() + spec.boot_timeout_s}
         if spec.timeout_s is not None:
             self._deadlines["wall"] = time.monotonic() + spec.timeout_s
@@ -2875,12 +3039,19 @@ class Session:
         self._key_room = KEYS_WINDOW
         self._line_room = LINE_WINDOW
         self._reader = InputReader(self, os.path.join(machine.directory, "hostfs/spool"))
+        self._workers: List[Worker] = list(self._writers.values())
+        if stdio.kinds[:1] == b"p":
+            self._workers.append(self._reader)
 
     # Called from other threads.
 
     def post(self, frame: bytes) -> None:
         self._outbox.append(frame)
         self.wake()
+
+    def show_bug(self, where: str, trace: bytes) -> Fatal:
+        self._show(trace)
+        return explain_bug(where, trace)
 
     def wake(self) -> None:
         try:
@@ -2890,16 +3061,32 @@ class Session:
 
     # The main thread.
 
-    def run(self) -> Result:
+    def run(self, mask: Iterable[int]) -> Result:
+        """Until there is a result; signals have been held back, and are let in here by the mask before that."""
         signal.set_wakeup_fd(self._to_wakeup)
-        for number in FORWARDED_SIGNALS:
-            signal.signal(number, lambda received, frame: self._signals.append(received))
-        signal.signal(signal.SIGTSTP, lambda received, frame: self._suspend())
+        for number in FORWARDED_SIGNALS + (signal.SIGTSTP,):
+            self._queue_signal(number)
+        held = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while self._result is None:
             self._step()
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         if self.stdio.terminal:
             self.stdio.terminal.release()
         return self._result
+
+    def _queue_signal(self, number: int) -> None:
+        signal.signal(number, lambda received, frame: self._signals.append(received))
+
+    def _take_signal(self, number: int) -> None:
+        terminal = self.stdio.terminal
+        if number == signal.SIGTSTP:
+            self._suspend()
+        elif number == signal.SIGCONT and terminal:
+            self._resume(terminal)
+        elif number == signal.SIGWINCH and terminal:
+            self._tell_window(terminal)
+        else:
+            self._forward_signal(number)
 
     def _step(self) -> None:
         poll = select.poll()
@@ -2920,7 +3107,7 @@ class Session:
         if self._wakeup in ready:
             os.read(self._wakeup, 4096)
         while self._signals:
-            self._forward_signal(self._signals.popleft())
+            self._take_signal(self._signals.popleft())
         if self._machine.console in ready:
             self._take_console()
         if from_guest in ready:
@@ -2960,8 +3147,11 @@ class Session:
         return bool(content)
 
     def _take_frames(self) -> None:
+        if not self._exchanged:
+            self._exchange_channel()
+            return
         content = os.read(self._machine.from_guest, PIPE_SIZE)
-        if self._machine.carried and content:
+        if self._carried and content:
             self._wake_writer()
         self._channel_open = bool(content)
         self._received += content
@@ -2981,10 +3171,17 @@ class Session:
                 self._fail("guest sent what is no message of AppPot ({})".format(error),
                            "did something in the appliance write to /dev/ttyS0?")
 
+    def _exchange_channel(self) -> None:
+        machine = self._machine
+        self._carried = exchange_channel(machine.directory, machine.from_guest, machine.to_guest)
+        self._exchanged = True
+        self._say("kernel started, the channel is carried by {}".format(self._spec.empty) if self._carried else
+                  "kernel started, without {}, which does not work".format(self._spec.empty))
+
     def _wake_writer(self) -> None:
         """Have User-Mode Linux look whether its full pty has room again: the SIGIO of the pty's own comes too early."""
         try:
-            os.kill(self._machine.carried, signal.SIGIO)
+            os.kill(self._carried, signal.SIGIO)
         except OSError:
             pass                                  # it is dead
 
@@ -3029,10 +3226,12 @@ class Session:
         self._say("command started")
         self._running = True
         self._deadlines.pop("boot", None)
-        for writer in self._writers.values():
-            writer.start()
-        if self.stdio.kinds[:1] == b"p":
-            self._reader.start()
+        try:
+            for worker in self._workers:
+                worker.start()
+        except RuntimeError as error:
+            self._fail("thread of the runner cannot be started: {}".format(error), PROCESSES_HINT)
+            return
         if self.stdio.terminal:
             self._open_terminal(self.stdio.terminal)
 
@@ -3048,15 +3247,16 @@ class Session:
             return
         job = build_job(self._spec, self.stdio)
         directory = os.path.join(self._machine.directory, "hostfs/spool")
-        self.post(encode_frame(JOB | SPOOLED, spool(directory, "job", job)) if len(job) > INLINE_MAX
-                  else encode_frame(JOB, job))
+        with blaming("job cannot be passed on", directory, SCRATCH_HINT):
+            self.post(encode_frame(JOB | SPOOLED, spool(directory, "job", job)) if len(job) > INLINE_MAX
+                      else encode_frame(JOB, job))
 
     # The terminal. The guest's one belongs to a foreground process group, as any does; while that is the agent's own,
     # the command is stopped when it reads, and asks that way for the caller's.
 
     def _open_terminal(self, terminal: Terminal) -> None:
-        for number, handler in ((signal.SIGWINCH, self._tell_window), (signal.SIGCONT, self._resume)):
-            signal.signal(number, lambda received, frame, handler=handler: handler(terminal))   # type: ignore[misc]
+        for number in (signal.SIGWINCH, signal.SIGCONT):
+            self._queue_signal(number)
             signal.siginterrupt(number, False)    # tcsetattr() in the background is to begin again
         if self.stdio.at_once:
             self._give_terminal(terminal)
@@ -3125,10 +3325,7 @@ class Session:
             self._resume(self.stdio.terminal)
 
     def _tell_window(self, terminal: Terminal) -> None:
-        try:
-            self.post(encode_frame(WINDOW, terminal.window))
-        except OSError:                           # it was hung up
-            pass
+        self.post(encode_frame(WINDOW, terminal.window))
 
     def _resume(self, terminal: Terminal) -> None:
         """Go on after a stop, in the foreground or, as `bg` has it, without the terminal."""
@@ -3174,20 +3371,21 @@ class Session:
         self.post(encode_frame(NETWORK_LOST, b"vec0"))
 
     def _explain_end(self) -> Fatal:
-        what, _, number = (self._report or "").partition(" ")
+        what, _, rest = (self._report or "").partition(" ")
         console = self._console.decode("utf-8", "replace")
-        if what == "exec":
-            return explain_exec_failure(int(number), self._spec.kernel)
+        if what == "fatal":
+            message, _, hint = rest.partition("\0")
+            return Fatal(message, hint)
+        if what == "bug":
+            return self.show_bug("the supervisor", os.fsencode(rest))
         if what == "empty" and not self._greeted:
             return Fatal("`empty` does not start the kernel: {}".format(self._spec.empty),
                          "build it from github.com/mezantrop/empty for this machine; --io builtin does without it")
-        if what == "network":
-            return Fatal(number, "--net none runs without a network")
         if what != "ended":
             who = {"empty": "`empty`, which carried the channel,", "helper": "a helper process of the kernel"}.get(
                 what, "the supervisor process of the run")
             return Fatal(who + " was killed", "look for who did, then run the job again")
-        return explain_kernel_end(int(number), console, self._spec, self._greeted)
+        return explain_kernel_end(int(rest), console, self._spec, self._greeted)
 
     def _forward_signal(self, number: int) -> None:
         if not self._running or self._told:       # nothing to forward to: die of it, as any program would
@@ -3226,8 +3424,9 @@ class Session:
     def _finish_if_done(self) -> None:
         if self._report is not None and not self._channel_open and not self._told:
             self._result = Result(EXIT_FAILED, self._explain_end())
-        if self._reader.failure:
-            self._result = Result(EXIT_FAILED, self._reader.failure)
+        for worker in self._workers:
+            if worker.failure:
+                self._result = Result(EXIT_FAILED, worker.failure)
         if self._told and (not self._running or all(writer.finished.is_set() for writer in self._writers.values())):
             self._result = self._told
             for writer in self._writers.values():
@@ -3540,40 +3739,49 @@ def run(spec: RunSpec, started: float) -> Result:
         if spec.verbose:
             show(one_line("apppot: {:.3f} s: {}".format(time.time() - started, text)) + b"\n")
 
-    try:
-        with ExitStack() as stack:
-            stdio = stack.enter_context(connect_stdio(spec.terminal))
-            locks = [lock_image(spec.image, spec.write)]
-            if spec.cow and os.path.exists(spec.cow):          # one that the kernel makes, it locks itself
-                locks.append(lock_image(spec.cow, True))
-            directory, lock = stack.enter_context(private_directory(spec.scratch))
-            locks.append(lock)
-            directories = Directories(directory, directory, directory)
-            if spec.ram_directory != spec.scratch:
-                ram_directory, lock = stack.enter_context(private_directory(spec.ram_directory))
-                directories = directories._replace(ram=ram_directory)
-                locks.append(lock)
-            if spec.saved_changes:
-                save_directory, lock = stack.enter_context(private_directory(os.path.dirname(spec.saved_changes)))
-                directories = directories._replace(save=save_directory)
-                locks.append(lock)
-            fill_run_directory(spec, directories)
-            for note in ("run directory " + directory,) + spec.notes:
-                say(note)
-            say(describe(spec.network))
-            say("hostfs is " + describe_confinement(spec.empty))
-            say("management console: uml_mconsole " + stack.enter_context(mconsole_name(spec, directory)))
-            machine = stack.enter_context(start_machine(spec, stdio.terminal, directories, locks))
-            say("kernel started, the channel is carried by " + (spec.empty or "") if machine.carried else
-                "kernel started" + (", without {}, which does not work".format(spec.empty) if spec.empty else ""))
-            result = Session(machine, spec, stdio, show, say).run()
-            if spec.saved_changes and not result.failure:
-                place_changes(os.path.join(directories.save, os.path.basename(spec.saved_changes)), spec.saved_changes)
-        say("nothing left")
-        return result
-    except OSError as error:
-        raise Fatal("{}: {}".format(error.strerror, error.filename or "run directory in " + spec.scratch),
-                    "is the directory of --tmpdir full or gone?")
+    with ExitStack() as stack:
+        mask = stack.enter_context(signals_held())
+        stdio = stack.enter_context(connect_stdio(spec.terminal))
+        locks = [open_image(spec.image, spec.write)]
+        if spec.cow:
+            locks.append(open_cow(spec.cow, spec.image))
+        directories = make_directories(spec, stack, locks)
+
+        for note in ("run directory " + directories.run,) + spec.notes:
+            say(note)
+        say(describe(spec.network))
+        say("hostfs is " + describe_confinement(spec.empty))
+        say("management console: uml_mconsole " + stack.enter_context(mconsole_name(spec, directories.run)))
+
+        machine = stack.enter_context(start_machine(spec, stdio.terminal, directories, locks))
+        if not spec.empty:
+            say("kernel started")
+        result = Session(machine, spec, stdio, show, say).run(mask)
+        if spec.saved_changes and not result.failure:
+            made = os.path.join(directories.save, os.path.basename(spec.saved_changes))
+            with blaming("changes file cannot be written", spec.saved_changes, "is its directory full or gone?"):
+                place_changes(made, spec.saved_changes)
+    say("nothing left")
+    return result
+
+
+def make_directories(spec: RunSpec, stack: ExitStack, locks: List[int]) -> Directories:
+    """Make and fill the private directories of a run; the descriptors that lock them are appended to `locks`."""
+    def make(parent: str) -> str:
+        with blaming("private directory cannot be made", parent, SCRATCH_HINT):
+            directory, lock = stack.enter_context(private_directory(parent))
+        locks.append(lock)
+        return directory
+
+    directory = make(spec.scratch)
+    directories = Directories(directory, directory, directory)
+    if spec.ram_directory != spec.scratch:
+        directories = directories._replace(ram=make(spec.ram_directory))
+    if spec.saved_changes:
+        directories = directories._replace(save=make(os.path.dirname(spec.saved_changes)))
+    with blaming("run directory cannot be filled", directory, SCRATCH_HINT):
+        fill_run_directory(spec, directories)
+    return directories
 
 
 # --- The doctor ---------------------------------------------------------------------------------------------
@@ -3754,7 +3962,7 @@ def examine(options: argparse.Namespace, command: Tuple[str, ...]) -> int:
             finding = Finding("fail", str(error), "look at that file or directory")
         advice = "; do: " + finding.advice if finding.advice else ""
         line = "{:5} {:8} {}{}".format(finding.verdict, name, finding.what, advice)
-        print(one_line(line).decode(), flush=True)
+        write_stdout(one_line(line).decode() + "\n")
         status = EXIT_FAILED if finding.verdict == "fail" else status
     return status
 
@@ -3793,15 +4001,13 @@ def follow_ancestor(name: str) -> None:
 def main(argv: List[str]) -> int:
     started, parent = time.time(), os.getppid()
     open_standard_descriptors()
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C is no traceback
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)              # where a caller ignores it, nobody can be waited for
     try:
         parser = build_parser()
         words, command = parser.split(argv)
         options = parser.parse_args(words)
         if options.help or options.version:
-            print(parser.format_help() if options.help else "AppPot {}\n".format(VERSION), end="", flush=True)
+            write_stdout(parser.format_help() if options.help else "AppPot {}\n".format(VERSION))
             return 0
         if options.doctor or options.boot:
             return examine(options, command)
@@ -3811,7 +4017,7 @@ def main(argv: List[str]) -> int:
             follow_ancestor(options.die_with)
         spec = build_spec(options, command)
         if options.dry_run:
-            print(" ".join(shlex.quote(word) for word in build_command_line(spec, name_disk(spec, None))), flush=True)
+            write_stdout(" ".join(map(shlex.quote, build_command_line(spec, name_disk(spec, None)))) + "\n")
             return 0
         result = run(spec, started)
         if result.failure:
@@ -3821,11 +4027,8 @@ def main(argv: List[str]) -> int:
         if result.signal and spec.in_job:
             die_of(result.signal)
         return result.status
-    except Fatal as fatal:
-        return report(fatal)
-    except OSError as error:
-        return report(Fatal("{}: {}".format(error.strerror, error.filename or "standard output"),
-                            "look at that file or directory"))
+    except Exception as error:
+        return report(error if isinstance(error, Fatal) else explain_exception(error))
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def test_colons_and_modes_are_told_apart(tmp_path):
 def test_a_cow_file_made_here_is_what_a_kernel_makes(node):
     """The runner makes COW files itself; the kernel's own is the measure."""
     ours, theirs = node.root / "ours", node.root / "theirs"
-    apppot_start.create_cow(str(ours), str(node.image))
+    os.close(apppot_start.open_cow(str(ours), str(node.image)))
     kernel = [node.kernel, f"ubd0={theirs},{node.image}", "root=/dev/ubda", "mem=64M", "con=null", "con0=null,fd:1"]
     panic = subprocess.run(
         [*kernel, f"uml_dir={node.root}", "init=/none"], stdin=subprocess.DEVNULL, capture_output=True

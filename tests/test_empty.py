@@ -100,7 +100,7 @@ def test_contradicting_options_are_refused(node):
 def test_a_dry_run_shows_the_whole_command_line(node):
     path = node.copy_empty("empty")
     shown = node.run("--dry-run", "true").stdout.decode()
-    assert shown.startswith(f"{path} -f -i ") and f" {node.root}/linux ubd0=" in shown
+    assert shown.startswith(f"{path} -f -i ") and f" {node.root}/linux ubd0c=" in shown
 
 
 def test_a_kernel_that_cannot_be_executed_is_told_as_without_it(node):

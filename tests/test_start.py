@@ -531,7 +531,7 @@ def test_help_and_version_and_dry_run(image, kernel):
     line = run_runner(
         "--dry-run", "--image", image, "--kernel", kernel, "--mem", "300", "--id", "me", "-X", "quiet", "true"
     ).stdout.decode()
-    assert re.match(rf"{re.escape(str(kernel))} ubd0=cow,\S+ root=/dev/ubda rw mem=300M ", line)
+    assert re.match(rf"{re.escape(str(kernel))} ubd0c=cow,\S+ root=/dev/ubda rw mem=300M ", line)
     assert " umid=me " in line and line.endswith(" quiet\n")
 
 
