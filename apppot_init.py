@@ -42,7 +42,7 @@ else:
 
 VERSION = "0.1"
 
-# --- What crosses host and guest (apppot_start.py has the same; a test compares them) -----------------------
+# --- What crosses host and guest (the other program has the same text; a test compares them) ----------------
 
 PROTOCOL = 2
 MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may carry noise before the agent owns it
@@ -1122,7 +1122,8 @@ class Relay:
             if pid == 0:
                 return
             if pid == self._pid and os.WIFSTOPPED(status):
-                self._channel.send(STOPPED, bytes([os.WSTOPSIG(status)]))
+                if self._terminal:                # else it has asked us to trace it
+                    self._channel.send(STOPPED, bytes([os.WSTOPSIG(status)]))
             elif pid == self._pid:
                 self.status = status
                 self._release_command()

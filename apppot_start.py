@@ -58,7 +58,7 @@ from typing import (
 VERSION = "0.1"
 AnyPath = Union[str, bytes]
 
-# --- What crosses host and guest (apppot_init.py has the same; a test compares them) -------------------------
+# --- What crosses host and guest (the other program has the same text; a test compares them) ----------------
 
 PROTOCOL = 2
 MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may carry noise before the agent owns it
@@ -72,14 +72,15 @@ JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33
 NETWORK_LOST = 42
 SPOOLED = 0x80
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
-LINE_WINDOW = 3072                   # bytes to the guest that it has not read: from 3968 on UML stops the line for good
 SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
-WINDOW_SIZE = struct.Struct("4H")    # struct winsize: rows, columns, width and height in pixels
 TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
 
 # --- The runner's own constants -----------------------------------------------------------------------------
 
-EXIT_TIMEOUT, EXIT_FAILED = 124, 125
+LINE_WINDOW = 3072                   # bytes to the guest that it has not read: from 3968 on UML stops the line for good
+WINDOW_SIZE = struct.Struct("4H")    # struct winsize: rows, columns, width and height in pixels
+SIGNALS_MAX = 64                     # _NSIG, include/uapi/asm-generic/signal.h
+EXIT_TIMEOUT, EXIT_FAILED, EXIT_NOT_FOUND = 124, 125, 127
 AGENT, AGENT_MODULE = "/sbin/apppot-init", "/usr/lib/apppot/apppot_init.py"
 KERNEL_NAMES = ("linux", "linux.uml")
 IMAGE_NAMES = ("apppot.img",)
@@ -123,9 +124,12 @@ KILL_GRACE_S = 5.0                   # for the guest to tell how the command die
 UMID_LOCK_S = 2.0                    # for another run to make or remove its link in ~/.uml
 CLEAN_S = 5.0                        # for the supervisor to end the guest and clean up
 TRACE_MAX = 3000                     # bytes of a supervisor's traceback: a pipe takes 4096 at once
+CONTROL_CHARACTERS = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\U0010ffff]")
+TEXT_MAX = 4096                      # characters of a text from the guest that are shown
 OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
 LOST_PROCESS = b"Unexpectedly lost MM child!"                  # arch/um/kernel/skas/mmu.c, 6.16 and later
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
+BYTE, COUNT, STREAM_COUNT = (struct.Struct(text) for text in ("<B", "<I", "<BI"))        # payloads of frames
 KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD, KERNEL_NETWORK_FD = 3, 4, 5, 30
 KERNEL_LEASH_FDS = 28, 29            # spawn_kernel() uses the numbers from 32 on
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
@@ -223,6 +227,10 @@ class Bug(Exception):
     def __init__(self, trace: bytes) -> None:
         super().__init__(trace)
         self.trace = trace
+
+
+class Misfit(Exception):
+    """The guest sent what is no message of AppPot, or none that fits now: anything there can write to the line."""
 
 
 class RootDevice(NamedTuple):
@@ -370,13 +378,13 @@ def encode_frame(kind: int, payload: bytes = b"") -> bytes:
 
 
 def decode_frames(received: bytearray) -> List[Tuple[int, bytes]]:
-    """Take the complete frames off the front of `received`; ValueError when it cannot be a frame."""
+    """Take the complete frames off the front of `received`; Misfit when it cannot be a frame."""
     frames = []
     start = 0
     while len(received) - start >= FRAME.size:
         kind, length = FRAME.unpack_from(received, start)
         if length > FRAME_MAX:
-            raise ValueError("a frame of {} bytes".format(length))
+            raise Misfit("a frame of {} bytes".format(length))
         end = start + FRAME.size + length
         if len(received) < end:
             break
@@ -397,6 +405,36 @@ def decode_fields(payload: bytes) -> Dict[bytes, List[bytes]]:
         name, _, value = record.partition(b"=")
         fields.setdefault(name, []).append(value)
     return fields
+
+
+def unpack_exactly(layout: struct.Struct, payload: bytes) -> Tuple[int, ...]:
+    if len(payload) != layout.size:
+        raise Misfit("{} bytes instead of {}".format(len(payload), layout.size))
+    return layout.unpack(payload)
+
+
+def check_range(number: int, least: int, most: int) -> int:
+    if not least <= number <= most:
+        raise Misfit("{} is not from {} to {}".format(number, least, most))
+    return number
+
+
+def only_field(fields: Dict[bytes, List[bytes]], name: bytes) -> bytes:
+    values = fields.get(name, [])
+    if len(values) != 1:
+        raise Misfit("{} times the field {}".format(len(values), name.decode()))
+    return values[0]
+
+
+def text_field(fields: Dict[bytes, List[bytes]], name: bytes) -> str:
+    return only_field(fields, name)[:TEXT_MAX].decode("utf-8", "replace")
+
+
+def number_field(fields: Dict[bytes, List[bytes]], name: bytes, least: int, most: int) -> int:
+    text = only_field(fields, name)
+    if not re.fullmatch(br"[0-9]{1,18}", text):                # int() takes blanks, signs and a million digits, too
+        raise Misfit("no number in the field {}".format(name.decode()))
+    return check_range(int(text), least, most)
 
 
 def parse_size_mib(text: str, what: str) -> int:
@@ -421,7 +459,15 @@ def format_mib(mib: float) -> str:
 
 
 def one_line(text: str) -> bytes:
-    return text.replace("\n", "\\n").encode("utf-8", "backslashreplace")
+    """A text of anybody's as one line that a terminal only shows: no control or escape sequence in it works."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
+                   for char in text).encode()
+
+
+def show_console(content: bytes) -> bytes:
+    """What the guest's console says, line by line, without what a terminal would obey."""
+    text = content.decode("utf-8", "replace")
+    return CONTROL_CHARACTERS.sub(lambda found: "\\x{:02x}".format(ord(found.group())), text).encode()
 
 
 def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: bool) -> Dict[bytes, bytes]:
@@ -618,7 +664,7 @@ def write_stdout(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    write_stderr(b"apppot: warning: %s\n" % text.replace("\n", "\\n").encode("utf-8", "backslashreplace"))
+    write_stderr(b"apppot: warning: %s\n" % one_line(text))
 
 
 def describe_exception() -> bytes:
@@ -1088,7 +1134,7 @@ def no_library(what: str, kernel: str) -> Fatal:
 def explain_loader(output: str, kernel: str) -> Optional[Fatal]:
     """What the dynamic loader says of a kernel that it cannot start."""
     missing = re.search(r"error while loading shared libraries: ([^:\n]+)", output)
-    version = re.search(r"(\S+): (version `[^']+' not found)", output)
+    version = re.search(r"(?m)(?:^|\s)(\S{1,4096}): (version `[^'\n]{1,200}' not found)", output)
     if missing:
         return no_library(missing.group(1), kernel)
     return no_library("{}: {}".format(*version.groups()), kernel) if version else None
@@ -2810,34 +2856,45 @@ class OutputWriter(Worker):
     def __init__(self, session: "Session", kind: int, descriptor: int) -> None:
         super().__init__(session)
         self._kind, self._descriptor = kind, descriptor
-        self._queue: Deque[Optional[bytes]] = collections.deque()
-        self._filled = threading.Semaphore(0)
-        self._received = self._written = 0        # pieces
+        self._window = SCREEN_WINDOW if kind == SCREEN else OUTPUT_WINDOW
+        self._changed = threading.Condition()
+        self._queue = bytearray()
+        self._unwritten = 0                       # bytes, those included that are being written
+        self._is_complete = False
         self.error: Optional[OSError] = None
 
     @property
     def is_idle(self) -> bool:
-        return self._received == self._written
+        return not self._unwritten
 
-    def put(self, content: Optional[bytes]) -> None:
-        self._received += 1
-        self._queue.append(content)
-        self._filled.release()
+    def put(self, content: bytes) -> None:
+        """Misfit for what the guest may not send before more is written: the queue is in this process's memory."""
+        with self._changed:
+            if not content or self._unwritten >= self._window:
+                raise Misfit("{} bytes of output behind {} that nobody has read".format(
+                    len(content), self._unwritten))
+            self._queue += content
+            self._unwritten += len(content)
+            self._changed.notify()
+
+    def complete(self) -> None:
+        with self._changed:
+            self._is_complete = True
+            self._changed.notify()
 
     def work(self) -> None:
-        written = 0
         while True:
-            self._filled.acquire()
-            content = self._queue.popleft()
-            if content is None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._is_complete)
+                content = bytes(self._queue[:ACK_STEP])
+                del self._queue[:ACK_STEP]
+            if not content:
                 break
             if self.error is None:
                 self._write(content)
-            self._written += 1
-            written += len(content)
-            if written >= ACK_STEP or not self._queue:
-                self._session.post(encode_frame(ACK, struct.pack("<BI", self._kind, written)))
-                written = 0
+            with self._changed:
+                self._unwritten -= len(content)
+            self._session.acknowledge(self._kind, len(content))
 
     def _write(self, content: bytes) -> None:
         terminal = self._session.stdio.terminal
@@ -2862,6 +2919,7 @@ class InputReader(Worker):
         super().__init__(session)
         self._spool = spool
         self._room = STDIN_WINDOW
+        self.delivered = 0                        # bytes
         self._changed = threading.Condition()
         self._stopped = False
         self._names = 0
@@ -2872,7 +2930,7 @@ class InputReader(Worker):
 
     def credit(self, count: int) -> None:
         with self._changed:
-            self._room += count
+            self._room += check_range(count, 1, STDIN_WINDOW - self._room)
             self._changed.notify()
 
     def stop(self) -> None:
@@ -2905,6 +2963,7 @@ class InputReader(Worker):
                     return
                 with self._changed:
                     self._room -= len(content)
+                    self.delivered += len(content)
                 self._send(content)
         except OSError as error:
             self.failure = Fatal("stdin cannot be passed on: " + str(error.strerror),
@@ -3012,8 +3071,11 @@ class Session:
         self._machine, self._spec, self.stdio, self._show, self._say = machine, spec, stdio, show, say
         self._received = bytearray()
         self._greeted = self._running = False
+        self._fitting = {HELLO}                   # types of frames that the guest may send now
         self._outbox: Deque[bytes] = collections.deque()
         self._unsent = b""
+        self._lock = threading.Lock()
+        self._written: Dict[int, int] = {}        # bytes of each output stream that the guest is to hear of
         self._console = b""
         self._wakeup, self._to_wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
@@ -3037,6 +3099,7 @@ class Session:
         self._has_terminal = False                # the command, its foreground
         self._stopped = 0                         # the signal that stopped the command, until this is dealt with
         self._key_room = KEYS_WINDOW
+        self._keys_end = False
         self._line_room = LINE_WINDOW
         self._reader = InputReader(self, os.path.join(machine.directory, "hostfs/spool"))
         self._workers: List[Worker] = list(self._writers.values())
@@ -3047,6 +3110,12 @@ class Session:
 
     def post(self, frame: bytes) -> None:
         self._outbox.append(frame)
+        self.wake()
+
+    def acknowledge(self, kind: int, count: int) -> None:
+        """One frame tells of all that was written since the last, however slowly the guest reads them."""
+        with self._lock:
+            self._written[kind] = self._written.get(kind, 0) + count
         self.wake()
 
     def show_bug(self, where: str, trace: bytes) -> Fatal:
@@ -3097,10 +3166,10 @@ class Session:
             poll.register(self._machine.console, select.POLLIN)
         if self._channel_open:
             poll.register(from_guest, select.POLLIN)
-            if (self._outbox or self._unsent) and self._line_room:
+            if self._has_unsent and self._line_room:
                 poll.register(to_guest, select.POLLOUT)
         terminal = self.stdio.terminal
-        if terminal and self._has_terminal and self._key_room > 0:
+        if terminal and self._has_terminal and self._key_room > 0 and not self._keys_end:
             poll.register(terminal.input, select.POLLIN)
         left = min(self._deadlines.values(), default=time.monotonic() + 3600) - time.monotonic()
         ready = dict(poll.poll(max(0, left) * 1000))
@@ -3123,9 +3192,19 @@ class Session:
             self._expire(name)
         self._finish_if_done()
 
+    @property
+    def _has_unsent(self) -> bool:
+        return bool(self._outbox or self._unsent or self._written)
+
+    def _take_unsent(self) -> bytes:
+        with self._lock:
+            if self._written:
+                return encode_frame(ACK, STREAM_COUNT.pack(*self._written.popitem()))
+        return self._outbox.popleft()
+
     def _send(self) -> None:
-        while (self._outbox or self._unsent) and self._line_room:
-            self._unsent = self._unsent or self._outbox.popleft()
+        while self._has_unsent and self._line_room:
+            self._unsent = self._unsent or self._take_unsent()
             try:
                 sent = os.write(self._machine.to_guest, self._unsent[:self._line_room])
             except BlockingIOError:
@@ -3141,7 +3220,7 @@ class Session:
         content = os.read(self._machine.console, 65536)
         self._console = (self._console + content)[-CONSOLE_TAIL:]
         if self._spec.verbose:
-            self._show(content)
+            self._show(show_console(content))
         if LOST_PROCESS in self._console and not self._told:   # it may be the agent
             self._fail("a process of the guest was killed on the host", "look for who did, then run the job again")
         return bool(content)
@@ -3157,18 +3236,19 @@ class Session:
         self._received += content
         if not self._greeted:
             _, magic, rest = self._received.partition(MAGIC)
+            self._greeted = bool(magic)
+            self._received = rest if magic else self._received[-len(MAGIC):]
             if not magic:
                 return
-            self._greeted = True
-            self._received = bytearray(rest)
         try:
             for kind, payload in decode_frames(self._received):
-                self._obey(kind, payload)
-        except (ValueError, KeyError, struct.error) as error:
+                if self._result is None:
+                    self._obey(kind, payload)
+        except Misfit as misfit:
             if MAGIC in self._received:
                 self._fail("guest rebooted before the command ended", "it ends with the command by itself")
             else:
-                self._fail("guest sent what is no message of AppPot ({})".format(error),
+                self._fail("guest sent what is no message of AppPot ({})".format(misfit),
                            "did something in the appliance write to /dev/ttyS0?")
 
     def _exchange_channel(self) -> None:
@@ -3186,65 +3266,83 @@ class Session:
             pass                                  # it is dead
 
     def _obey(self, kind: int, payload: bytes) -> None:
+        """Misfit for a frame that a guest would not send which keeps to the rules, whatever made it do so."""
+        if kind not in self._fitting:
+            raise Misfit("a frame of type {}, now".format(kind))
         if kind in self._writers:
             self._writers[kind].put(payload)
         elif kind == CREDIT:
-            self._take_credit(*struct.unpack("<BI", payload))
+            self._take_credit(*unpack_exactly(STREAM_COUNT, payload))
         elif kind == RECEIVED:
-            self._line_room += struct.unpack("<I", payload)[0]
+            self._line_room += check_range(unpack_exactly(COUNT, payload)[0], 1, LINE_WINDOW - self._line_room)
         elif kind == STOPPED:
-            self._stopped = payload[0]
-        elif kind == STDIN_CLOSED:
-            self._reader.close_input()
+            self._stopped = check_range(unpack_exactly(BYTE, payload)[0], 1, SIGNALS_MAX)
         elif kind == WARNING:
-            self._warn(payload.decode("utf-8", "replace"))
-        elif kind == SAVING:                      # the command has ended, and what comes now takes its time
-            self._say("saving the changes")
-            self._deadlines.clear()
-        elif kind == TERMINATE:                   # Ctrl-Alt-Del by mconsole
-            self._forward_signal(signal.SIGTERM)
+            self._warn(payload[:TEXT_MAX].decode("utf-8", "replace"))
         elif kind == HELLO:
             self._greet(decode_fields(payload))
-        elif kind == STARTED:
-            self._begin_relay()
         elif kind == RESULT:
-            self._told = self._read_result(decode_fields(payload))
-            self._say("result record: status {}".format(self._told.status))
-            for writer in self._writers.values():
-                writer.put(None)
+            self._take_result(decode_fields(payload))
+        else:
+            check_range(len(payload), 0, 0)
+            self._take_event(kind)
+
+    def _take_event(self, kind: int) -> None:
+        if kind == STARTED:
+            self._begin_relay()
+        elif kind == STDIN_CLOSED:
+            self._fitting.remove(STDIN_CLOSED)
+            self._reader.close_input()
+        elif kind == TERMINATE:                   # Ctrl-Alt-Del by mconsole
+            self._forward_signal(signal.SIGTERM)
+        elif kind == SAVING:                      # the command has ended, and what comes now takes its time
+            self._say("saving the changes")
+            self._fitting = {RECEIVED, WARNING, RESULT}
+            self._deadlines.clear()
 
     def _warn(self, text: str) -> None:
         self._show(b"apppot: warning: " + one_line(text) + b"\n")
 
     def _take_credit(self, stream: int, count: int) -> None:
-        if stream == STDIN:
+        if stream == STDIN and self._reader in self._workers:
             self._reader.credit(count)
+        elif stream == KEYS:
+            self._key_room += check_range(count, 1, KEYS_WINDOW - self._key_room)
         else:
-            self._key_room += count
+            raise Misfit("credit for {}".format(stream))
 
     def _begin_relay(self) -> None:
         self._say("command started")
         self._running = True
         self._deadlines.pop("boot", None)
+        self._fitting = {RECEIVED, WARNING, TERMINATE, RESULT, *self._writers}
         try:
             for worker in self._workers:
                 worker.start()
         except RuntimeError as error:
             self._fail("thread of the runner cannot be started: {}".format(error), PROCESSES_HINT)
             return
+        if self._reader in self._workers:
+            self._fitting |= {CREDIT, STDIN_CLOSED}
         if self.stdio.terminal:
+            self._fitting |= {CREDIT, STOPPED}
             self._open_terminal(self.stdio.terminal)
+        if self._spec.saved_changes:
+            self._fitting.add(SAVING)
 
     def _greet(self, hello: Dict[bytes, List[bytes]]) -> None:
         if self._machine.ram_directory:           # the kernel's file in it has no name any more
             remove_tree(self._machine.ram_directory)
         if self._spec.layers:                     # merging takes its time
             self._deadlines.pop("boot", None)
-        self._say("agent {} in base {}".format(hello[b"agent"][0].decode(), hello[b"base"][0].decode() or "without id"))
-        if hello[b"protocol"] != [b"%d" % PROTOCOL]:
-            self._fail("appliance has an agent of protocol {}, this runner speaks {}".format(
-                hello[b"protocol"][0].decode(), PROTOCOL), "use the apppot_start.py that belongs to the image")
+        protocol = text_field(hello, b"protocol")
+        if protocol != str(PROTOCOL):
+            self._fail("appliance has an agent of protocol {}, this runner speaks {}".format(protocol[:60], PROTOCOL),
+                       "use the apppot_start.py that belongs to the image")
             return
+        self._say("agent {} in base {}".format(
+            text_field(hello, b"agent"), text_field(hello, b"base") or "without id"))
+        self._fitting = {STARTED, RECEIVED, WARNING, RESULT}
         job = build_job(self._spec, self.stdio)
         directory = os.path.join(self._machine.directory, "hostfs/spool")
         with blaming("job cannot be passed on", directory, SCRATCH_HINT):
@@ -3267,14 +3365,14 @@ class Session:
                 self._take_typed_ahead(terminal)
             terminal.acquire()
         except (termios.error, OSError):          # in the background for ever, without a shell; or hung up
-            self.post(encode_frame(KEYS, END_OF_FILE))
+            self._send_keys(END_OF_FILE)
         self._has_terminal = True
         self.post(encode_frame(FOREGROUND, b"\1"))
 
     def _serve_terminal(self, terminal: Terminal, has_keys: bool) -> None:
         if has_keys:
             self._take_keys(terminal)
-        if self._stopped and all(writer.is_idle for writer in self._writers.values()):
+        if self._stopped and not self._outbox and all(writer.is_idle for writer in self._writers.values()):
             self._follow_stop(terminal)           # not before all is written: this may stop us, too
 
     def _take_typed_ahead(self, terminal: Terminal) -> None:
@@ -3282,9 +3380,7 @@ class Session:
         for _ in range(TYPED_AHEAD_MAX):
             if not select.select([terminal.input], [], [], 0)[0]:
                 break
-            content = os.read(terminal.input, INLINE_MAX) or END_OF_FILE
-            self._key_room -= len(content)
-            self.post(encode_frame(KEYS, content))
+            self._send_keys(os.read(terminal.input, INLINE_MAX) or END_OF_FILE)
 
     def _take_keys(self, terminal: Terminal) -> None:
         try:
@@ -3293,9 +3389,10 @@ class Session:
             return
         except OSError:                           # it was hung up
             content = b""
-        if not content:
-            self._key_room = 0
-            content = END_OF_FILE
+        self._keys_end = not content
+        self._send_keys(content or END_OF_FILE)
+
+    def _send_keys(self, content: bytes) -> None:
         self._key_room -= len(content)
         self.post(encode_frame(KEYS, content))
 
@@ -3339,16 +3436,28 @@ class Session:
             self._has_terminal = False
             self.post(encode_frame(FOREGROUND, b"\0"))
 
-    def _read_result(self, fields: Dict[bytes, List[bytes]]) -> Result:
-        if b"error" in fields:
-            return Result(int(fields[b"status"][0]), Fatal(fields[b"error"][0].decode(), fields[b"hint"][0].decode()))
-        self._reader.restore_offset(int(fields[b"stdin"][0]))
-        out_of_memory = OUT_OF_MEMORY in self._console
-        if out_of_memory:
-            self._warn("guest was out of memory, of which it has {}, and killed a process; ask the batch system for "
-                       "more, or with --mem".format(format_mib(self._spec.mem_mib)))
-        result = killed_by(int(fields[b"signal"][0])) if b"signal" in fields else Result(int(fields[b"exit"][0]))
-        return result._replace(out_of_memory=out_of_memory)
+    def _take_result(self, fields: Dict[bytes, List[bytes]]) -> None:
+        self._told = self._read_failure(fields) if b"error" in fields else self._read_end(fields)
+        self._fitting = set()
+        self._say("result record: status {}".format(self._told.status))
+        for writer in self._writers.values():
+            writer.complete()
+
+    def _read_failure(self, fields: Dict[bytes, List[bytes]]) -> Result:
+        status = number_field(fields, b"status", EXIT_FAILED, EXIT_NOT_FOUND)
+        return Result(status, Fatal(text_field(fields, b"error"), text_field(fields, b"hint")))
+
+    def _read_end(self, fields: Dict[bytes, List[bytes]]) -> Result:
+        if not self._running or (b"exit" in fields) == (b"signal" in fields):
+            raise Misfit("no end of a command")
+        result = (killed_by(number_field(fields, b"signal", 1, SIGNALS_MAX)) if b"signal" in fields else
+                  Result(number_field(fields, b"exit", 0, 255)))
+        self._reader.restore_offset(number_field(fields, b"stdin", 0, self._reader.delivered))
+        if OUT_OF_MEMORY not in self._console:
+            return result
+        self._warn("guest was out of memory, of which it has {}, and killed a process; ask the batch system for "
+                   "more, or with --mem".format(format_mib(self._spec.mem_mib)))
+        return result._replace(out_of_memory=True)
 
     def _take_report(self) -> None:
         message = os.read(self._machine.report, 4096)
@@ -3411,7 +3520,7 @@ class Session:
                 self._forward_signal(signal.SIGTERM)
             else:
                 self._result = Result(EXIT_TIMEOUT)
-        elif name == "kill":
+        elif name == "kill" and "end" not in self._deadlines:
             self._deadlines.pop("kill", None)
             self._deadlines["end"] = time.monotonic() + KILL_GRACE_S
             self.post(encode_frame(SIGNAL, bytes([signal.SIGKILL])))
@@ -3422,6 +3531,8 @@ class Session:
         self._result = Result(EXIT_FAILED, Fatal(message, hint))
 
     def _finish_if_done(self) -> None:
+        if self._result and self._result.failure:              # whatever else came with it, AppPot has failed
+            return
         if self._report is not None and not self._channel_open and not self._told:
             self._result = Result(EXIT_FAILED, self._explain_end())
         for worker in self._workers:
