@@ -97,6 +97,7 @@ DESCRIPTORS_MIN, PROCESSES_MIN = 40, 16
 SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
 HAS_SMP, HAS_SECCOMP = b"CONFIG_SMP=y", b"seccomp=<on"         # the latter from the text of `linux --help`
 HAS_MAPPER = b"CONFIG_DM_INIT=y"     # device mapper, by the kernel command line
+FILE_MAX = (1 << 63) - 1             # loff_t
 DISK_MIB = 2048                      # of an image that was shrunk, where the kernel can make its root larger
 KERNEL_FEATURES = (
     ("SMP", HAS_SMP), ("seccomp mode", HAS_SECCOMP), ("hostfs", b"CONFIG_HOSTFS=y"), ("mconsole", b"CONFIG_MCONSOLE=y"),
@@ -119,6 +120,7 @@ HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run dire
 SKIPPED_AT_BOOT = ["initcall_blacklist=raid6_select_algo,calibrate_xor_blocks", "lpj=25000000"]
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
 USE_UP_S = 60                        # for a job's memory to be used up
+POLL_MAX_S = 3600.0                  # poll(2) takes no more than 24 days, and --timeout does
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 UMID_LOCK_S = 2.0                    # for another run to make or remove its link in ~/.uml
@@ -229,7 +231,7 @@ class Bug(Exception):
         self.trace = trace
 
 
-class Misfit(Exception):
+class Misfit(ValueError):
     """The guest sent what is no message of AppPot, or none that fits now: anything there can write to the line."""
 
 
@@ -439,19 +441,22 @@ def number_field(fields: Dict[bytes, List[bytes]], name: bytes, least: int, most
 
 def parse_size_mib(text: str, what: str) -> int:
     """MiB in "512", "512M", "1.5G", "2TiB"; a bare number is MiB, as original AppPot's users write it."""
-    match = re.match(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?$", text.strip(), re.IGNORECASE | re.ASCII)
+    match = re.match(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?$", text.strip(), re.IGNORECASE | re.ASCII)
     if not match:
         raise Fatal("{} is not a size: {!r}".format(what, text), "give a number of MiB or a size such as 512M or 2G")
     factor = {"K": 1 / 1024.0, "": 1, "M": 1, "G": 1024, "T": 1024 ** 2}[match.group(2).upper()]
     return int(float(match.group(1)) * factor)
 
 
-def parse_seconds(text: str, what: str) -> float:
-    """Seconds in "90", "1.5", "10m", "2h", "1d", as timeout(1) takes them."""
-    match = re.match(r"(\d+(?:\.\d+)?)([smhd]?)$", text.strip(), re.ASCII)
+def parse_seconds(text: str, what: str, has_none: bool = False) -> float:
+    """Seconds in "90", "1.5", "10m", "2h", "1d", as timeout(1) takes them; with `has_none` 0, too."""
+    match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)$", text.strip(), re.ASCII)
     if not match:
         raise Fatal("{} is not a time: {!r}".format(what, text), "give seconds, or a number with s, m, h or d")
-    return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+    seconds = float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+    if not seconds and not has_none:
+        raise Fatal("{} is over at once: {!r}".format(what, text), "leave the option out, or give a time")
+    return seconds
 
 
 def format_mib(mib: float) -> str:
@@ -1019,9 +1024,17 @@ def find_lock_holder(locked: os.stat_result) -> str:
 
 # --- The node -----------------------------------------------------------------------------------------------
 
+def read_variable(name: str) -> Optional[str]:
+    """A default from the environment. There, unlike in an option, an empty value is the usual way to give none."""
+    text = os.environ.get(name) or None
+    if text is not None and is_blank(text):
+        raise Fatal("{} has no value: {!r}".format(name, text), "unset the variable, or give it a value")
+    return text
+
+
 def find_part(option: Optional[str], variable: str, names: Sequence[str], what: str, on_path: bool) -> str:
     """Explicit option, environment, beside this script, current directory, PATH: the first that is there."""
-    given = option or os.environ.get(variable)
+    given = option or read_variable(variable)
     if given:
         return given
     for path in list_candidates(names, on_path):
@@ -1064,7 +1077,7 @@ def make_executable(path: str) -> bool:
 
 def find_empty(io: str, option: Optional[str]) -> Tuple[Optional[str], bool]:
     """The `empty` that is to carry the channel, if any, and whether it was asked for, not just found beside us."""
-    asked = bool(io == "empty" or option or os.environ.get("APPPOT_EMPTY"))
+    asked = bool(io == "empty" or option or read_variable("APPPOT_EMPTY"))
     if io == "builtin":
         if option:
             raise Fatal("--empty with --io builtin: " + option, "leave out one of the two")
@@ -1267,7 +1280,7 @@ def explain_ptrace(kernel: Optional[str], has_seccomp_mode: bool) -> Optional[Fa
 
 
 def scratch_candidates(tmpdir: Optional[str]) -> List[str]:
-    given = tmpdir or os.environ.get("APPPOT_TMPDIR")
+    given = tmpdir or read_variable("APPPOT_TMPDIR")
     if given:
         return [given]
     named = [os.environ.get(name) for name in ("_CONDOR_SCRATCH_DIR", "SLURM_TMPDIR", "PBS_JOBFS", "TMPDIR")]
@@ -1598,9 +1611,10 @@ def choose_memory(asked: Optional[str], grants: Grants) -> Tuple[Amount, Tuple[i
 
     A grant need not be used up: better less of it than a slower place, and better still less than no run at all.
     """
-    given = asked or os.environ.get("APPPOT_MEM")
+    given = asked or read_variable("APPPOT_MEM")
     if given:
-        mem = Amount(check_memory(given), "{}={}".format("--mem" if asked else "APPPOT_MEM", given))
+        name = "--mem" if asked else "APPPOT_MEM"
+        mem = Amount(check_memory(given, name), "{}={}".format(name, given))
         return mem, (mem.value,)
     mem = default_mem(grants)
     floors = (DEFAULT_MEM_MIB, SMALL_MEM_MIB) if grants.systems else (mem.value,)
@@ -1636,7 +1650,7 @@ def place_memory(mem: Amount, floors: Sequence[int], candidates: Sequence[str]) 
 
 
 def choose_cpus(asked: Optional[str], grants: Grants) -> Amount:
-    given = asked or os.environ.get("APPPOT_CPUS")
+    given = asked or read_variable("APPPOT_CPUS")
     if given:
         if not re.match(r"0*[1-9]\d{0,3}$", given, re.ASCII):
             raise Fatal("{} is not a number of CPUs: {!r}".format("--cpus" if asked else "APPPOT_CPUS", given),
@@ -1652,7 +1666,7 @@ def decide_cpus(asked: Optional[str], grants: Grants, kernel: str, ptrace: bool)
         return cpus, ()
     reason = "--ptrace" if ptrace else "kernel without SMP"
     note = "{} but the guest gets 1 CPU: {}: {}".format(cpus.source, reason, kernel)
-    if asked or os.environ.get("APPPOT_CPUS"):
+    if asked or read_variable("APPPOT_CPUS"):
         write_stderr(one_line("apppot: warning: " + note) + b"\n")
         return Amount(1, reason), ()
     return Amount(1, reason), (note,)
@@ -2261,7 +2275,7 @@ def choose_network(options: argparse.Namespace, kernel: str) -> Network:
             raise Fatal("--net none with {}".format("--slirp" if options.slirp else "--publish"),
                         "leave out one of the two")
         return Network(lan=lan, note="no network: --net none")
-    given = options.slirp or os.environ.get("APPPOT_SLIRP")
+    given = options.slirp or read_variable("APPPOT_SLIRP")
     asked = given or published or options.net != "auto"
     wanted = [kind for kind in (SLIRP4NETNS, SLIRP) if options.net in ("auto", kind)]
     driven = [kind for kind in wanted if kernel_holds(kernel, KERNEL_OPTION[kind])]
@@ -3171,7 +3185,7 @@ class Session:
         terminal = self.stdio.terminal
         if terminal and self._has_terminal and self._key_room > 0 and not self._keys_end:
             poll.register(terminal.input, select.POLLIN)
-        left = min(self._deadlines.values(), default=time.monotonic() + 3600) - time.monotonic()
+        left = min([*self._deadlines.values(), time.monotonic() + POLL_MAX_S]) - time.monotonic()
         ready = dict(poll.poll(max(0, left) * 1000))
         if self._wakeup in ready:
             os.read(self._wakeup, 4096)
@@ -3577,6 +3591,13 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, was_up: bool) -
 
 # --- Options ------------------------------------------------------------------------------------------------
 
+UNSET_HINT = "is a variable in the script unset? leave the option out, or give a value"
+
+
+def is_blank(text: str) -> bool:
+    return not text.strip()
+
+
 class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise Fatal(message, "`{} --help` lists the options".format(self.prog))
@@ -3587,12 +3608,27 @@ class OptionParser(argparse.ArgumentParser):
         while index < len(words) and words[index].startswith("-") and words[index] != "-":
             if words[index] == "--":
                 return list(words[:index]), tuple(words[index + 1:])
-            action = self._option_string_actions.get(words[index])
-            if action and action.nargs == "?":    # --lan: a group is no command
-                index += 2 if LAN_GROUP.match("".join(words[index + 1:index + 2])) else 1
-            else:
-                index += 2 if action and action.nargs != 0 else 1
+
+            name, equals, value = words[index].partition("=")
+            action = self._option_string_actions.get(name)
+            index += 1
+            if not action or action.nargs == 0:
+                continue
+            if not equals:
+                following = words[index:index + 1]
+                if action.nargs == "?" and not any(is_blank(word) or LAN_GROUP.match(word) for word in following):
+                    continue                      # --lan: a group is no command
+                value = "".join(following)
+                index += 1
+            self._check_given(name, value, bool(equals))
         return list(words[:index]), tuple(words[index:])
+
+    def _check_given(self, name: str, value: str, is_attached: bool) -> None:
+        """An empty value is a mistake: what is not to be given is left out."""
+        if is_blank(value):
+            raise Fatal("{} has no value: {!r}".format(name, value), UNSET_HINT)
+        if not is_attached and (value.startswith("--") or value in self._option_string_actions):
+            raise Fatal("{} has no value, but is followed by {}".format(name, value), UNSET_HINT)
 
 
 DESCRIPTION = """\
@@ -3607,9 +3643,9 @@ environment of the command:
 
 defaults from the environment:
   APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR, APPPOT_SLIRP, APPPOT_EMPTY, APPPOT_CHANGES
-  (files with colons between); kernel, image and network helper are then looked for beside this script (`linux`,
-  `apppot.img`, `slirp4netns`, `slirp-fullbolt`, `slirp`), in the current directory, and all but the image on PATH
-  (`linux`, `linux.uml`).
+  (files with colons between). An empty variable counts as not set; an option with an empty value is an error.
+  Kernel, image and network helper are then looked for beside this script (`linux`, `apppot.img`, `slirp4netns`,
+  `slirp-fullbolt`, `slirp`), in the current directory, and all but the image on PATH (`linux`, `linux.uml`).
 
 memory and CPUs:
   In a job of Slurm, PBS, Grid Engine or HTCondor, what the job was granted: the least of what the batch system's
@@ -3727,13 +3763,13 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     for word in options.extra:
         if not word or re.search(r"\s", word):
             raise Fatal("--extra is not one word: {!r}".format(word), "give --extra once for each argument")
-    timeout_s = parse_seconds(options.timeout, "--timeout") if options.timeout else None
+    timeout_s = None if options.timeout is None else parse_seconds(options.timeout, "--timeout")
     network = choose_network(options, kernel)
     environment = select_environment(dict(os.environb), options.env, options.clean_env)
     if network.lan:
         environment[b"APPPOT_LAN_ADDRESS"] = network.lan.address.encode()
     empty, empty_asked = find_empty(options.io, options.empty)
-    layers = options.changes or [path for path in os.environ.get("APPPOT_CHANGES", "").split(":") if path]
+    layers = options.changes or [path for path in (read_variable("APPPOT_CHANGES") or "").split(":") if path]
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
         disk_bytes=choose_disk(options, root, cow, kernel),
@@ -3749,9 +3785,9 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         ignored_signals=tuple(n for n in FORWARDED_SIGNALS if signal.getsignal(n) == signal.SIG_IGN),
         terminal=options.terminal, timeout_s=timeout_s,
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
-        kill_after_s=parse_seconds(options.kill_after, "--kill-after"), verbose=options.verbose,
+        kill_after_s=parse_seconds(options.kill_after, "--kill-after", True), verbose=options.verbose,
         in_job=bool(grants.systems),
-        limit_mib=0 if options.mem or os.environ.get("APPPOT_MEM") else find_job_limit(grants),
+        limit_mib=0 if options.mem or read_variable("APPPOT_MEM") else find_job_limit(grants),
         notes=(*grants.notes, *notes, "memory " + describe_memory(mem, ram_directory), describe_cpus(cpus)))
 
 
@@ -3781,6 +3817,8 @@ def choose_disk(options: argparse.Namespace, root: RootDevice, cow: Optional[str
     if not options.disk:
         return DISK_MIB << 20 if can_map and not cow and not options.write and root.length < DISK_MIB << 20 else 0
     wanted = parse_size_mib(options.disk, "--disk") << 20
+    if wanted > FILE_MAX:
+        raise Fatal("--disk is more than a file can have: " + options.disk, "give a size such as 20G")
     if wanted < root.length:
         raise Fatal("--disk is less than the image has, {}: {}".format(format_mib(root.length >> 20), options.disk),
                     "a file system in use cannot shrink")
@@ -3811,13 +3849,13 @@ def split_image(text: str) -> Tuple[str, Optional[str]]:
     return base, os.path.abspath(cow)
 
 
-def check_memory(text: str) -> int:
-    mem_mib = parse_size_mib(text, "--mem")
+def check_memory(text: str, name: str) -> int:
+    mem_mib = parse_size_mib(text, name)
     total = total_memory_mib()
     if mem_mib < MEM_MIN_MIB:
-        raise Fatal("--mem is too small: " + text, "a guest needs at least {} MiB".format(MEM_MIN_MIB))
+        raise Fatal("{} is too small: {}".format(name, text), "a guest needs at least {} MiB".format(MEM_MIN_MIB))
     if mem_mib > total:
-        raise Fatal("--mem is more than this machine has: {}".format(text), "it has {}".format(format_mib(total)))
+        raise Fatal("{} is more than this machine has: {}".format(name, text), "it has {}".format(format_mib(total)))
     return mem_mib
 
 

@@ -354,9 +354,11 @@ def test_cpus_that_the_kernel_cannot_have_are_a_warning(node, kernel):
     assert b"SLURM_CPUS_PER_TASK=2" in node.run("-v", "true", env={"SLURM_CPUS_PER_TASK": "2"}, wrap=pinned).stderr
 
 
-@pytest.mark.parametrize("number", ["0", "-1", "two", "1.5", ""])
+@pytest.mark.parametrize("number", ["0", "-1", "two", "1.5", "", " ", "10000"])
 def test_a_wrong_number_of_cpus_is_refused(node, number):
-    if number:
-        result = node.run("--cpus=" + number, "true")
-        assert result.returncode == 125
-        assert_error(result, "--cpus", number)
+    result = node.run("--cpus=" + number, "true")
+    assert (result.returncode, result.stdout) == (125, b"")
+    assert_error(result, "--cpus", number)
+    result = node.run("true", env={"APPPOT_CPUS": number})
+    assert result.returncode == (125 if number else 0)
+    assert not number or b"APPPOT_CPUS" in result.stderr

@@ -136,6 +136,12 @@ def test_a_guest_that_runs_out_of_memory_says_so(node):
     assert result.stderr.startswith(b"apppot: warning: guest was out of memory, of which it has 128 MiB")
 
 
+def test_a_walltime_longer_than_poll_can_wait_is_kept(node):
+    for time_s in ("30d", "999999999d"):
+        result = node.run("--timeout", time_s, "--kill-after", time_s, "sh", "-c", "sleep 0.2; echo over")
+        assert (result.returncode, result.stdout, result.stderr) == (0, b"over\n", b"")
+
+
 # --- Suspend and resume -------------------------------------------------------------------------------------
 
 WORK = "for i in 1 2 3 4 5 6 7 8; do sha256sum data || exit; done | sort | uniq -c | wc -l"

@@ -52,15 +52,16 @@ def test_fields_survive(fields):
     }
 
 
+def read_shared(program):
+    """What a program has between the banner of the section that crosses host and guest and the next one."""
+    text = (TOP / program).read_text()
+    return text[text.index("# --- What crosses host and guest") :].partition("\n# --- The ")[0]
+
+
 def test_host_and_guest_speak_the_same():
-    names = (
-        "VERSION PROTOCOL MAGIC FRAME_MAX HELLO STARTED STDOUT STDERR CREDIT STDIN_CLOSED RESULT SCREEN STOPPED "
-        "RECEIVED TERMINATE JOB STDIN STDIN_EOF SIGNAL ACK OUTPUT_CLOSED KEYS WINDOW FOREGROUND NETWORK_LOST SPOOLED "
-        "OUTPUT_WINDOW SCREEN_WINDOW"
-    ).split()
-    assert [getattr(apppot_start, name) for name in names] == [getattr(apppot_init, name) for name in names]
-    for name in ("FRAME", "TERMINAL_MODES"):
-        assert getattr(apppot_start, name).format == getattr(apppot_init, name).format
+    shared = read_shared("apppot_start.py")
+    assert shared == read_shared("apppot_init.py") and "PROTOCOL = " in shared and "MODES = " in shared
+    assert apppot_start.VERSION == apppot_init.VERSION
     for name in ("encode_fields", "decode_fields"):
         assert inspect.getsource(getattr(apppot_start, name)) == inspect.getsource(getattr(apppot_init, name))
 
@@ -488,6 +489,24 @@ def write_image(factory, content):
         (["--image", "no:such"], "such"),
         (["--image", ":x"], ":x"),
         (["--write", "--image", "cow:{}"], "cow"),
+        (["--save-changes", ""], "--save-changes"),
+        (["--timeout="], "--timeout"),
+        (["-B", " "], "-B"),
+        (["-X="], "-X"),
+        (["--lan", ""], "--lan"),
+        (["--save-changes", "--root"], "--root"),
+        (["--mem", "--"], "--mem"),
+        (["--bind", ":"], ":"),
+        (["--timeout", "0"], "--timeout"),
+        (["--timeout", "1e400"], "1e400"),
+        (["--timeout", "9" * 400], "--timeout"),
+        (["--boot-timeout", "0.0"], "--boot-timeout"),
+        (["--mem", "9" * 400], "--mem"),
+        (["--mem", "99999999999999999999T"], "--mem"),
+        (["--mem", "999999999999999T"], "--mem"),
+        (["--disk", "99999999T"], "--disk"),
+        (["--cpus", "0"], "--cpus"),
+        (["--cpus", "99999"], "--cpus"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name(image, words, said):
@@ -496,6 +515,28 @@ def test_a_wrong_option_is_refused_by_name(image, words, said):
     )
     assert (result.returncode, result.stdout) == (125, b"")
     assert_error(result, said)
+
+
+VALUED = [action for action in apppot_start.build_parser()._actions if action.nargs != 0]
+
+
+@pytest.mark.parametrize("name", [name for action in VALUED for name in action.option_strings])
+def test_an_option_with_an_empty_value_is_named_and_never_counts_as_not_given(name):
+    for words in ([name, ""], [name + "="], [name, " "], [name + "=\t\n"], ["-v", name, "", "true"]):
+        with pytest.raises(apppot_start.Fatal) as caught:
+            apppot_start.build_parser().split(words)
+        assert caught.value.message.startswith(name + " ") and caught.value.hint
+    assert apppot_start.build_parser().split([name + "=239.1.1.1:5", "", "x"])[1] == ("", "x")
+
+
+@pytest.mark.parametrize("variable", re.findall(r"APPPOT_[A-Z]+", apppot_start.EPILOG))
+def test_a_variable_that_is_blank_is_named_and_one_that_is_empty_is_not_set(image, kernel, variable):
+    env = {"APPPOT_KERNEL": str(kernel), "APPPOT_IMAGE": str(image)}
+    result = run_runner("--dry-run", "true", env={**env, variable: " \t"})
+    assert result.returncode == 125
+    assert_error(result, variable)
+    given = ["--kernel", kernel, "--image", image]
+    assert run_runner(*given, "--dry-run", "true", env={variable: ""}).returncode == 0
 
 
 def test_no_kernel_and_no_image_are_told(tmp_path, image):
