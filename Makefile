@@ -46,12 +46,13 @@ CACHE       ?= $(if $(shell test -w "$(HOME)" && echo yes),$(HOME)/.cache/apppot
 AGENT    := apppot_init.py $(wildcard changes.py)
 IN_IMAGE := python3 bash sudo less procps ca-certificates curl vim-tiny
 
-# What the targets need, as PACKAGE:COMMAND; a command of other origin will do.
+# What the targets need, as PACKAGE:COMMAND or PACKAGE:FILE; a command of other origin will do. A Debian may have nothing
+# but its essential packages, and no package brings those that it only recommends.
 AS_ROOT    := $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --map-auto)
 BUILD_DEPS := mmdebstrap:mmdebstrap e2fsprogs:resize2fs mount:mount $(if $(AS_ROOT),uidmap:newuidmap)
-KERNEL_DEPS := gcc:gcc binutils:ld bc:bc flex:flex bison:bison xz-utils:xz
+KERNEL_DEPS := gcc:gcc libc6-dev:/usr/include/stdio.h binutils:ld bc:bc flex:flex bison:bison xz-utils:xz
 RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml) slirp4netns:slirp4netns
-TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl \
+TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl procps:ps uidmap:newuidmap \
               umoci:umoci buildah:buildah slurmctld:slurmctld slurmd:slurmd slurm-client:sbatch munge:munged
 BENCH_DEPS := proot:proot bubblewrap:bwrap charliecloud-runtime:ch-run qemu-system-x86:qemu-system-x86_64 \
               busybox-static:busybox cpio:cpio gnuplot-nox:gnuplot
@@ -61,9 +62,14 @@ TEST_DEPS  := python3-pytest python3-hypothesis
 ENGINES             := condor gridengine arc
 # And nodes with an older and a newer Python and C library than this machine's.
 NODES               := debian-11 debian-13
-CHROOTS             := $(patsubst %,build/%.tar,$(ENGINES) $(NODES))
+# And machines that have nothing but what README asks for.
+MACHINES            := debian-12 debian-13
+CHROOTS             := $(sort $(patsubst %,build/%.tar,$(ENGINES) $(NODES) $(MACHINES)))
 SUITE_debian-11     := bullseye
+SUITE_debian-12     := bookworm
+PACKAGES_debian-12  := make git ca-certificates
 SUITE_debian-13     := trixie
+PACKAGES_debian-13  := make git ca-certificates
 SUITE_condor        := trixie
 PACKAGES_condor     := condor procps
 SUITE_gridengine    := bookworm
@@ -72,8 +78,9 @@ SUITE_arc           := bookworm
 PACKAGES_arc        := procps $(addprefix nordugrid-arc-,arex client plugins-needed plugins-arcrest plugins-internal arcctl \
                        arcctl-service) openssl perl time
 
-SHELL       := /bin/bash
-.SHELLFLAGS := -euo pipefail -c
+# bash, to which the end of make, even by SIGKILL, is a SIGTERM.
+SHELL       := /usr/bin/setpriv
+.SHELLFLAGS := --pdeathsig TERM /bin/bash -euo pipefail -c
 .ONESHELL:
 # Two apt-get at once would only meet at its lock.
 .NOTPARALLEL:
@@ -183,7 +190,7 @@ deps-bench: deps_wanted = $(BENCH_DEPS)
 deps-build deps-kernel deps-run deps-tools deps-bench:
 	@missing=
 	for dep in $(deps_wanted); do
-	    command -v "$${dep#*:}" >/dev/null || missing+=" $${dep%:*}"
+	    command -v "$${dep#*:}" > /dev/null || [[ $$dep = *:/* && -e $${dep#*:} ]] || missing+=" $${dep%:*}"
 	done
 	$(install_missing)
 
@@ -271,6 +278,7 @@ mmdebstrap --variant=minbase --format=tar \
     --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-include=/usr/share/locale/locale.alias' \
     --dpkgopt='path-exclude=/usr/share/lintian/*' --dpkgopt='path-exclude=/usr/share/bug/*' \
     --setup-hook='printf "%s\n" "$$apt_settings" > "$$1/etc/apt/apt.conf.d/00host"' \
+    --setup-hook='for n in 1 2 3 4 5 6 7 8; do mkdir -p "$$1/usr/share/man/man$$n"; done' \
     --customize-hook='rm "$$1/etc/apt/apt.conf.d/00host"' \
     --customize-hook='cd "$$1/var/log"; rm -f apt/* dpkg.log alternatives.log bootstrap.log fontconfig.log' \
     "$(SUITE)" "$$tmp/rootfs.tar" "$$tmp/sources.list"
@@ -287,27 +295,31 @@ tar -C "$$root" -xpf "$$rootfs" --xattrs --xattrs-include='*' --numeric-owner --
 install -d "$$root/usr/lib/apppot" "$$root/var/lib/apppot"
 install -m 644 $(AGENT) "$$root/usr/lib/apppot"
 chroot "$$root" /usr/bin/python3 -IS -m compileall -q --invalidation-mode unchecked-hash /usr/lib/apppot
+# A file of these lines. What is there may be a link, even to a file of this machine: systemd-resolved's resolv.conf is one.
+write() {
+    rm -f "$$root/$$2"
+    printf '%s\n' "$${@:3}" > "$$root/$$2"
+    chmod "$$1" "$$root/$$2"
+}
 # The agent itself is imported, as Python keeps no compiled form of a main program.
-printf '%s\n' '#!/usr/bin/python3 -IS' \
+write 755 sbin/apppot-init '#!/usr/bin/python3 -IS' \
     'import sys; sys.path.insert(0, "/usr/lib/apppot")' \
-    'import apppot_init; apppot_init.main()' > "$$root/sbin/apppot-init"
-printf '%s\n' '#!/usr/bin/python3 -IS' \
+    'import apppot_init; apppot_init.main()'
+write 755 usr/bin/apppot-snap '#!/usr/bin/python3 -IS' \
     'import sys; sys.path.insert(0, "/usr/lib/apppot")' \
-    'import changes; sys.exit(changes.main(sys.argv[1:]))' > "$$root/usr/bin/apppot-snap"
-chmod 755 "$$root/sbin/apppot-init" "$$root/usr/bin/apppot-snap"
-echo 'ALL ALL=(ALL:ALL) NOPASSWD: ALL' > "$$root/etc/sudoers.d/apppot"
-chmod 440 "$$root/etc/sudoers.d/apppot"
-echo apppot > "$$root/etc/hostname"
-printf '%s\n' '127.0.0.1 localhost apppot' '::1 localhost' > "$$root/etc/hosts"
-echo 'nameserver 10.0.2.3' > "$$root/etc/resolv.conf"
+    'import changes; sys.exit(changes.main(sys.argv[1:]))'
+write 440 etc/sudoers.d/apppot 'ALL ALL=(ALL:ALL) NOPASSWD: ALL'
+write 644 etc/hostname apppot
+write 644 etc/hosts '127.0.0.1 localhost apppot' '::1 localhost'
+write 644 etc/resolv.conf 'nameserver 10.0.2.3'
 base_id=$$(cat /proc/sys/kernel/random/uuid)
-echo "$$base_id" > "$$root/var/lib/apppot/base-id"
+write 644 var/lib/apppot/base-id "$$base_id"
 mke2fs -q -F -t ext4 -L apppot -U "$$base_id" -m 0 -J size=16 \
     -O none,has_journal,ext_attr,resize_inode,dir_index,sparse_super,large_file,huge_file \
     -O filetype,extent,64bit,flex_bg,dir_nlink,extra_isize,metadata_csum \
     -E lazy_itable_init=0,lazy_journal_init=0 -d "$$root" "$$tmp/image" $(IMAGE_SIZE) || {
-    echo "make: error: cannot fit $$(du -sm "$$root" | cut -f 1) MiB of files into IMAGE_SIZE=$(IMAGE_SIZE)" >&2
-    echo "make: hint: give a larger IMAGE_SIZE, and look at mke2fs's message above" >&2
+    echo "make: error: no file system of IMAGE_SIZE=$(IMAGE_SIZE) with $$(du -sm "$$root" | cut -f 1) MiB of files in it" >&2
+    echo "make: hint: give another IMAGE_SIZE; mke2fs's message is above" >&2
     exit 1
 }
 endef
@@ -342,21 +354,56 @@ enter_cache() {
     mkdir -p "$(CACHE)" $(@D)
     cache=$$(cd "$(CACHE)" && pwd)
     export tmp=$$cache/tmp-$$1
+    own_apt=(env LC_ALL=C APT_CONFIG="$$tmp/apt.conf")
+    ended=$${!-}
+    trap 'exit 1' HUP INT TERM
+    trap leave_cache EXIT
     exec 9> "$$cache/lock-$$1"
-    flock -n 9 || { say "waiting for another make"; flock 9; }
-    $(AS_ROOT) true || die "this machine lets ordinary users have no user namespace to build in" \
-        "run 'sudo make $(MAKECMDGOALS)', or add ranges for $$(id -un) to /etc/subuid and /etc/subgid (man subuid)"
-    trap '$(AS_ROOT) rm -rf "$$tmp"' EXIT
-    $(AS_ROOT) rm -rf "$$tmp"
+    flock -n 9 || { say "waiting for another make"; run_in_group flock 9; }
+    is_locked=yes
+    remove_tmp
     mkdir "$$tmp"
 }
 
-# In a session of its own: when mmdebstrap fails it sends SIGHUP to its process group, else that of make's caller.
+leave_cache() {
+    trap '' HUP INT TERM
+    # A process that was just started may have no group of its own yet.
+    [ "$${!-}" = "$$ended" ] || kill "$$!" 2> /dev/null || true
+    end_group
+    rm -f $@.new $@.key.new
+    [ -z "$${is_locked:-}" ] || remove_tmp
+}
+
+# As a user, files that users of a namespace own are there, too.
+remove_tmp() {
+    rm -rf "$$tmp" 2> /dev/null || $(AS_ROOT) rm -rf "$$tmp"
+}
+
+# A command, of which no process is left when it has ended or when make is ended, and none has the lock.
 run() {
-    setsid "$$@" &
-    trap "kill -- -$$!; wait $$! || true" HUP INT TERM
-    wait $$!
-    trap - HUP INT TERM
+    run_in_group "$$@" 9>&-
+}
+
+# In a session of its own, whose processes are ended together. When mmdebstrap fails it sends SIGHUP to its process group.
+run_in_group() {
+    local status=0
+    setsid "$$@" < /dev/null &
+    wait "$$!" || status=$$?
+    end_group
+    return "$$status"
+}
+
+end_group() {
+    local group=$${!-}
+    [ "$$group" != "$$ended" ] || return 0
+    kill -TERM "-$$group" 2> /dev/null || true
+    for _ in {1..100}; do
+        kill -0 "-$$group" 2> /dev/null || break
+        sleep 0.1
+    done
+    kill -KILL "-$$group" 2> /dev/null || true
+    wait "$$group" 2> /dev/null || true
+    ended=$$group
 }
 
 # Lines of a sources.list for a suite, from this machine's own mirrors.
@@ -365,7 +412,7 @@ list_sources() {
         apt-get indextargets --format '$$(LABEL) $$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' | sort -u
     }
     available=$$(mirrors)
-    if [ -z "$$available$(MIRROR)" ] && [ "$$(id -u)" = 0 ]; then apt-get update >&2; available=$$(mirrors); fi
+    if [ -z "$${available}$(MIRROR)" ] && [ "$$(id -u)" = 0 ]; then run apt-get update >&2; available=$$(mirrors); fi
     first() { awk -v label="$$1" '$$1 == label { print $$2; exit }' <<< "$$available"; }
     mirror=$(or $(MIRROR),$$(first Debian))
     security=$$(first Debian-Security)
@@ -378,6 +425,30 @@ list_sources() {
         echo "deb [$$by] $$mirror $$1-updates main"
         if [ -n "$$security" ]; then echo "deb [$$by] $$security $$1-security main"; fi ;;
     esac
+}
+
+# An apt of its own in $$tmp, with the lists of a suite, whatever Debian this machine has.
+read_lists() {
+    list_sources "$$1" > "$$tmp/sources.list"
+    mkdir -p "$$tmp"/{state/lists,cache/archives}/partial
+    for setting in Etc::sourcelist=$$tmp/sources.list Etc::sourceparts=/dev/null State=$$tmp/state Cache=$$tmp/cache \
+        State::status=/dev/null; do
+        echo "Dir::$${setting%%=*} \"$${setting#*=}\";"
+    done > "$$tmp/apt.conf"
+    echo 'APT::Sandbox::User "root"; APT::Update::Error-Mode "any"; Acquire::Languages "none";' >> "$$tmp/apt.conf"
+    run "$${own_apt[@]}" apt-get -qq update || die "cannot get the lists of Debian $$1 from $$mirror" \
+        "give another $$2, or another MIRROR; apt's message is above"
+}
+
+# Names are looked at before they are downloaded to no purpose. mmdebstrap takes commas, too.
+check_packages() {
+    simulate=("$${own_apt[@]}" apt-get -qq -s --no-install-recommends install --)
+    if run "$${simulate[@]}" $$(tr , ' ' <<< "$$*") > "$$tmp/apt.log" 2>&1; then return; fi
+    unknown=$$(sed -n "s/^E: Unable to locate package //p; s/^E: Package '\(.*\)' has no .*candidate$$/\1/p" "$$tmp/apt.log")
+    hint="give other PACKAGES, or another SUITE"
+    [ -z "$$unknown" ] || die "no package $$(xargs <<< "$$unknown") in Debian $(SUITE)" "$$hint"
+    cat "$$tmp/apt.log" >&2
+    die "Debian $(SUITE) cannot install $$*" "$$hint; apt's message is above"
 }
 
 # A copy of a file of the cache becomes the target. Only the few that were used last stay.
@@ -408,13 +479,22 @@ $(IMAGE): FORCE deps-build deps-run
 	is_built() { [ -e $@ ] && [ "$$(cat $@.key 2>/dev/null)" = "$$image_key" ]; }
 	if is_built; then say "$@ is up to date"; exit; fi
 	[ ! -e $@ ] || [ -e $@.key ] || die "$@ exists and was not made here" "remove it, or give another IMAGE"
+	[[ "$(IMAGE_SIZE)" =~ ^[1-9][0-9]*[KMGTkmgt]$$ ]] ||
+	    die "not a size: IMAGE_SIZE=$(IMAGE_SIZE)" "a number with M, G or T, such as 4G"
 	enter_cache image
 	if is_built; then exit; fi
 	export rootfs=$$cache/rootfs-$$rootfs_key.tar
 	image=$$cache/image-$$image_key
+	# chroot, since a machine may grant a user namespace and nothing in it.
+	[ -e "$$image" ] || run $(AS_ROOT) chroot / true 2> "$$tmp/refusal" || {
+	    cat "$$tmp/refusal" >&2
+	    die "this machine lets ordinary users have no user namespace to build in" \
+	        "run 'sudo make $(MAKECMDGOALS)', or add ranges for $$(id -un) to /etc/subuid and /etc/subgid (man subuid)"
+	}
 	if [ ! -e "$$rootfs" ] && [ ! -e "$$image" ]; then
+	    read_lists "$(SUITE)" SUITE
+	    check_packages $(IN_IMAGE) $(PACKAGES)
 	    say "Debian $(SUITE): download and install, a few minutes"
-	    list_sources $(SUITE) > "$$tmp/sources.list"
 	    # How this machine's apt reaches its mirrors: proxies, certificates, clocks.
 	    export apt_settings=$$(apt-config dump Acquire | grep -E '^Acquire::(https?|ftp|Check-)')
 	    run bash -euo pipefail -c "$$BOOTSTRAP"
@@ -465,22 +545,16 @@ build/linux: FORCE deps-kernel
 	key=$$({ uname -m; gcc -dumpfullversion; echo "$(KERNEL_SUITE) $$BUILD_KERNEL"; } | sha256sum | cut -c 1-16)
 	if [ -e $@ ] && [ "$$(cat $@.key 2>/dev/null)" = "$$key" ]; then say "$@ is up to date"; exit; fi
 	enter_cache kernel
-	list_sources $(KERNEL_SUITE) | sed -n 1p > "$$tmp/sources.list"
-	mkdir -p "$$tmp"/{state/lists,cache/archives}/partial
-	for setting in Etc::sourcelist=$$tmp/sources.list Etc::sourceparts=/dev/null State=$$tmp/state Cache=$$tmp/cache; do
-	    echo "Dir::$${setting%%=*} \"$${setting#*=}\";"
-	done > "$$tmp/apt.conf"
-	echo 'APT::Sandbox::User "root"; Acquire::Languages "none";' >> "$$tmp/apt.conf"
-	export APT_CONFIG=$$tmp/apt.conf
-	apt-get -qq update
-	package=$$(apt-cache depends linux-source | awk '$$1 == "Depends:" { print $$2; exit }')
-	version=$$(apt-cache show "$$package" | awk '$$1 == "Version:" { print $$2; exit }')
+	read_lists "$(KERNEL_SUITE)" KERNEL_SUITE
+	package=$$("$${own_apt[@]}" apt-cache depends linux-source | awk '$$1 == "Depends:" { print $$2; exit }')
+	version=$$("$${own_apt[@]}" apt-cache show "$$package" | awk '$$1 == "Version:" { print $$2; exit }')
 	[ -n "$$version" ] || die "no kernel source in Debian's $(KERNEL_SUITE)" "give another KERNEL_SUITE"
 	kernel=$$cache/kernel-$$key-$$version
 	if [ ! -e "$$kernel" ]; then
 	    say "Linux $$version: download and build, 10 minutes"
-	    (cd "$$tmp" && apt-get -qq download "$$package=$$version")
-	    dpkg-deb --fsys-tarfile "$$tmp/$$package"_*.deb | tar -xO "./usr/src/$$package.tar.xz" > "$$tmp/source.tar.xz"
+	    run env -C "$$tmp" "$${own_apt[@]}" apt-get -qq download "$$package=$$version"
+	    run bash -euo pipefail -c 'dpkg-deb --fsys-tarfile "$$1"_*.deb | tar -xO "$$2"' - \
+	        "$$tmp/$$package" "./usr/src/$$package.tar.xz" > "$$tmp/source.tar.xz"
 	    export version source=$$tmp/source.tar.xz
 	    run bash -euo pipefail -c "$$BUILD_KERNEL"
 	    mv "$$tmp/kernel" "$$kernel"

@@ -96,6 +96,20 @@ def kernel():
     return pathlib.Path(path)
 
 
+def find_processes(mark):
+    """pids of all that carry this mark in their environment."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            environment = pathlib.Path("/proc", name, "environ").read_bytes()
+            state = pathlib.Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if f"APPPOT_TEST={mark}".encode() in environment.split(b"\0") and state not in "ZX":
+            found.append(int(name))
+    return sorted(found)
+
+
 class Node:
     """A place where jobs run, and what they leave there."""
 
@@ -171,17 +185,7 @@ class Node:
         return process.returncode, stdout, stderr
 
     def processes(self):
-        """pids of all that runs of this node consist of; they carry its mark in their environment."""
-        found = []
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                environment = pathlib.Path("/proc", name, "environ").read_bytes()
-                state = pathlib.Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
-                continue
-            if f"APPPOT_TEST={self.mark}".encode() in environment.split(b"\0") and state not in "ZX":
-                found.append(int(name))
-        return sorted(found)
+        return find_processes(self.mark)
 
     def wait_until_gone(self, seconds=2):
         deadline = time.monotonic() + seconds

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Makefile: what it builds with and what it says, how it ends, and that it needs nothing but what README says."""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+from conftest import DEADLINE_S, TOP, UNPRIVILEGED, find_processes, mounted, wait_for
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="namespaces and another user need root")
+
+
+class Checkout:
+    """A clone that belongs to an ordinary user, with a cache of its own, and what make leaves of processes."""
+
+    def __init__(self):
+        self.place = pathlib.Path(tempfile.mkdtemp(prefix="apppot-test-"))
+        self.cache = self.place / "cache"
+        self.mark = os.urandom(8).hex()
+        self.uid = os.getuid() or UNPRIVILEGED
+        (self.place / "bin").mkdir()
+        for name in ("Makefile", "apppot_start.py", "apppot_init.py", "changes.py"):
+            shutil.copy(TOP / name, self.place)
+        os.chown(self.place, self.uid, -1)
+        self.place.chmod(0o755)
+        self.started = []
+
+    def stand_in(self, name, script):
+        (self.place / "bin" / name).write_text("#!/bin/sh\n" + script + "\n")
+        (self.place / "bin" / name).chmod(0o755)
+
+    def become(self):
+        for number in (signal.SIGHUP, signal.SIGINT):  # make may run under nohup
+            signal.signal(number, signal.SIG_DFL)
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(self.uid)
+            os.setuid(self.uid)
+
+    def start(self, *words, wrap=()):
+        """Popen of make in a session of its own, as the ordinary user where the wrap does not see to that."""
+        environment = {"PATH": f"{self.place}/bin:/usr/bin:/bin", "HOME": str(self.place), "APPPOT_TEST": self.mark}
+        process = subprocess.Popen(
+            [*wrap, "make", f"CACHE={self.cache}", *words], cwd=self.place, env=environment, start_new_session=True,
+            preexec_fn=None if wrap else self.become, text=True,  # noqa: PLW1509
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def run(self, *words, wrap=()):
+        """Exit status and stderr of a make that fails, and leaves nothing."""
+        process = self.start(*words, wrap=wrap)
+        _, stderr = process.communicate(timeout=DEADLINE_S)
+        self.assert_nothing_left()
+        return process.returncode, stderr
+
+    def assert_nothing_left(self):
+        wait_for(lambda: not find_processes(self.mark), 20)
+        assert [path.name for path in self.cache.glob("tmp-*")] == []
+
+    def assert_lock_is_free(self, kind):
+        with open(self.cache / f"lock-{kind}") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def close(self):
+        for pid in find_processes(self.mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.started:
+            process.communicate()
+        shutil.rmtree(self.place)
+
+
+@pytest.fixture
+def checkout():
+    checkout = Checkout()
+    yield checkout
+    checkout.close()
+
+
+# --- What cannot be built -----------------------------------------------------------------------------------
+
+# Run as root by Python: a command of an ordinary user who has subordinate ids, and no user namespace to use them in.
+REFUSED = f"""
+import ctypes, os, sys
+told, go = os.pipe(), os.pipe()
+pid = os.fork()
+if pid == 0:
+    assert ctypes.CDLL(None).unshare(0x10000000) == 0   # CLONE_NEWUSER
+    os.write(told[1], b"x")
+    os.read(go[0], 1)
+    with open("/proc/sys/user/max_user_namespaces", "w") as file:
+        file.write("0")
+    os.setgroups([])
+    os.setgid({UNPRIVILEGED})
+    os.setuid({UNPRIVILEGED})
+    os.execvp(sys.argv[1], sys.argv[1:])
+os.read(told[0], 1)
+for name in ("uid_map", "gid_map"):
+    with open(f"/proc/{{pid}}/{{name}}", "w") as file:
+        file.write("0 0 65536")
+os.write(go[1], b"x")
+os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def refuse_namespaces(checkout):
+    ids = checkout.place / "ids"
+    ids.write_text(f"{pwd.getpwuid(UNPRIVILEGED).pw_name}:100000:65536\n")
+    wrap = mounted(f"mount --bind {ids} /etc/subuid; mount --bind {ids} /etc/subgid")
+    return (*wrap, sys.executable, "-c", REFUSED)
+
+
+@pytest.mark.parametrize("how", [pytest.param("by the kernel", marks=needs_root), "by a stand-in"])
+def test_where_user_namespaces_are_refused_make_says_so_each_time(checkout, how):
+    wrap = refuse_namespaces(checkout) if how == "by the kernel" else ()
+    if not wrap:
+        # As the one of util-linux 2.38: its child waits for ever for what has failed.
+        checkout.stand_in("unshare", "sleep 1000 & exit 1")
+    for _ in range(2):
+        status, stderr = checkout.run("image", wrap=wrap)
+        assert (status, stderr.count("make: error: ")) == (2, 1)
+        assert "no user namespace to build in\nmake: hint: run 'sudo make image'" in stderr
+        checkout.assert_lock_is_free("image")
+
+
+@pytest.mark.parametrize(
+    "variable, said",
+    [
+        ("IMAGE_SIZE=2X", "not a size: IMAGE_SIZE=2X"),
+        ("IMAGE_SIZE=", "not a size: IMAGE_SIZE="),
+        ("IMAGE_SIZE=2000000000", "not a size: IMAGE_SIZE=2000000000"),
+        ("MIRROR=file:{0}", "cannot get the lists of Debian sid from file:{0}"),
+        ("MIRROR=nonsense", "cannot get the lists of Debian sid from nonsense"),
+    ],
+)
+def test_a_variable_that_cannot_be_is_named_before_anything_is_built(checkout, variable, said):
+    checkout.stand_in("unshare", "exit 0")
+    checkout.stand_in("mmdebstrap", "touch built")
+    status, stderr = checkout.run("image", "SUITE=sid", variable.format(checkout.place))
+    assert status == 2 and f"make: error: {said.format(checkout.place)}\nmake: hint: " in stderr
+    assert not (checkout.place / "built").exists()
+
+
+# --- Ends ---------------------------------------------------------------------------------------------------
+
+
+def start_to_build(checkout):
+    process = checkout.start("image", "MIRROR=file:/nowhere")
+    wait_until_building(checkout)
+    return process
+
+
+def wait_until_building(checkout):
+    wait_for((checkout.place / "started").exists)
+    (checkout.place / "started").unlink()
+
+
+@pytest.fixture
+def building(checkout):
+    """A make image that does nothing but wait in its longest step."""
+    checkout.stand_in("apt-get", "exit 0")
+    checkout.stand_in("unshare", "exit 0")
+    checkout.stand_in("mmdebstrap", "sleep 1000 & touch started; wait")
+    return start_to_build(checkout)
+
+
+@pytest.mark.parametrize(
+    "send, number",
+    [(os.kill, signal.SIGTERM), (os.kill, signal.SIGKILL), (os.killpg, signal.SIGINT), (os.killpg, signal.SIGHUP)],
+)  # fmt: skip
+def test_however_make_is_ended_nothing_of_it_is_left_and_the_next_one_works(checkout, building, send, number):
+    send(building.pid, number)
+    building.communicate(timeout=DEADLINE_S)
+    assert building.returncode != 0
+    checkout.assert_nothing_left()
+    checkout.assert_lock_is_free("image")
+    os.kill(start_to_build(checkout).pid, signal.SIGTERM)
+    checkout.assert_nothing_left()
+
+
+def test_one_that_waits_for_another_make_can_be_ended_and_goes_on_when_that_has(checkout, building):
+    waiting = [checkout.start("image", "MIRROR=file:/nowhere") for _ in range(2)]
+    for process in waiting:
+        assert process.stdout.readline() == "make: waiting for another make\n"
+    os.kill(waiting[0].pid, signal.SIGTERM)
+    waiting[0].communicate(timeout=DEADLINE_S)
+    assert building.poll() is None
+    os.kill(building.pid, signal.SIGTERM)
+    wait_until_building(checkout)
+    os.kill(waiting[1].pid, signal.SIGTERM)
+    checkout.assert_nothing_left()
