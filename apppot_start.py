@@ -1033,20 +1033,26 @@ def read_variable(name: str) -> Optional[str]:
 
 
 def find_part(option: Optional[str], variable: str, names: Sequence[str], what: str, on_path: bool) -> str:
-    """Explicit option, environment, beside this script, current directory, PATH: the first that is there."""
+    """Explicit option, environment, beside this script, build/ there, current directory, PATH: the first there is."""
     given = option or read_variable(variable)
     if given:
         return given
     for path in list_candidates(names, on_path):
         return path
-    raise Fatal("no {} found".format(what),
-                "put `{}` beside {}, or name it with --{} or {}".format(names[0], os.path.basename(__file__), what,
-                                                                        variable))
+
+    script = os.path.basename(__file__)
+    hint = "put `{}` beside {}, or name it with --{} or {}".format(names[0], script, what, variable)
+    if what != "empty":
+        hint = "`make demo` brings one to AppPot's source directory; or " + hint
+    raise Fatal("no {} found".format(what), hint)
 
 
 def list_candidates(names: Sequence[str], on_path: bool) -> Iterator[str]:
     beside = os.path.dirname(os.path.abspath(__file__))
-    places = [beside, os.curdir] + (os.environ.get("PATH", os.defpath).split(os.pathsep) if on_path else [])
+    places = [beside, os.path.join(beside, "build"), os.curdir]
+    if on_path:
+        places += os.environ.get("PATH", os.defpath).split(os.pathsep)
+
     for place in places:
         for name in names:
             path = os.path.join(place or ".", name)
@@ -3645,7 +3651,8 @@ defaults from the environment:
   APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR, APPPOT_SLIRP, APPPOT_EMPTY, APPPOT_CHANGES
   (files with colons between). An empty variable counts as not set; an option with an empty value is an error.
   Kernel, image and network helper are then looked for beside this script (`linux`, `apppot.img`, `slirp4netns`,
-  `slirp-fullbolt`, `slirp`), in the current directory, and all but the image on PATH (`linux`, `linux.uml`).
+  `slirp-fullbolt`, `slirp`), in the directory build/ there, as `make` fills it, in the current directory, and all but
+  the image on PATH (`linux`, `linux.uml`).
 
 memory and CPUs:
   In a job of Slurm, PBS, Grid Engine or HTCondor, what the job was granted: the least of what the batch system's

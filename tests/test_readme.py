@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's transcripts, run as they stand."""
+"""The README's transcripts and examples, run as they stand."""
 
+import hashlib
 import os
 import pathlib
+import pty
 import re
+import select
+import shlex
 import shutil
 import subprocess
 
 import pytest
+from conftest import DEADLINE_S
 
 TOP = pathlib.Path(__file__).resolve().parent.parent
-TRANSCRIPTS = re.findall(r"^```console\n(.*?)^```", (TOP / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+README = (TOP / "README.md").read_text()
+TRANSCRIPTS = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+# Commands without what they print. The two of `make` are run by test_setup.py.
+EXAMPLES = re.findall(r"^((?:    python3 .*\n)+)", README, re.MULTILINE)
+VERSION = "9.8.7"
 
 
 @pytest.fixture
 def clone(tmp_path, image, kernel):
-    """What a reader's clone holds after `make image` and `make stage`, and the kernel on PATH as Debian has it."""
+    """What a reader's clone holds after `make demo` and `make stage`."""
     for name in ("apppot_start.py", "apppot_init.py"):
         shutil.copy(TOP / name, tmp_path)
     (tmp_path / "build").mkdir()
@@ -23,30 +32,97 @@ def clone(tmp_path, image, kernel):
     subprocess.run(["cp", "--reflink=auto", "--sparse=always", image, own], check=True)
     own.chmod(0o644)
     (tmp_path / "build" / "stage").symlink_to(TOP / "build" / "stage")
-    (tmp_path / "linux").symlink_to(kernel)
-    return tmp_path
+    (tmp_path / "build" / "linux").symlink_to(kernel)
+    (tmp_path / "scratch").mkdir()
+    yield tmp_path
+    assert not os.listdir(tmp_path / "scratch")
+
+
+def environ(clone, **more):
+    return {"PATH": os.environ["PATH"], "APPPOT_TMPDIR": str(clone / "scratch"), "HOME": str(clone / "home"), **more}
 
 
 @pytest.mark.parametrize("transcript", TRANSCRIPTS, ids=range(len(TRANSCRIPTS)))
 def test_a_transcript_of_the_readme_is_what_a_reader_sees(transcript, clone):
     commands = [line[2:] for line in transcript.splitlines() if line.startswith("$ ")]
     script = "exec 2>&1\n" + "\n".join(
-        f"status=$?; printf '%s\\n' {quote('$ ' + command)}; (exit $status)\n{command}" for command in commands
+        f"status=$?; printf '%s\\n' {shlex.quote('$ ' + command)}; (exit $status)\n{command}" for command in commands
     )
-    scratch = clone / "scratch"
-    scratch.mkdir()
     shown = subprocess.run(
         ["bash", "-c", script],
         cwd=clone,
-        env={"PATH": os.environ["PATH"], "APPPOT_TMPDIR": str(scratch)},
+        env=environ(clone),
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
         timeout=120,
     ).stdout
     assert shown == transcript
-    assert not os.listdir(scratch)
 
 
-def quote(text):
-    return "'" + text.replace("'", "'\\''") + "'"
+def run_example(lines, clone, **more):
+    script = "set -e\n" + lines.replace("/data/genomes", f"{clone}/data/genomes")
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=clone, env=environ(clone, **more), stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert result.returncode == 0, (script, result.stdout, result.stderr)
+    return result.stdout
+
+
+def make_repository(clone):
+    """A changes file by which apt in the guest knows a package `python3-numpy`, and no network."""
+    package = clone / "package"
+    module = package / "usr/lib/python3/dist-packages/numpy"
+    module.mkdir(parents=True)
+    (module / "__init__.py").write_text(f"__version__ = '{VERSION}'\n")
+    (package / "DEBIAN").mkdir()
+    control = f"Package: python3-numpy\nVersion: {VERSION}\nArchitecture: all\nMaintainer: a\nDescription: a\n"
+    (package / "DEBIAN/control").write_text(control)
+    deb = clone / "a.deb"
+    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", package, deb], check=True, capture_output=True)
+    digest = hashlib.sha256(deb.read_bytes()).hexdigest()
+    (clone / "Packages").write_text(f"{control}Filename: ./a.deb\nSize: {deb.stat().st_size}\nSHA256: {digest}\n")
+    script = """
+        mkdir -p /opt/lists/partial
+        install -D -t /opt/repository -m 644 a.deb Packages
+        rm -rf /etc/apt/sources.list*
+        echo 'deb [trusted=yes] file:/opt/repository ./' > /etc/apt/sources.list
+        # Where a changes file leaves them out they would be gone.
+        echo 'Dir::State::lists "/opt/lists";' > /etc/apt/apt.conf.d/lists
+        apt-get update"""
+    runner = "python3 apppot_start.py --net none --root --save-changes apt.tar.gz"
+    run_example(f"{runner} sh -ec {shlex.quote(script)}", clone)
+    return clone / "apt.tar.gz"
+
+
+@pytest.mark.parametrize("lines", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_an_example_of_the_readme_works_after_make_demo(lines, clone):
+    # What the examples take for granted: data, settings, a program in the job directory.
+    for directory in ("data/genomes", "home/settings"):
+        (clone / directory).mkdir(parents=True)
+    (clone / "data/genomes/one").write_text("gattaca\n")
+    (clone / "home/settings/colour").write_text("blue\n")
+    (clone / "analyse").write_text(f"#!/bin/sh\ncat {clone}/data/genomes/one /etc/mytool/colour\n")
+    (clone / "analyse").chmod(0o755)
+    network = {"APPPOT_CHANGES": str(make_repository(clone))} if "apt-get install" in lines else {}
+    shown = run_example(lines, clone, **network)
+    if "import numpy" in lines:
+        assert shown.endswith(f"\n{VERSION}\n")
+    if "./analyse" in lines:
+        assert shown.endswith("gattaca\nblue\n")
+
+
+def test_without_a_command_a_reader_has_a_shell(clone):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(clone)
+        os.execvpe("python3", ["python3", "apppot_start.py"], environ(clone, TERM="dumb"))
+    seen = b""
+    for expected, keys in ((rb"[$#] $", b"echo $((6*7)); exit 5\n"), (rb"\n42\r", b"")):
+        while not re.search(expected, seen):
+            assert select.select([terminal], [], [], DEADLINE_S)[0], seen
+            seen += os.read(terminal, 4096)
+        os.write(terminal, keys)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+    os.close(terminal)

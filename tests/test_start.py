@@ -548,6 +548,34 @@ def test_no_kernel_and_no_image_are_told(tmp_path, image):
         )
         assert result.returncode == 125
         assert_error(result, "no " + said)
+        assert b"`make demo`" in result.stderr
+
+
+@pytest.mark.parametrize("what, name", [("kernel", "linux"), ("image", "apppot.img")])
+def test_kernel_and_image_are_looked_for_in_the_order_that_the_help_gives(tmp_path, monkeypatch, what, name):
+    places = ["option", "environment", "script", "script/build", "current", "path"]
+    for place in places:
+        (tmp_path / place).mkdir()
+        (tmp_path / place / name).write_bytes(b"\x7fELF")
+        (tmp_path / place / name).chmod(0o755)
+    variable = f"APPPOT_{what.upper()}"
+    monkeypatch.setattr(apppot_start, "__file__", str(tmp_path / "script/apppot_start.py"))
+    monkeypatch.setenv(variable, str(tmp_path / "environment" / name))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.chdir(tmp_path / "current")
+
+    def found_in(option=None):
+        found = getattr(apppot_start, f"find_{what}")(SimpleNamespace(**{what: option}))
+        path = pathlib.Path(found if what == "kernel" else found[0]).resolve()
+        path.unlink()
+        return str(path.parent.relative_to(tmp_path))
+
+    assert [found_in(str(tmp_path / "option" / name)), found_in()] == places[:2]
+    monkeypatch.delenv(variable)
+    on_path = ["path"] if what == "kernel" else []
+    assert [found_in() for _ in ["script", "build", "current", *on_path]] == [*places[2:5], *on_path]
+    with pytest.raises(apppot_start.Fatal, match=f"no {what} found"):
+        found_in()
 
 
 def test_a_cow_file_of_another_base_is_refused(tmp_path, image):
