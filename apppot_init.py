@@ -81,6 +81,7 @@ SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO = 0x7FFF0000, 0x00050000
 BPF_LOAD, BPF_EQUAL, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x45, 0x06   # 32-bit words; linux/bpf_common.h
 SYS_MOUNT, SYS_FSOPEN, AUDIT_ARCH_X86_64 = 165, 430, 0xC000003E
 CAP_SYS_ADMIN = 21
+RLIMIT_NOFILE, NR_OPEN = 7, 1 << 20  # asm-generic/resource.h; linux/fs.h: the most that this limit may be at first
 SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # include/uapi/linux/sockios.h
 IFF_UP, IFF_RUNNING = 0x1, 0x40                                # include/uapi/linux/if.h
 RTF_UP, RTF_GATEWAY = 0x1, 0x2                                 # include/uapi/linux/route.h
@@ -91,7 +92,7 @@ MOUNTS = (                           # source, target, type, flags, options
     ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
     ("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
     ("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "gid=5,mode=0620,ptmxmode=0666"),
-    ("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777"),
+    ("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=100%"),
     ("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755"),
     ("tmpfs", "/run/lock", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=1777"),
     ("none", SPOOL, "hostfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "spool"),
@@ -146,6 +147,7 @@ class Job(NamedTuple):
     as_root: bool
     umask: int
     ignored_signals: Tuple[int, ...]
+    limits: Tuple[Tuple[int, ...], ...]   # number, soft and hard, as of setrlimit(2); RLIM_INFINITY is -1
     stdio: bytes                     # of 0, 1, 2 each "n"ull, "p"ipe or "t"erminal; "s": 2 is the same as 1
     modes: bytes                     # of the caller's terminal; empty: the kernel's
     window: bytes                    # empty: no terminal
@@ -215,6 +217,7 @@ def parse_job(payload: bytes) -> Job:
         save=one(b"save"), cwd=one(b"cwd"), user=one(b"user"), uid=int(one(b"uid")),
         groups=tuple(Group(int(gid), name) for gid, name in pairs(b"group")), as_root=one(b"root") == b"1",
         umask=int(one(b"umask")), ignored_signals=tuple(int(number) for number in fields.get(b"ignore", [])),
+        limits=tuple(tuple(int(word) for word in value.split()) for value in fields.get(b"limit", [])),
         stdio=one(b"stdio"), modes=bytes.fromhex(one(b"modes").decode()), window=bytes.fromhex(one(b"window").decode()),
         foreground=one(b"foreground") == b"1", persistent=one(b"persistent") == b"1",
         disk_bytes=int(one(b"disk") or b"0"),
@@ -792,8 +795,7 @@ def find_program(program: bytes, path: bytes) -> bytes:
     raise Fatal("command cannot be executed, {}: {}".format(what, name), "chmod +x makes a script executable", 126)
 
 
-def execute(program: bytes, argv: List[bytes], environment: Dict[bytes, bytes]) -> NoReturn:
-    path = find_program(program, environment.get(b"PATH", PATH))
+def execute(program: bytes, path: bytes, argv: List[bytes], environment: Dict[bytes, bytes]) -> NoReturn:
     try:
         os.execve(path, argv, environment)
     except OSError as error:
@@ -811,6 +813,19 @@ def become(account: Account) -> None:
     os.setgroups(account.groups)
     os.setresgid(account.gid, account.gid, account.gid)
     os.setresuid(account.uid, account.uid, account.uid)
+
+
+def allow_limits(limits: Iterable[Tuple[int, ...]]) -> None:
+    """Set the caller's hard limits, which only root can do where they are above the guest's own."""
+    for number, _, hard in limits:
+        if number == RLIMIT_NOFILE and hard > NR_OPEN:
+            with open("/proc/sys/fs/nr_open", "w") as file:
+                file.write(str(hard))
+        set_limit(number, hard, hard)
+
+
+def set_limit(number: int, soft: int, hard: int) -> None:
+    call("setrlimit", number, struct.pack("2q", soft, hard))   # struct rlimit
 
 
 class Terminal(NamedTuple):
@@ -871,6 +886,7 @@ def run_command(job: Job, account: Account, directory: bytes, stdio: Sequence[in
         signal.signal(number, signal.SIG_DFL)
     for ignored in job.ignored_signals:
         signal.signal(ignored, signal.SIG_IGN)
+    allow_limits(job.limits)
     become(account)
     os.umask(job.umask)
     start = os.path.join(directory, job.cwd) if job.cwd else directory
@@ -880,7 +896,11 @@ def run_command(job: Job, account: Account, directory: bytes, stdio: Sequence[in
         raise Fatal("cannot start in directory {!r}: {}".format(os.fsdecode(start), error.strerror),
                     "--cwd names a directory as the guest sees it")
     argv, program = choose_command(job, account, directory)
-    execute(program, argv, build_environment(job, account, start))
+    environment = build_environment(job, account, start)
+    path = find_program(program, environment.get(b"PATH", PATH))
+    for limit in job.limits:                      # Python itself may need more
+        set_limit(*limit)
+    execute(program, path, argv, environment)
 
 
 def connect_stdio(job: Job, account: Account) -> Tuple[List[int], Dict[int, int], Dict[int, int], Optional[Terminal]]:

@@ -89,11 +89,16 @@ DEFAULT_MEM_MIB, SMALL_MEM_MIB = 1024, 256
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
 ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
 OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32  # the guest gets 64 MiB and a 32nd less than the job; 40 and a 100th are used
+MORE_CPU_TIME = "ask the batch system for more CPU time, or raise the limit"
 IMAGE_HINT = "--image names a file that is a disk image and that you may read; dd makes one of a device"
 PROCESSES_HINT = "raise the limit of processes (ulimit -u, or pids.max of the cgroup), or of memory"
 SCRATCH_HINT = "is the directory of --tmpdir full or gone?"
 SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the COW file
 DESCRIPTORS_MIN, PROCESSES_MIN = 40, 16
+# What a process of the guest has as one of the host would. Not the numbers of processes and of signals: the host counts
+# all of the caller's.
+PASSED_LIMITS = tuple(getattr(resource, "RLIMIT_" + name) for name in (
+    "CPU", "FSIZE", "DATA", "STACK", "CORE", "NOFILE", "MEMLOCK", "AS"))
 SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
 HAS_SMP, HAS_SECCOMP = b"CONFIG_SMP=y", b"seccomp=<on"         # the latter from the text of `linux --help`
 HAS_MAPPER = b"CONFIG_DM_INIT=y"     # device mapper, by the kernel command line
@@ -129,6 +134,9 @@ TRACE_MAX = 3000                     # bytes of a supervisor's traceback: a pipe
 CONTROL_CHARACTERS = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\U0010ffff]")
 TEXT_MAX = 4096                      # characters of a text from the guest that are shown
 OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
+# arch/um/os-Linux/skas/process.c before 6.16: ESRCH, or the wait status after a SIGKILL
+KILLED_PROCESS = re.compile(br"(userspace - |Failed to get registers|wait_stub_done : ).{0,120}"
+                            br"(errno = 3|status = 0x9)\s")
 LOST_PROCESS = b"Unexpectedly lost MM child!"                  # arch/um/kernel/skas/mmu.c, 6.16 and later
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
 BYTE, COUNT, STREAM_COUNT = (struct.Struct(text) for text in ("<B", "<I", "<BI"))        # payloads of frames
@@ -277,6 +285,13 @@ class Grants(NamedTuple):
     notes: Tuple[str, ...]           # what was ignored
 
 
+class Limit(NamedTuple):
+    """A resource limit of the caller."""
+    number: int                      # as of setrlimit(2)
+    soft: int                        # RLIM_INFINITY is -1
+    hard: int
+
+
 class Port(NamedTuple):
     """A port of the guest that the host shows."""
     protocol: str                    # tcp or udp
@@ -324,6 +339,7 @@ class RunSpec(NamedTuple):
     cwd: bytes
     as_root: bool
     umask: int
+    limits: Tuple[Limit, ...]        # of the caller's
     ignored_signals: Tuple[int, ...]  # of the caller's, as under nohup: the command ignores them, too
     terminal: Optional[bool]         # whether the command gets one; None: where the caller has one
     timeout_s: Optional[float]
@@ -560,6 +576,7 @@ def build_job(spec: RunSpec, stdio: Stdio) -> bytes:
     # A name holds no slash, and a target begins with one.
     fields += [(b"bind", (b"r" if bind.read_only else b"w") + bind.name + bind.target) for bind in spec.binds]
     fields += [(b"ignore", b"%d" % number) for number in spec.ignored_signals]
+    fields += [(b"limit", b"%d %d %d" % limit) for limit in spec.limits]
     fields += [(b"env", name + b"=" + value) for name, value in spec.environment.items()]
     fields += describe_network(spec.network)
     fields += [(b"arg", os.fsencode(word)) for word in spec.command]
@@ -1330,7 +1347,7 @@ def choose_scratch(candidates: Sequence[str]) -> str:
 
 
 def check_limits(mem_mib: int, disk_bytes: int) -> None:
-    """Hard limits of the node that the kernel would die of; the soft ones are raised to them later."""
+    """Hard limits of the node that the kernel would die of; take_limits() raises the soft ones to them."""
     needs = (
         (resource.RLIMIT_AS, (mem_mib + ADDRESS_SPACE_EXTRA_MIB) << 20, "address space (ulimit -v)"),
         (resource.RLIMIT_FSIZE, max(mem_mib << 20, disk_bytes), "file size (ulimit -f)"),
@@ -1340,16 +1357,28 @@ def check_limits(mem_mib: int, disk_bytes: int) -> None:
         if hard != resource.RLIM_INFINITY and hard < need:
             raise Fatal("limit of {} is {}, {} are needed".format(what, format_mib(hard >> 20), format_mib(need >> 20)),
                         "raise the limit, or ask for less memory with --mem")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < DESCRIPTORS_MIN:
         raise Fatal("limit of open files (ulimit -n) is {}, {} are needed".format(hard, DESCRIPTORS_MIN),
                     "raise the limit")
-    if soft < DESCRIPTORS_MIN:                    # this one is the runner's, too
-        resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS_MIN, hard))
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
     if hard != resource.RLIM_INFINITY and os.getuid() != 0 and hard < count_own_processes() + PROCESSES_MIN:
         raise Fatal("limit of processes (ulimit -u) is {}, {} are needed beside those that you have".format(
             hard, PROCESSES_MIN), "raise the limit, or end some of your processes")
+
+
+def take_limits() -> Tuple[Limit, ...]:
+    """Return the caller's limits, which are for the command, and raise the soft ones for AppPot itself.
+
+    UML would die of some. Of the CPU time the last second is kept: SIGXCPU then tells the runner what is to come.
+    """
+    limits = tuple(Limit(number, *resource.getrlimit(number)) for number in PASSED_LIMITS)
+    for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE,
+                  resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC):
+        hard = resource.getrlimit(which)[1]
+        has_rest = which == resource.RLIMIT_CPU and hard > 1
+        resource.setrlimit(which, (hard - 1 if has_rest else hard, hard))
+    return limits
 
 
 def count_own_processes() -> int:
@@ -1796,6 +1825,24 @@ def read_process(pid: int) -> Tuple[str, int]:
     except (OSError, ValueError):
         return "", 0
     return state.decode(), int(parent)
+
+
+def blame_cpu_limit(pid: int, who: str) -> Optional[Fatal]:
+    """What to say if a process has come near its limit of CPU time; a dead one that nobody has reaped still tells.
+
+    Linux ends a process for the ticks that it has met; on a busy machine that can be far more than it has used.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    try:
+        with open("/proc/{}/stat".format(pid), "rb") as file:
+            ticks = sum(int(word) for word in file.read().rpartition(b")")[2].split()[11:13])
+    except OSError:
+        return None
+    used_s = ticks / os.sysconf("SC_CLK_TCK")
+    if soft == resource.RLIM_INFINITY or used_s < soft / 2:
+        return None
+    return Fatal("{} has ended with {:.1f} s of CPU time used; the limit (ulimit -t) is {} s".format(who, used_s, hard),
+                 MORE_CPU_TIME)
 
 
 def read_processor(pid: int) -> int:
@@ -2387,7 +2434,8 @@ def spawn_kernel(spec: RunSpec, argv: List[str], launch: Launch) -> int:
             call_libc("personality", ADDR_NO_RANDOMIZE)
             if os.getppid() != supervisor:
                 os._exit(EXIT_FAILED)
-            raise_limits()
+            # No core of a panic.
+            resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
             os.umask(0)                           # the guest has its own; this one would come on top of it on hostfs
             high = {there: fcntl.fcntl(here, fcntl.F_DUPFD, 32) for there, here in launch.keep.items()}
             for there, here in high.items():
@@ -2414,15 +2462,6 @@ def spawn_kernel(spec: RunSpec, argv: List[str], launch: Launch) -> int:
     if failure:
         raise Bug(failure)
     return pid
-
-
-def raise_limits() -> None:
-    """Raise the soft limits: they were meant for the command, and the kernel dies of some. No core of a panic, too."""
-    for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE,
-                  resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC):
-        hard = resource.getrlimit(which)[1]
-        resource.setrlimit(which, (hard, hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def ask_mconsole(directory: str, umid: str, command: bytes) -> None:
@@ -2558,13 +2597,16 @@ def find_end(kernel: int, empty: int) -> str:
                 return "ended {}".format(os.waitpid(kernel, 0)[1])
             except (ProcessLookupError, ChildProcessError):
                 return "ended 0"                  # `empty` has it reaped, and the status is lost
-        if read_process(kernel)[0] != "Z":
-            return ""
+    if read_process(kernel)[0] != "Z":
+        return ""
+    over_limit = blame_cpu_limit(kernel, "the guest's kernel, which makes the system calls of all its processes,")
+    if empty:
         os.kill(empty, signal.SIGKILL)
         os.waitpid(empty, 0)                      # the kernel is our child now
-        return "ended {}".format(os.waitpid(kernel, 0)[1])     # it may have threads that are still to die
-    pid, status = os.waitpid(kernel, os.WNOHANG)
-    return "ended {}".format(status) if pid else ""
+    status = os.waitpid(kernel, 0)[1]             # it may have threads that are still to die
+    if over_limit and status == signal.SIGKILL:
+        raise over_limit
+    return "ended {}".format(status)
 
 
 class Placement:
@@ -2681,6 +2723,10 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, lifeline: int, wakeup: in
         if suspended or not before & corpses:
             dead_since = time.monotonic()
         elif time.monotonic() > dead_since + 1 and read_process(kernel)[0] == "S":     # not about to reap it
+            for corpse in corpses:
+                over_limit = blame_cpu_limit(corpse, "a helper process of the kernel")
+                if over_limit:
+                    raise over_limit
             return "helper"
 
 
@@ -2924,12 +2970,25 @@ class OutputWriter(Worker):
         try:
             while rest:
                 try:
-                    rest = rest[os.write(self._descriptor, rest):]
+                    rest = rest[os.write(self._descriptor, rest[:self._find_room(len(rest))]):]
                 except BlockingIOError:           # the caller's descriptor is non-blocking, and stays so
                     select.select([], [self._descriptor], [])
         except OSError as error:
             self.error = error
             self._session.post(encode_frame(OUTPUT_CLOSED, bytes([self._kind])))
+
+
+    def _find_room(self, size: int) -> int:
+        """How much of `size` bytes the command's own limit allows in this file; EFBIG if nothing."""
+        limit = self._session.file_limit
+        status = os.fstat(self._descriptor) if limit >= 0 else None
+        if not status or not stat.S_ISREG(status.st_mode):
+            return size
+        is_appended = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & os.O_APPEND
+        room = limit - (status.st_size if is_appended else os.lseek(self._descriptor, 0, os.SEEK_CUR))
+        if room <= 0:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return min(size, room)
 
 
 class InputReader(Worker):
@@ -3103,9 +3162,11 @@ class Session:
         self._signals: Deque[int] = collections.deque()
         self._carried = 0                         # pid of the kernel if `empty` carries the channel
         self._exchanged = not spec.empty          # whether that is known
+        self._started = time.monotonic()
         self._deadlines: Dict[str, float] = {"boot": time.monotonic() + spec.boot_timeout_s}
         if spec.timeout_s is not None:
             self._deadlines["wall"] = time.monotonic() + spec.timeout_s
+        self.file_limit = dict(limit[:2] for limit in spec.limits)[resource.RLIMIT_FSIZE]
         self._timed_out = False
         self._report: Optional[str] = None        # the supervisor's, of the kernel's end
         self._channel_open = True
@@ -3242,7 +3303,8 @@ class Session:
         if self._spec.verbose:
             self._show(show_console(content))
         if LOST_PROCESS in self._console and not self._told:   # it may be the agent
-            self._fail("a process of the guest was killed on the host", "look for who did, then run the job again")
+            self._fail("a process of the guest was killed on the host" + self._suspect_limit(),
+                       MORE_CPU_TIME if self._suspect_limit() else "look for who did, then run the job again")
         return bool(content)
 
     def _take_frames(self) -> None:
@@ -3473,11 +3535,20 @@ class Session:
         result = (killed_by(number_field(fields, b"signal", 1, SIGNALS_MAX)) if b"signal" in fields else
                   Result(number_field(fields, b"exit", 0, 255)))
         self._reader.restore_offset(number_field(fields, b"stdin", 0, self._reader.delivered))
+        if KILLED_PROCESS.search(self._console):  # it has a segmentation fault, as it sees it
+            self._warn("a process of the guest was killed on the host" + self._suspect_limit())
+            result = killed_by(signal.SIGKILL) if result.signal == signal.SIGSEGV else result
         if OUT_OF_MEMORY not in self._console:
             return result
         self._warn("guest was out of memory, of which it has {}, and killed a process; ask the batch system for "
                    "more, or with --mem".format(format_mib(self._spec.mem_mib)))
         return result._replace(out_of_memory=True)
+
+    def _suspect_limit(self) -> str:
+        """Whether the host may have killed a process for its CPU time: the kernel has reaped it, and nobody can ask."""
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        is_possible = 0 <= hard <= time.monotonic() - self._started
+        return ", perhaps for its CPU time: the limit (ulimit -t) is {} s".format(hard) if is_possible else ""
 
     def _take_report(self) -> None:
         message = os.read(self._machine.report, 4096)
@@ -3513,10 +3584,15 @@ class Session:
         if what != "ended":
             who = {"empty": "`empty`, which carried the channel,", "helper": "a helper process of the kernel"}.get(
                 what, "the supervisor process of the run")
-            return Fatal(who + " was killed", "look for who did, then run the job again")
+            return (blame_cpu_limit(0 if what else self._machine.supervisor, who)
+                    or Fatal(who + " was killed", "look for who did, then run the job again"))
         return explain_kernel_end(int(rest), console, self._spec, self._greeted)
 
     def _forward_signal(self, number: int) -> None:
+        over_limit = blame_cpu_limit(os.getpid(), "the runner") if number == signal.SIGXCPU else None
+        if over_limit:
+            self._fail(over_limit.message, over_limit.hint)
+            return
         if not self._running or self._told:       # nothing to forward to: die of it, as any program would
             if number not in self._spec.ignored_signals:
                 self._result = killed_by(number)
@@ -3561,7 +3637,10 @@ class Session:
         if self._told and (not self._running or all(writer.finished.is_set() for writer in self._writers.values())):
             self._result = self._told
             for writer in self._writers.values():
-                if writer.error and writer.error.errno not in (errno.EPIPE, errno.EIO):     # EIO: terminal hung up
+                if writer.error and writer.error.errno == errno.EFBIG:
+                    self._warn("output of the command reached the limit of file size (ulimit -f)")
+                    self._result = killed_by(signal.SIGXFSZ)   # as whoever writes to the file itself
+                elif writer.error and writer.error.errno not in (errno.EPIPE, errno.EIO):   # EIO: terminal hung up
                     self._fail("output of the command cannot be written: " + str(writer.error.strerror),
                                "is the disk full that its output goes to?")
         if self._result and self._timed_out and not self._result.failure:
@@ -3748,6 +3827,7 @@ def build_parser() -> OptionParser:
 
 def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec:
     """Decide everything and check all that can be checked before anything is started."""
+    limits = take_limits()
     directory, alias = find_job_directory() if options.job_dir else (b"", b"")
     image, cow = find_image(options)
     if cow and options.write:
@@ -3789,6 +3869,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         saved_changes=check_saved_changes(options.save_changes) if options.save_changes else None,
         cwd=os.fsencode(options.cwd or ""), as_root=options.root,
         umask=os.umask(0o077),                    # what the runner makes is nobody else's
+        limits=limits,
         ignored_signals=tuple(n for n in FORWARDED_SIGNALS if signal.getsignal(n) == signal.SIG_IGN),
         terminal=options.terminal, timeout_s=timeout_s,
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
