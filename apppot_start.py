@@ -339,7 +339,6 @@ class RunSpec(NamedTuple):
     cwd: bytes
     as_root: bool
     umask: int
-    limits: Tuple[Limit, ...]        # of the caller's
     ignored_signals: Tuple[int, ...]  # of the caller's, as under nohup: the command ignores them, too
     terminal: Optional[bool]         # whether the command gets one; None: where the caller has one
     timeout_s: Optional[float]
@@ -355,6 +354,7 @@ class RunSpec(NamedTuple):
     force_changes: bool = False      # merge those of another base, too
     saved_changes: Optional[str] = None   # where to write a changes file after the command
     in_job: bool = False             # of a batch system
+    limits: Tuple[Limit, ...] = ()   # the caller's, for the command
     limit_mib: int = 0               # of the job's cgroup, which is why the guest has no more memory; 0: not so
 
     @property
@@ -3166,7 +3166,7 @@ class Session:
         self._deadlines: Dict[str, float] = {"boot": time.monotonic() + spec.boot_timeout_s}
         if spec.timeout_s is not None:
             self._deadlines["wall"] = time.monotonic() + spec.timeout_s
-        self.file_limit = dict(limit[:2] for limit in spec.limits)[resource.RLIMIT_FSIZE]
+        self.file_limit = dict(limit[:2] for limit in spec.limits).get(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
         self._timed_out = False
         self._report: Optional[str] = None        # the supervisor's, of the kernel's end
         self._channel_open = True
@@ -3869,12 +3869,11 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         saved_changes=check_saved_changes(options.save_changes) if options.save_changes else None,
         cwd=os.fsencode(options.cwd or ""), as_root=options.root,
         umask=os.umask(0o077),                    # what the runner makes is nobody else's
-        limits=limits,
         ignored_signals=tuple(n for n in FORWARDED_SIGNALS if signal.getsignal(n) == signal.SIG_IGN),
         terminal=options.terminal, timeout_s=timeout_s,
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after", True), verbose=options.verbose,
-        in_job=bool(grants.systems),
+        in_job=bool(grants.systems), limits=limits,
         limit_mib=0 if options.mem or read_variable("APPPOT_MEM") else find_job_limit(grants),
         notes=(*grants.notes, *notes, "memory " + describe_memory(mem, ram_directory), describe_cpus(cpus)))
 

@@ -42,7 +42,9 @@ def test_in_a_batch_job_the_runner_dies_of_the_signal_that_killed_the_command(no
     result = node.run("bash", "-c", f"kill -{number} $$; sleep 60", wrap=cores, env={"SLURM_JOB_ID": "1"})
     # What the C library keeps for itself is told as a shell tells all of them.
     assert (result.returncode, result.stderr) == (160 if number == 32 else -number, b"")
-    assert not os.listdir(node.job)
+    # The core is the command's: the limit for it goes in.
+    assert os.listdir(node.job) == (["core"] if number == 11 else [])
+    assert number != 11 or b"apppot_start" not in (node.job / "core").read_bytes()
 
 
 def test_commands_that_cannot_run_end_as_in_a_shell(any_node):
