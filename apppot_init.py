@@ -44,7 +44,7 @@ VERSION = "0.1"
 
 # --- What crosses host and guest (the other program has the same text; a test compares them) ----------------
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may carry noise before the agent owns it
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
@@ -62,6 +62,7 @@ TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, 
 # --- The guest's own constants ------------------------------------------------------------------------------
 
 CHANNEL = "/dev/ttyS0"
+PLACE = "/run/apppot"                # for the guest's root only: what others put there the host would get, too
 SPOOL = "/run/apppot/spool"
 PARENT = SPOOL.encode()              # where a directory can be mounted for a moment
 BASE_ID = "/var/lib/apppot/base-id"
@@ -140,6 +141,7 @@ class Job(NamedTuple):
     layers: Tuple[bytes, ...]        # changes files to merge, by their paths on the host
     force: bool                      # merge those of another base, too
     save: bytes                      # the changes file to write after the command, its path on the host; empty: none
+    save_name: bytes                 # what to call it
     cwd: bytes                       # empty: the job directory
     user: bytes
     uid: int
@@ -214,7 +216,7 @@ def parse_job(payload: bytes) -> Job:
         job_directory=one(b"job"), job_alias=one(b"alias"),
         binds=tuple(parse_bind(number, value) for number, value in enumerate(fields.get(b"bind", []))),
         confined=one(b"confined") == b"1", layers=tuple(fields.get(b"layer", [])), force=one(b"force") == b"1",
-        save=one(b"save"), cwd=one(b"cwd"), user=one(b"user"), uid=int(one(b"uid")),
+        save=one(b"save"), save_name=one(b"save-name"), cwd=one(b"cwd"), user=one(b"user"), uid=int(one(b"uid")),
         groups=tuple(Group(int(gid), name) for gid, name in pairs(b"group")), as_root=one(b"root") == b"1",
         umask=int(one(b"umask")), ignored_signals=tuple(int(number) for number in fields.get(b"ignore", [])),
         limits=tuple(tuple(int(word) for word in value.split()) for value in fields.get(b"limit", [])),
@@ -279,7 +281,9 @@ def mount_system(mounts: Iterable[Tuple[str, str, str, int, str]]) -> None:
 
 
 def prepare_system() -> None:
-    mount_system(MOUNTS[1:])
+    mount_system(MOUNTS[1:-1])
+    os.mkdir(PLACE, 0o700)
+    mount_system(MOUNTS[-1:])
     for link_target, link in DEV_LINKS:
         if not os.path.lexists(link):
             os.symlink(link_target, link)
@@ -452,7 +456,7 @@ class Channel:
 def take_spool_file(name: bytes) -> bytes:
     """What is too long for the slow way down the line comes as a file, which the reader deletes."""
     path = os.path.join(SPOOL.encode(), name)
-    with open(path, "rb", buffering=0) as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb", 0) as file:
         content = file.read()
     os.unlink(path)
     return content
@@ -547,7 +551,7 @@ def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
     place = b"/run/apppot/save"
     os.mkdir(place, 0o700)
     mount(b"none", place, b"hostfs", MS_NOSUID | MS_NODEV, b"save")
-    path = os.path.join(place, os.path.basename(job.save))
+    path = os.path.join(place, job.save_name)
     try:
         changes.save_changes(b"/", path, [], make_report(channel), known)
     except changes.Fatal as fatal:

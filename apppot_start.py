@@ -60,7 +60,7 @@ AnyPath = Union[str, bytes]
 
 # --- What crosses host and guest (the other program has the same text; a test compares them) ----------------
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may carry noise before the agent owns it
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
@@ -362,11 +362,21 @@ class RunSpec(NamedTuple):
         return self.write or self.cow is not None
 
 
+class PrivateDirectory(NamedTuple):
+    """A directory of a run that no other user can enter."""
+    path: str
+    fd: int                          # holds the lock, and leads there whatever happens to the path
+
+
 class Directories(NamedTuple):
     """The private ones of a run."""
-    run: str                         # with the COW file, the hostfs root and the mconsole
-    ram: str                         # for the file that is the guest's memory; may be the same
-    save: str                        # beside the changes file that is to be, until it is complete; may be the same
+    run: PrivateDirectory            # with the COW file, the hostfs root and the mconsole
+    ram: PrivateDirectory            # for the file that is the guest's memory; may be the same
+    save: PrivateDirectory           # beside the changes file that is to be, until it is complete; may be the same
+    saved_name: str = ""             # of the changes file in save/GIVEN: one that no program of the guest foresees
+
+    def list_distinct(self) -> List[PrivateDirectory]:
+        return list({directory.fd: directory for directory in (self.run, self.ram, self.save)}.values())
 
 
 class Machine(NamedTuple):
@@ -378,8 +388,8 @@ class Machine(NamedTuple):
     lifeline: int                    # write end: closing it ends the guest
     report: int                      # read end: at the guest's end "ended STATUS", "empty", "helper",
                                      # "fatal MESSAGE\0HINT" or "bug TRACEBACK"; LOST when the network is gone
-    directory: str
-    ram_directory: str               # empty: the same
+    directories: Directories
+    spool: int                       # descriptor of the directory for what is too long for the channel
 
 
 class Stdio(NamedTuple):
@@ -556,7 +566,7 @@ def build_command_line(spec: RunSpec, disk: str) -> List[str]:
     return ([spec.empty] + EMPTY_ARGS if spec.empty else []) + build_kernel_args(spec, disk)
 
 
-def build_job(spec: RunSpec, stdio: Stdio) -> bytes:
+def build_job(spec: RunSpec, stdio: Stdio, saved_name: str = "") -> bytes:
     uid, gid = os.getuid(), os.getgid()
     fields = [
         (b"job", spec.job_directory), (b"alias", spec.job_alias), (b"cwd", spec.cwd), (b"user", user_name(uid)),
@@ -572,7 +582,7 @@ def build_job(spec: RunSpec, stdio: Stdio) -> bytes:
                for group in [gid] + [group for group in os.getgroups() if group != gid]]
     fields += [(b"layer", os.fsencode(layer)) for layer in spec.layers]
     if spec.saved_changes:
-        fields.append((b"save", os.fsencode(spec.saved_changes)))
+        fields += [(b"save", os.fsencode(spec.saved_changes)), (b"save-name", saved_name.encode())]
     # A name holds no slash, and a target begins with one.
     fields += [(b"bind", (b"r" if bind.read_only else b"w") + bind.name + bind.target) for bind in spec.binds]
     fields += [(b"ignore", b"%d" % number) for number in spec.ignored_signals]
@@ -1198,13 +1208,24 @@ def unique_name(prefix: str) -> str:
     return "{}{}-{}".format(prefix, os.getuid(), os.urandom(6).hex())
 
 
+def open_nameless(directory: str) -> int:
+    """A new file without a name, of which a kill leaves nothing where the file system can make one so."""
+    try:
+        return os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+            raise
+    path = os.path.join(directory, unique_name(".apppot-probe-"))
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    os.unlink(path)
+    return descriptor
+
+
 def find_fault_for_ram(directory: str, mem_mib: int) -> str:
     """Why the guest's memory cannot be a file in `directory`; empty if it can. UML maps that file executable."""
-    path = os.path.join(directory, unique_name(".apppot-probe-"))
     try:
         with signals_held():
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            os.unlink(path)
+            descriptor = open_nameless(directory)
     except OSError as error:
         return "cannot be written ({})".format(error.strerror)
     try:
@@ -1891,19 +1912,6 @@ def kill_children(spared: int = 0) -> None:
             os.waitpid(pid, 0)
 
 
-def remove_tree(path: str) -> None:
-    """Remove a directory and what is below; what cannot be removed stays. (shutil costs 15 ms to import.)"""
-    try:
-        if os.path.isdir(path) and not os.path.islink(path):
-            for name in os.listdir(path):
-                remove_tree(os.path.join(path, name))
-            os.rmdir(path)
-        else:
-            os.unlink(path)
-    except OSError:
-        pass
-
-
 # --- The terminal -------------------------------------------------------------------------------------------
 
 def is_null(descriptor: int) -> bool:
@@ -2024,66 +2032,312 @@ def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
             terminal.release()
 
 
-# --- The run directory --------------------------------------------------------------------------------------
+# --- Private directories ------------------------------------------------------------------------------------
+# A run makes them where others may, too, in scratch above all. Their names are apppot-UID-RANDOM; a file in each, the
+# mark, says by its name whose it is. Nothing is removed but what has both, and only by descriptors: whoever may
+# rename a directory on the way, or the guest that fills one, leads no further than to what lies in it.
 
 RUN_PREFIX = "apppot-"
-RESERVED_NAMES = (".", "..", "hostfs", "cow", "disk", "base", "image", "net", "net-api", "slirp")
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+MARK = re.compile(r"of-\d+-\d+-\d+-[0-9a-f]*-[\w.-]*", re.ASCII)
+PRIVATE_TRIES = 20                   # another run may take a new directory for one that was left
 
 
-def try_lock(directory: str) -> Optional[int]:
-    """A locked descriptor of a run directory; None if it is in use, or gone."""
+class Owner(NamedTuple):
+    """The process that a private directory is of."""
+    pid: int
+    started: int                     # ticks after the boot
+    namespace: int                   # of pids
+    boot: str                        # of the node: random, from the host's kernel
+    node: str
+
+
+class Realm(NamedTuple):
+    """What all directories of one tree have in common: who owns them, and the mount that they are in."""
+    uid: int
+    device: int
+    mount: bytes                     # its number; bind mounts have one of their own, too
+
+
+class Level(NamedTuple):
+    """A directory that is being emptied."""
+    name: str                        # in the one above
+    inode: int
+    names: List[str]                 # of what is still in it
+
+
+def read_start(pid: int) -> int:
+    """When a process started, in ticks after the boot (proc(5)); -1 when there is none."""
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(descriptor).st_nlink and os.path.exists(directory):
-            return descriptor
-    except OSError:
-        pass
-    os.close(descriptor)
+        with open("/proc/{}/stat".format(pid), "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, IndexError):
+        return -1
+
+
+def find_own_identity() -> Owner:
+    boot = read_node_file("/proc/sys/kernel/random/boot_id").strip().replace("-", "")
+    node = re.sub(r"[^\w.-]", "_", os.uname().nodename, flags=re.ASCII)
+    return Owner(os.getpid(), read_start(os.getpid()), os.stat("/proc/self/ns/pid").st_ino, boot, node)
+
+
+def mark_directory(directory: int) -> None:
+    """A file is the only thing that is complete as soon as it is there, on every file system: its name says all."""
+    mark = "of-{}-{}-{}-{}-{}".format(*find_own_identity())
+    os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory))
+
+
+def list_marks(directory: int) -> List[str]:
+    """The marks in a directory that are of its owner."""
+    uid = os.fstat(directory).st_uid
+    marks = []
+    for name in filter(MARK.fullmatch, os.listdir(directory)):
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode) and status.st_uid == uid:
+            marks.append(name)
+    return marks
+
+
+def read_mark(directory: int) -> Optional[Owner]:
+    for name in list_marks(directory):
+        pid, started, namespace, boot, node = name.split("-", 5)[1:]
+        return Owner(int(pid), int(started), int(namespace), boot, node)
     return None
 
 
-def remove_stale_directories(scratch: str) -> None:
-    """Remove what runs left that were killed with every process they had: nobody locks it any more."""
-    prefix = "{}{}-".format(RUN_PREFIX, os.getuid())
+def lock_directory(directory: int) -> Optional[bool]:
+    """Whether the lock was to be had; None on a file system that has none, as Lustre without `-o flock`."""
     try:
-        names = os.listdir(scratch)
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:                               # ENOSYS, ENOLCK, EOPNOTSUPP
+        return None
+    return True
+
+
+def has_ended(owner: Owner, was_unlocked: bool) -> bool:
+    """Whether a run is over; False where this node cannot tell.
+
+    Most network file systems do not tell other nodes of a lock on a directory, so that it counts on its node only.
+    """
+    here = find_own_identity()
+    if owner.boot != here.boot:
+        return owner.node == here.node            # which has booted again since
+    return was_unlocked or owner.namespace == here.namespace and read_start(owner.pid) != owner.started
+
+
+def is_in_use(path: str) -> bool:
+    """Whether the run of a private directory lives, as far as this node can tell."""
+    try:
+        directory = os.open(path, DIRECTORY)
+    except OSError:
+        return False
+    try:
+        unlocked = lock_directory(directory)
+        owner = None if unlocked else read_mark(directory)
+        return unlocked is False or owner is not None and not has_ended(owner, False)
+    finally:
+        os.close(directory)
+
+
+def open_own(name: str, directory: int) -> int:
+    """Open a file of ours for reading, where somebody may have put something else that leads away, or waits."""
+    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.fstat(directory).st_uid:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", name)
+    return descriptor
+
+
+def find_realm(directory: int) -> Realm:
+    status = os.fstat(directory)
+    with open("/proc/self/fdinfo/{}".format(directory), "rb", 0) as file:
+        mount = file.read(1024).partition(b"mnt_id:")[2].split(b"\n")[0]     # empty before Linux 3.15
+    return Realm(status.st_uid, status.st_dev, mount)
+
+
+def open_directory(name: str, above: int, realm: Realm) -> int:
+    """Open a directory of this realm, and give its owner all rights to it; OSError if it is none."""
+    place = os.open(name, os.O_PATH | DIRECTORY, dir_fd=above)
+    try:
+        if find_realm(place) != realm:
+            raise OSError(errno.EPERM, "of another user or mount", name)
+        if os.fstat(place).st_mode & 0o700 != 0o700:
+            os.chmod("/proc/self/fd/{}".format(place), 0o700)
+        return os.open(".", DIRECTORY, dir_fd=place)
+    finally:
+        os.close(place)
+
+
+def remove_entry(name: str, directory: int) -> bool:
+    """Remove a file or an empty directory; whether it is gone."""
+    for remove in (os.unlink, os.rmdir):
+        try:
+            remove(name, dir_fd=directory)
+            return True
+        except FileNotFoundError:
+            return True
+        except OSError:
+            pass
+    return False
+
+
+def empty_directory(directory: int, marks: Sequence[str]) -> None:
+    """Remove all that is in a directory but its marks; what cannot be removed stays.
+
+    It takes one descriptor and no path, however deep the tree is, and stays in its realm. Up it goes by "..", and no
+    further if that leads elsewhere, as somebody has moved the directory.
+    """
+    realm = find_realm(directory)
+    here = os.open(".", DIRECTORY, dir_fd=directory)
+    levels = [Level("", os.fstat(here).st_ino, [name for name in os.listdir(here) if name not in marks])]
+    try:
+        while True:
+            level = levels[-1]
+            if level.names:
+                name = level.names.pop()
+                below = -1 if remove_entry(name, here) else enter(name, here, realm)
+                if below >= 0:
+                    os.close(here)
+                    here = below
+                    levels.append(Level(name, os.fstat(here).st_ino, os.listdir(here)))
+                continue
+
+            levels.pop()
+            if not levels:
+                break
+            above = os.open("..", DIRECTORY, dir_fd=here)
+            os.close(here)
+            here = above
+            if os.fstat(here).st_ino != levels[-1].inode:
+                break
+            remove_entry(level.name, here)
+    finally:
+        os.close(here)
+
+
+def enter(name: str, above: int, realm: Realm) -> int:
+    """The descriptor of a directory to empty; -1 if it is none of ours."""
+    try:
+        return open_directory(name, above, realm)
+    except OSError:
+        return -1
+
+
+def remove_private(directory: PrivateDirectory) -> None:
+    """Remove a private directory and all in it, the mark last: another run goes on if this is killed.
+
+    If something stays, say so.
+    """
+    name = os.path.basename(directory.path)
+    try:
+        if not os.fstat(directory.fd).st_nlink:   # somebody has done it
+            return
+        os.fchmod(directory.fd, 0o700)
+        marks = list_marks(directory.fd)
+        empty_directory(directory.fd, marks)
+        if len(os.listdir(directory.fd)) == len(marks):
+            for mark in marks:
+                remove_entry(mark, directory.fd)
+        parent = os.open("..", os.O_PATH | DIRECTORY, dir_fd=directory.fd)
+        try:
+            if os.path.samestat(os.stat(name, dir_fd=parent, follow_symlinks=False), os.fstat(directory.fd)):
+                os.rmdir(name, dir_fd=parent)
+        finally:
+            os.close(parent)
+    except FileNotFoundError:                     # the same, meanwhile
+        pass
+    except OSError as error:
+        warn("directory of a run cannot be removed, {}: {}".format(error.strerror, directory.path))
+
+
+def remove_if_stale(path: str, above: int) -> None:
+    """Remove a directory with the name of a private one if it is one, and its run has ended."""
+    name = os.path.basename(path)
+    realm = find_realm(above)._replace(uid=os.getuid())
+    mode = os.stat(name, dir_fd=above, follow_symlinks=False).st_mode
+    directory = open_directory(name, above, realm)
+    try:
+        unlocked = lock_directory(directory)
+        owner = None if unlocked is False else read_mark(directory)
+        if owner and has_ended(owner, unlocked is True):
+            remove_private(PrivateDirectory(path, directory))
+        elif not owner:
+            os.fchmod(directory, stat.S_IMODE(mode))
+            if unlocked is not False:             # killed before it had a mark; rmdir() takes an empty one only
+                os.rmdir(name, dir_fd=above)
+    finally:
+        os.close(directory)
+
+
+def remove_stale_directories(parent: str) -> None:
+    """Remove what runs left that were killed with every process they had."""
+    own_name = re.compile("{}{}-[0-9a-f]{{12}}".format(RUN_PREFIX, os.getuid()))
+    try:
+        above = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:                       # writable but not readable: nothing to find, then
         return
-    for name in names:
-        if name.startswith(prefix):
-            path = os.path.join(scratch, name)
-            descriptor = try_lock(path)
-            if descriptor is not None:
-                remove_tree(path)
-                os.close(descriptor)
+    try:
+        for name in filter(own_name.fullmatch, os.listdir(above)):
+            try:
+                remove_if_stale(os.path.join(parent, name), above)
+            except OSError:                       # another user's, no directory, not AppPot's, or gone
+                pass
+    finally:
+        os.close(above)
+
+
+def make_private_directory(parent: str) -> PrivateDirectory:
+    for _ in range(PRIVATE_TRIES):
+        path = os.path.join(parent, unique_name(RUN_PREFIX))
+        os.mkdir(path, 0o700)
+        try:
+            directory = PrivateDirectory(path, os.open(path, DIRECTORY))
+        except FileNotFoundError:                 # another run took it for one that was left
+            continue
+        try:
+            if lock_directory(directory.fd) is not False:
+                mark_directory(directory.fd)
+                return directory
+        except FileNotFoundError:                 # the same
+            pass
+        except BaseException:
+            remove_private(directory)
+            os.close(directory.fd)
+            raise
+        os.close(directory.fd)
+    raise Fatal("no private directory can be kept in " + parent,
+                "does another program remove it? Name another directory with --tmpdir")
 
 
 @contextmanager
-def private_directory(parent: str) -> Iterator[Tuple[str, int]]:
-    """A directory of this run, and the descriptor that locks it; it is removed at the end by whoever lives."""
+def private_directory(parent: str) -> Iterator[PrivateDirectory]:
+    """A directory of this run; it is removed at the end by whoever lives."""
     remove_stale_directories(parent)
-    lock = None
-    while lock is None:                           # another run may take a new one for stale before it is locked
-        path = os.path.join(parent, unique_name(RUN_PREFIX))
-        os.mkdir(path, 0o700)
-        lock = try_lock(path)
+    directory = make_private_directory(parent)
     try:
-        yield path, lock
+        yield directory
     finally:
-        remove_tree(path)
-        os.close(lock)
+        remove_private(directory)
+        os.close(directory.fd)
+
+
+# --- The run directory --------------------------------------------------------------------------------------
+
+RESERVED_NAMES = (".", "..", "hostfs", "cow", "disk", "base", "image", "net", "net-api", "slirp")
+SPOOL = "hostfs/spool"
+GIVEN = "given"                      # in the directory of --save-changes: what the guest gets of it
 
 
 def fill_run_directory(spec: RunSpec, directories: Directories) -> None:
     """What the guest finds under its hostfs root, and the COW file."""
-    os.makedirs(os.path.join(directories.run, "hostfs/spool"))
-    hostfs = os.path.join(os.fsencode(directories.run), b"hostfs")
+    os.makedirs(os.path.join(directories.run.path, SPOOL))
+    hostfs = os.path.join(os.fsencode(directories.run.path), b"hostfs")
     if spec.saved_changes:
-        os.symlink(os.fsencode(directories.save), os.path.join(hostfs, b"save"))
+        os.mkdir(GIVEN, 0o700, dir_fd=directories.save.fd)
+        os.symlink(os.path.join(os.fsencode(directories.save.path), GIVEN.encode()), os.path.join(hostfs, b"save"))
     for number, layer in enumerate(spec.layers):
         os.symlink(os.path.dirname(os.fsencode(layer)), os.path.join(hostfs, b"layer%d" % number))
     if spec.job_directory:
@@ -2091,9 +2345,9 @@ def fill_run_directory(spec: RunSpec, directories: Directories) -> None:
     for number, bind in enumerate(spec.binds):
         os.symlink(bind.directory, os.path.join(hostfs, b"bind%d" % number))
     if not spec.write and not spec.cow:
-        os.close(open_cow(os.path.join(directories.run, "cow"), spec.image))
+        os.close(open_cow(os.path.join(directories.run.path, "cow"), spec.image))
     if spec.disk_bytes:
-        enlarge_disk(spec, directories.run)
+        enlarge_disk(spec, directories.run.path)
 
 
 def enlarge_disk(spec: RunSpec, directory: str) -> None:
@@ -2110,7 +2364,9 @@ def enlarge_disk(spec: RunSpec, directory: str) -> None:
 
 def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, int]]:
     """Which files of the host the kernel may open, and with which rights: what confines a guest's root."""
-    rules: List[Tuple[AnyPath, int]] = [(directory, READ_WRITE) for directory in directories]
+    rules: List[Tuple[AnyPath, int]] = [(directories.run.path, READ_WRITE), (directories.ram.path, READ_WRITE)]
+    if spec.saved_changes:
+        rules.append((os.path.join(directories.save.path, GIVEN), READ_WRITE))
     rules += [(path, READ_FILE) for path in ("/etc/ld.so.cache", "/proc/cpuinfo")]
     rules += [("/dev/" + name, READ_FILE | WRITE_FILE) for name in ("null", "zero", "ptmx", "pts", "tty")]
     rules.append((spec.image, READ_FILE | (WRITE_FILE if spec.write else 0)))
@@ -2152,10 +2408,7 @@ def claim_umid(link: str, target: str) -> None:
         if os.path.lexists(link):
             is_ours = os.path.islink(link)        # else of a kernel that was started without AppPot
             holder = os.path.dirname(os.readlink(link)) if is_ours else link
-            lock = try_lock(holder) if is_ours else None
-            if lock is not None:
-                os.close(lock)
-            elif os.path.isdir(holder) or not is_ours:
+            if not is_ours or is_in_use(holder):
                 raise Fatal("--id is in use by the run in {}: {}".format(holder, os.path.basename(link)),
                             "give each run a name of its own; remove {} if none of yours runs".format(link))
             os.unlink(link)
@@ -2167,14 +2420,8 @@ def claim_umid(link: str, target: str) -> None:
 def lock_for(directory: int, seconds: float) -> None:
     """Wait for the lock of a directory, but not for ever: whoever can read it can lock it, too."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.01)
-        except OSError:                           # a file system without locks
-            return
+    while lock_directory(directory) is False and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def release_umid(link: Optional[str], target: str) -> None:
@@ -2202,14 +2449,25 @@ def mconsole_name(spec: RunSpec, directory: str) -> Iterator[str]:
         release_umid(spec.umid_link, target)
 
 
-def place_changes(made: str, path: str) -> None:
-    """Give a complete changes file, safe on its disk, its name."""
-    if not os.path.exists(made):
+def place_changes(save: PrivateDirectory, name: str, path: str) -> None:
+    """Give a complete changes file, safe on its disk, its name. The guest has made it and still lives."""
+    try:
+        given = os.open(GIVEN, DIRECTORY, dir_fd=save.fd)
+        try:                                      # out of the reach of the guest, before it is looked at
+            os.rename(name, name, src_dir_fd=given, dst_dir_fd=save.fd)
+        finally:
+            os.close(given)
+        descriptor = open_own(name, save.fd)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(name, path, src_dir_fd=save.fd)
+    except FileNotFoundError:
         raise Fatal("changes were not saved, as the run was killed: " + path, "--kill-after gives the command longer")
-    descriptor = os.open(made, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    os.rename(made, path)
+    except OSError as error:
+        raise Fatal("changes were not saved, {}: {}".format(error.strerror, path),
+                    "is the directory of the file still there, and did no program of the guest touch what it made?")
 
 
 def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
@@ -2443,7 +2701,7 @@ def spawn_kernel(spec: RunSpec, argv: List[str], launch: Launch) -> int:
                 os.close(here)
             if launch.rules:
                 confine(launch.rules)
-            environment = dict(os.environ, TMPDIR=launch.directories.ram)
+            environment = dict(os.environ, TMPDIR=launch.directories.ram.path)
             if spec.network.kind == SLIRP:        # it would run programs for the guest, and read ~/.slirprc
                 environment.update(PATH=os.devnull, HOME=".")
             try:
@@ -2464,25 +2722,29 @@ def spawn_kernel(spec: RunSpec, argv: List[str], launch: Launch) -> int:
     return pid
 
 
-def ask_mconsole(directory: str, umid: str, command: bytes) -> None:
-    """Send a command to the kernel's mconsole in a run directory; no answer within a second is no matter."""
+def ask_mconsole(directory: int, umid: str, command: bytes) -> None:
+    """Send a command to the kernel's mconsole in a run directory; no answer within a second is no matter.
+
+    The guest may have put anything in its place: a link is not followed. The path of a socket has 107 bytes.
+    """
+    opened: List[int] = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
         client.settimeout(1)
-        place = -1
         try:
-            place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)   # the path of a socket has 107 bytes
+            opened.append(os.open(umid, os.O_PATH | DIRECTORY, dir_fd=directory))
+            opened.append(os.open("mconsole", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=opened[0]))
             client.bind("")                       # an abstract address by autobind, for the answer
             client.sendto(MCONSOLE.pack(MCONSOLE_MAGIC, MCONSOLE_VERSION, len(command), command),
-                          "/proc/self/fd/{}/{}/mconsole".format(place, umid))
+                          "/proc/self/fd/{}".format(opened[1]))
             client.recv(1024)
         except OSError:
             pass
         finally:
-            if place >= 0:
-                os.close(place)
+            for descriptor in opened:
+                os.close(descriptor)
 
 
-def resume_guest(supervisor: int, directory: str, umid: str) -> None:
+def resume_guest(supervisor: int, directory: int, umid: str) -> None:
     """Let a suspended guest go on, when nothing of it can meet a SIGSTOP any more.
 
     A batch system continues one process after the other. A traced process keeps its SIGSTOP pending until its own
@@ -2519,7 +2781,7 @@ def start_by_empty(spec: RunSpec, argv: List[str], launch: Launch) -> Optional[T
                 return pids
             kill_children(launch.helper)
             for name in (EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST):
-                remove_tree(name)
+                remove_entry(name, launch.directories.run.fd)
     except Fatal:                                 # it cannot be executed
         pass
     finally:
@@ -2536,8 +2798,8 @@ def find_carried_kernel(first: int, launch: Launch, deadline: float) -> Optional
     while time.monotonic() < deadline and not select.select([launch.lifeline], [], [], 0.005)[0]:
         children = []
         try:
-            with open(EMPTY_PID) as file:
-                empty = int(file.read())
+            with os.fdopen(open_own(EMPTY_PID, launch.directories.run.fd)) as file:
+                empty = int(file.read(20))
             if is_daemon and read_process(empty)[1] == os.getpid():
                 children = list_children(empty)
         except (OSError, ValueError):
@@ -2567,8 +2829,8 @@ def tie_to_us(leash: int, owner: int) -> None:
 
 def start_kernel(spec: RunSpec, launch: Launch) -> Optional[Tuple[int, int]]:
     """Start the kernel; its pid and that of the `empty` around it, 0 without; None if there is to be one and cannot."""
-    with blaming("run directory cannot be filled", launch.directories.run, SCRATCH_HINT):
-        disk = name_disk(spec, launch.directories.run)
+    with blaming("run directory cannot be filled", launch.directories.run.path, SCRATCH_HINT):
+        disk = name_disk(spec, launch.directories.run.path)
     if spec.empty:
         # `empty` does not tell whether the kernel can be executed, so this does.
         spawn_kernel(spec, [spec.kernel, "--version"], launch._replace(keep={}))
@@ -2686,7 +2948,7 @@ class Placement:
             yield from list_children(self._kernel, thread)
 
 
-def watch_kernel(pids: Tuple[int, int], spec: RunSpec, lifeline: int, wakeup: int,
+def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: int,
                  check_helper: Callable[[], None]) -> str:
     """Wait for the kernel's end or the runner's; return what to report. Stop the guest while the runner is stopped.
 
@@ -2695,16 +2957,17 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, lifeline: int, wakeup: in
     """
     kernel, empty = pids
     runner = os.getppid()
+    directory = launch.directories.run.fd
     suspended = False
     corpses: Set[int] = set()
     dead_since = time.monotonic()
     placement = Placement(kernel, spec.cpus)
     poll = select.poll()
-    poll.register(lifeline, select.POLLIN)
+    poll.register(launch.lifeline, select.POLLIN)
     poll.register(wakeup, select.POLLIN)
     while True:
         ready = {descriptor for descriptor, _ in poll.poll(placement.interval_s * 1000)}
-        if lifeline in ready:
+        if launch.lifeline in ready:
             return ""
         if wakeup in ready:
             os.read(wakeup, 512)
@@ -2716,9 +2979,9 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, lifeline: int, wakeup: in
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
             if suspended:
-                ask_mconsole(".", spec.umid, b"stop")
+                ask_mconsole(directory, spec.umid, b"stop")
             else:
-                resume_guest(os.getpid(), ".", spec.umid)
+                resume_guest(os.getpid(), directory, spec.umid)
         before, corpses = corpses, find_corpses(kernel)
         if suspended or not before & corpses:
             dead_since = time.monotonic()
@@ -2750,9 +3013,9 @@ def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
         message = b"bug " + describe_exception()
     kill_children()
     os.chdir("/")
-    release_umid(spec.umid_link, os.path.join(directories.run, spec.umid))
-    for directory in directories:
-        remove_tree(directory)
+    release_umid(spec.umid_link, os.path.join(directories.run.path, spec.umid))
+    for directory in directories.list_distinct():
+        remove_private(directory)
     os.write(report, message)
 
 
@@ -2770,17 +3033,18 @@ def run_kernel(spec: RunSpec, directories: Directories, keep: Dict[int, int], li
             helper = 0
             os.write(report, LOST)
 
-    with blaming("run directory cannot be used", directories.run, SCRATCH_HINT):
-        os.chdir(directories.run)
+    with blaming("run directory cannot be used", directories.run.path, SCRATCH_HINT):
+        os.fchdir(directories.run.fd)
         if spec.network.kind == SLIRP:
             os.symlink(spec.network.helper, "slirp")
     if spec.network.kind == SLIRP4NETNS:
         helper, keep[KERNEL_NETWORK_FD] = start_slirp4netns(spec.network, lifeline)
     rules = list_rules(spec, directories) if is_confined(spec.empty) else []
-    pids = start_kernel(spec, Launch(directories, rules, keep, lifeline, helper))
+    launch = Launch(directories, rules, keep, lifeline, helper)
+    pids = start_kernel(spec, launch)
     for number in {1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD} & set(keep):
         os.close(keep[number])                    # so that they end with the kernel
-    return watch_kernel(pids, spec, lifeline, wakeup, check_helper) if pids else "empty"
+    return watch_kernel(pids, spec, launch, wakeup, check_helper) if pids else "empty"
 
 
 @contextmanager
@@ -2789,6 +3053,7 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
     """Fork the supervisor, which starts the kernel; at the end of the context nothing of them is left."""
     call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)              # for what a killed supervisor leaves
     # Pipes: the guest's tty writes 2 KiB at a time, and a wide pipe holds many of these for one read.
+    spool = os.open(SPOOL, os.O_PATH | DIRECTORY, dir_fd=directories.run.fd)   # while no guest can change it
     from_guest, output_end = make_wide_pipe()
     input_end, to_guest = os.pipe()
     os.set_blocking(to_guest, False)
@@ -2822,13 +3087,12 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
     for descriptor in (input_end, output_end, console_end, lifeline_end, report_end):
         os.close(descriptor)
     try:
-        yield Machine(supervisor, from_guest, to_guest, console, lifeline, report, directories.run,
-                      directories.ram if directories.ram != directories.run else "")
+        yield Machine(supervisor, from_guest, to_guest, console, lifeline, report, directories, spool)
     finally:
         os.close(lifeline)
         end_supervisor(supervisor, report)
         kill_children()
-        for descriptor in (from_guest, to_guest, console, report):
+        for descriptor in (from_guest, to_guest, console, report, spool):
             os.close(descriptor)
 
 
@@ -2844,7 +3108,7 @@ def end_supervisor(pid: int, report: int) -> None:
     os.waitpid(pid, 0)
 
 
-def exchange_channel(directory: str, from_guest: int, to_guest: int) -> int:
+def exchange_channel(directory: int, from_guest: int, to_guest: int) -> int:
     """Put the FIFOs of `empty` in the place of the pipes once they are made; pid of its kernel, 0 if it is no use."""
     said = os.read(from_guest, CARRIED.size)
     kernel: int = CARRIED.unpack(said)[0] if said else 0
@@ -2852,7 +3116,7 @@ def exchange_channel(directory: str, from_guest: int, to_guest: int) -> int:
         return 0
     try:
         # The second fails unless it has a reader: `empty` lives, so the first has a writer and will have an end.
-        fifos = [os.open(os.path.join(directory, name), flags | os.O_NONBLOCK)
+        fifos = [open_fifo(name, flags, directory)
                  for name, flags in ((EMPTY_FROM_GUEST, os.O_RDONLY), (EMPTY_TO_GUEST, os.O_WRONLY))]
     except OSError:
         return kernel                             # `empty` is dead already, and the report tells
@@ -2861,6 +3125,15 @@ def exchange_channel(directory: str, from_guest: int, to_guest: int) -> int:
         os.dup2(fifo, descriptor, False)
         os.close(fifo)
     return kernel
+
+
+def open_fifo(name: str, flags: int, directory: int) -> int:
+    """Open what `empty` has made, and nothing that the guest has put in its place."""
+    descriptor = os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no FIFO", name)
+    return descriptor
 
 
 def make_wide_pipe() -> Tuple[int, int]:
@@ -2994,14 +3267,13 @@ class OutputWriter(Worker):
 class InputReader(Worker):
     """Reads the caller's stdin, no further ahead of the command than STDIN_WINDOW bytes."""
 
-    def __init__(self, session: "Session", spool: str) -> None:
+    def __init__(self, session: "Session", spool: int) -> None:
         super().__init__(session)
         self._spool = spool
         self._room = STDIN_WINDOW
         self.delivered = 0                        # bytes
         self._changed = threading.Condition()
         self._stopped = False
-        self._names = 0
         try:
             self._start_offset: Optional[int] = os.lseek(0, 0, os.SEEK_CUR)
         except OSError:
@@ -3045,8 +3317,10 @@ class InputReader(Worker):
                     self.delivered += len(content)
                 self._send(content)
         except OSError as error:
-            self.failure = Fatal("stdin cannot be passed on: " + str(error.strerror),
-                                 "is the directory of --tmpdir full?")
+            self.failure = Fatal(
+                "stdin cannot be passed on: " + str(error.strerror),
+                "is the directory of --tmpdir full?" if error.errno in (errno.ENOSPC, errno.EDQUOT) else
+                "did a program of the guest's root change /run/apppot/spool?")
 
     def _wait_for_room(self) -> bool:
         with self._changed:
@@ -3080,12 +3354,14 @@ class InputReader(Worker):
         if len(content) <= INLINE_MAX:
             self._session.post(encode_frame(STDIN, content))
             return
-        self._names += 1
-        self._session.post(encode_frame(STDIN | SPOOLED, spool(self._spool, "in{}".format(self._names), content)))
+        self._session.post(encode_frame(STDIN | SPOOLED, spool(self._spool, content)))
 
 
-def spool(directory: str, name: str, content: bytes) -> bytes:
-    with open(os.path.join(directory, name), "wb", buffering=0) as file:
+def spool(directory: int, content: bytes) -> bytes:
+    """Write a file for the guest, which is not trusted with that directory: its name is new and cannot be foreseen."""
+    name = os.urandom(8).hex()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(name, flags, 0o600, dir_fd=directory), "wb", buffering=0) as file:
         rest = memoryview(content)
         while rest:
             rest = rest[file.write(rest) or 0:]
@@ -3182,7 +3458,7 @@ class Session:
         self._key_room = KEYS_WINDOW
         self._keys_end = False
         self._line_room = LINE_WINDOW
-        self._reader = InputReader(self, os.path.join(machine.directory, "hostfs/spool"))
+        self._reader = InputReader(self, machine.spool)
         self._workers: List[Worker] = list(self._writers.values())
         if stdio.kinds[:1] == b"p":
             self._workers.append(self._reader)
@@ -3335,7 +3611,7 @@ class Session:
 
     def _exchange_channel(self) -> None:
         machine = self._machine
-        self._carried = exchange_channel(machine.directory, machine.from_guest, machine.to_guest)
+        self._carried = exchange_channel(machine.directories.run.fd, machine.from_guest, machine.to_guest)
         self._exchanged = True
         self._say("kernel started, the channel is carried by {}".format(self._spec.empty) if self._carried else
                   "kernel started, without {}, which does not work".format(self._spec.empty))
@@ -3413,8 +3689,9 @@ class Session:
             self._fitting.add(SAVING)
 
     def _greet(self, hello: Dict[bytes, List[bytes]]) -> None:
-        if self._machine.ram_directory:           # the kernel's file in it has no name any more
-            remove_tree(self._machine.ram_directory)
+        directories = self._machine.directories
+        if directories.ram != directories.run:    # the kernel's file in it has no name any more
+            remove_private(directories.ram)
         if self._spec.layers:                     # merging takes its time
             self._deadlines.pop("boot", None)
         protocol = text_field(hello, b"protocol")
@@ -3425,10 +3702,9 @@ class Session:
         self._say("agent {} in base {}".format(
             text_field(hello, b"agent"), text_field(hello, b"base") or "without id"))
         self._fitting = {STARTED, RECEIVED, WARNING, RESULT}
-        job = build_job(self._spec, self.stdio)
-        directory = os.path.join(self._machine.directory, "hostfs/spool")
-        with blaming("job cannot be passed on", directory, SCRATCH_HINT):
-            self.post(encode_frame(JOB | SPOOLED, spool(directory, "job", job)) if len(job) > INLINE_MAX
+        job = build_job(self._spec, self.stdio, directories.saved_name)
+        with blaming("job cannot be passed on", directories.run.path, SCRATCH_HINT):
+            self.post(encode_frame(JOB | SPOOLED, spool(self._machine.spool, job)) if len(job) > INLINE_MAX
                       else encode_frame(JOB, job))
 
     # The terminal. The guest's one belongs to a foreground process group, as any does; while that is the agent's own,
@@ -3497,9 +3773,10 @@ class Session:
         if self.stdio.terminal:
             self.stdio.terminal.release()
         # The supervisor sees to that, too, but later, and SIGSTOP of everything may be near.
-        ask_mconsole(self._machine.directory, self._spec.umid, b"stop")
+        directory = self._machine.directories.run.fd
+        ask_mconsole(directory, self._spec.umid, b"stop")
         os.kill(os.getpid(), signal.SIGSTOP)
-        resume_guest(self._machine.supervisor, self._machine.directory, self._spec.umid)
+        resume_guest(self._machine.supervisor, directory, self._spec.umid)
         if self.stdio.terminal:
             self._resume(self.stdio.terminal)
 
@@ -3981,41 +4258,40 @@ def run(spec: RunSpec, started: float) -> Result:
         locks = [open_image(spec.image, spec.write)]
         if spec.cow:
             locks.append(open_cow(spec.cow, spec.image))
-        directories = make_directories(spec, stack, locks)
+        directories = make_directories(spec, stack)
+        locks += [directory.fd for directory in directories.list_distinct()]
 
-        for note in ("run directory " + directories.run,) + spec.notes:
+        for note in ("run directory " + directories.run.path,) + spec.notes:
             say(note)
         say(describe(spec.network))
         say("hostfs is " + describe_confinement(spec.empty))
-        say("management console: uml_mconsole " + stack.enter_context(mconsole_name(spec, directories.run)))
+        say("management console: uml_mconsole " + stack.enter_context(mconsole_name(spec, directories.run.path)))
 
         machine = stack.enter_context(start_machine(spec, stdio.terminal, directories, locks))
         if not spec.empty:
             say("kernel started")
         result = Session(machine, spec, stdio, show, say).run(mask)
         if spec.saved_changes and not result.failure:
-            made = os.path.join(directories.save, os.path.basename(spec.saved_changes))
-            with blaming("changes file cannot be written", spec.saved_changes, "is its directory full or gone?"):
-                place_changes(made, spec.saved_changes)
+            place_changes(directories.save, directories.saved_name, spec.saved_changes)
     say("nothing left")
     return result
 
 
-def make_directories(spec: RunSpec, stack: ExitStack, locks: List[int]) -> Directories:
-    """Make and fill the private directories of a run; the descriptors that lock them are appended to `locks`."""
-    def make(parent: str) -> str:
+def make_directories(spec: RunSpec, stack: ExitStack) -> Directories:
+    """Make and fill the private directories of a run."""
+    def make(parent: str) -> PrivateDirectory:
         with blaming("private directory cannot be made", parent, SCRATCH_HINT):
-            directory, lock = stack.enter_context(private_directory(parent))
-        locks.append(lock)
-        return directory
+            return stack.enter_context(private_directory(parent))
 
-    directory = make(spec.scratch)
-    directories = Directories(directory, directory, directory)
+    run = make(spec.scratch)
+    directories = Directories(run, run, run)
     if spec.ram_directory != spec.scratch:
         directories = directories._replace(ram=make(spec.ram_directory))
     if spec.saved_changes:
-        directories = directories._replace(save=make(os.path.dirname(spec.saved_changes)))
-    with blaming("run directory cannot be filled", directory, SCRATCH_HINT):
+        suffix = ".tar" if spec.saved_changes.endswith(".tar") else ".tar.gz"
+        directories = directories._replace(
+            save=make(os.path.dirname(spec.saved_changes)), saved_name=os.urandom(8).hex() + suffix)
+    with blaming("run directory cannot be filled", run.path, SCRATCH_HINT):
         fill_run_directory(spec, directories)
     return directories
 

@@ -71,8 +71,11 @@ class Guest:
             self._reader_end, blocked = self._pipe()
             os.dup2(blocked, 1)
         self._from_guest = from_guest
+        place = os.open(directory, os.O_RDONLY)
+        self._ours.append(place)
+        directories = apppot_start.Directories(*[apppot_start.PrivateDirectory(str(directory), place)] * 3)
         self.session = Session(
-            apppot_start.Machine(1, from_guest, to_guest, console, -1, report, str(directory), ""),
+            apppot_start.Machine(1, from_guest, to_guest, console, -1, report, directories, place),
             SPEC._replace(boot_timeout_s=60, saved_changes=str(directory / "saved") if saves else None),
             apppot_start.Stdio(kinds, terminal, False), self.shown.append, lambda text: None,
         )  # fmt: skip
