@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import select
+import stat
 import struct
 import sys
 import termios
@@ -783,20 +784,30 @@ def build_environment(job: Job, account: Account, directory: bytes) -> Dict[byte
 def find_program(program: bytes, path: bytes) -> bytes:
     """What a shell would execute; Fatal with 127 or 126 as a shell exits."""
     name = repr(os.fsdecode(program))
-    if b"/" in program:
-        found = [program] if os.path.exists(program) else []
-    else:
-        found = [os.path.join(directory or b".", program) for directory in path.split(b":")]
-        found = [candidate for candidate in found if program and os.path.isfile(candidate)]
-    for candidate in found:
-        if os.path.isfile(candidate) and os.access(candidate, os.X_OK):
-            return candidate
-    if not found:
-        hint = ("it must be in the appliance or in the job directory" if b"/" in program else
-                "is it installed in the appliance? A program in the job directory is called ./NAME")
-        raise Fatal("command not found: " + name, hint, 127)
-    what = "is a directory" if os.path.isdir(found[0]) else "permission denied"
-    raise Fatal("command cannot be executed, {}: {}".format(what, name), "chmod +x makes a script executable", 126)
+    is_path = b"/" in program
+    places = [program] if is_path else [os.path.join(directory or b".", program) for directory in path.split(b":")]
+    reason = ""
+    for place in places if program else []:
+        try:
+            mode = os.stat(place).st_mode
+        except PermissionError:                   # a directory on the way
+            reason = "permission denied" if is_path else reason
+            continue
+        except OSError:
+            continue
+        if stat.S_ISREG(mode) and os.access(place, os.X_OK):
+            return place
+        if stat.S_ISREG(mode):
+            reason = "permission denied"
+        elif is_path:
+            reason = "is a directory" if stat.S_ISDIR(mode) else "is no file"
+    if reason:
+        hint = ("chmod +x makes a script executable" if reason == "permission denied" else
+                "name a program; --cwd names the directory in which it starts")
+        raise Fatal("command cannot be executed, {}: {}".format(reason, name), hint, 126)
+    hint = ("it must be in the appliance or in the job directory" if is_path else
+            "is it installed in the appliance? A program in the job directory is called ./NAME")
+    raise Fatal("command not found: " + name, hint, 127)
 
 
 def execute(program: bytes, path: bytes, argv: List[bytes], environment: Dict[bytes, bytes]) -> NoReturn:

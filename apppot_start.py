@@ -962,11 +962,15 @@ def explain_no_root(file: BinaryIO, path: str, has_partitions: bool) -> Fatal:
 
 def check_cow(cow: str, base: str) -> None:
     """Refuse a COW file that was made for another base image, as the kernel would, but before the boot."""
-    if not os.path.lexists(cow):
+    hint = "--image COW:BASE names the COW file first; is the order right?"
+    try:
+        os.lstat(cow)
+    except FileNotFoundError:
         if not os.access(os.path.dirname(os.path.abspath(cow)), os.W_OK | os.X_OK):
             raise Fatal("COW file cannot be made: " + cow, "its directory must exist and be writable")
         return
-    hint = "--image COW:BASE names the COW file first; is the order right?"
+    except OSError as error:
+        raise Fatal("COW file cannot be made, {}: {}".format(error.strerror, cow), hint)
     with open_regular(cow, "COW file", hint) as file:
         header = file.read(COW_HEADER.size)
     if not os.access(cow, os.W_OK):
@@ -987,6 +991,11 @@ def size_cow_bitmap(size: int) -> int:
     return -(-size // (8 * COW_SECTOR))
 
 
+def start_of_cow(size: int) -> int:
+    """Where the sectors begin in the COW file of an image of so many bytes."""
+    return -(-(COW_HEADER.size + size_cow_bitmap(size)) // COW_ALIGNMENT) * COW_ALIGNMENT
+
+
 def open_cow(cow: str, base: str) -> int:
     """Open and lock a COW file. One that is new or empty gets a header and no sector.
 
@@ -998,13 +1007,12 @@ def open_cow(cow: str, base: str) -> int:
     lock_file(descriptor, True, "COW file", cow)
 
     status = os.stat(base)
-    start = -(-(COW_HEADER.size + size_cow_bitmap(status.st_size)) // COW_ALIGNMENT) * COW_ALIGNMENT
     with blaming("COW file cannot be made", cow, SCRATCH_HINT):
         if os.fstat(descriptor).st_size == 0:
             header = COW_HEADER.pack(COW_MAGIC, 3, int(status.st_mtime) & 0xFFFFFFFF, status.st_size, COW_SECTOR,
                                      COW_ALIGNMENT, 0, os.fsencode(os.path.abspath(base))[:4095])
             os.write(descriptor, header)
-            os.ftruncate(descriptor, start + status.st_size)
+            os.ftruncate(descriptor, start_of_cow(status.st_size) + status.st_size)
     return descriptor
 
 
@@ -1241,7 +1249,7 @@ def find_fault_for_ram(directory: str, mem_mib: int) -> str:
 
 def try_in_child(attempt: Callable[[], int]) -> str:
     """Why `attempt`, which returns 0 or an errno, fails in a process of its own; empty if it does not."""
-    pid = os.fork()
+    pid = fork("a trial")
     if pid == 0:
         result = errno.EPERM
         try:
@@ -1311,6 +1319,8 @@ def explain_ptrace(kernel: Optional[str], has_seccomp_mode: bool) -> Optional[Fa
     In its seccomp mode a kernel traces nothing; but it does call ptrace(), which a filter may punish with a signal.
     """
     fault = try_in_child(try_ptrace)
+    if fault == os.strerror(errno.EAGAIN):
+        raise Fatal("process for a trial cannot be started: " + fault, PROCESSES_HINT)
     if not fault or has_seccomp_mode and not fault.startswith("signal"):
         return None
     scope = read_node_file("/proc/sys/kernel/yama/ptrace_scope").strip()
@@ -1348,7 +1358,9 @@ def kernel_holds(kernel: str, text: bytes) -> bool:
     Unlike the kernel's own answer this takes no process, and is there when a library of the kernel is not; but the
     search takes 5 ms.
     """
-    with blaming("kernel cannot be read", kernel, "is it complete?"), open(kernel, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with blaming("kernel cannot be read", kernel, "is it complete?"), open(kernel, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with content:
         return content.find(text) >= 0
 
 
@@ -1367,11 +1379,11 @@ def choose_scratch(candidates: Sequence[str]) -> str:
     raise Fatal("no directory for temporary files: " + "; ".join(faults), "name one with --tmpdir")
 
 
-def check_limits(mem_mib: int, disk_bytes: int) -> None:
+def check_limits(mem_mib: int, disk_bytes: int, cpus: int) -> None:
     """Hard limits of the node that the kernel would die of; take_limits() raises the soft ones to them."""
     needs = (
         (resource.RLIMIT_AS, (mem_mib + ADDRESS_SPACE_EXTRA_MIB) << 20, "address space (ulimit -v)"),
-        (resource.RLIMIT_FSIZE, max(mem_mib << 20, disk_bytes), "file size (ulimit -f)"),
+        (resource.RLIMIT_FSIZE, max(mem_mib << 20, start_of_cow(disk_bytes) + disk_bytes), "file size (ulimit -f)"),
     )
     for which, need, what in needs:
         hard = resource.getrlimit(which)[1]
@@ -1379,11 +1391,22 @@ def check_limits(mem_mib: int, disk_bytes: int) -> None:
             raise Fatal("limit of {} is {}, {} are needed".format(what, format_mib(hard >> 20), format_mib(need >> 20)),
                         "raise the limit, or ask for less memory with --mem")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if hard != resource.RLIM_INFINITY and hard < DESCRIPTORS_MIN:
-        raise Fatal("limit of open files (ulimit -n) is {}, {} are needed".format(hard, DESCRIPTORS_MIN),
+    needed = len(os.listdir("/proc/self/fd")) + DESCRIPTORS_MIN
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise Fatal("limit of open files (ulimit -n) is {}, {} are needed with those of the caller".format(hard, needed),
                     "raise the limit")
+    check_processes()
+    check_timers(cpus)
+
+
+def check_processes() -> None:
+    """The limits count threads, too; the guest has a process of the host for each of its own."""
+    for room in read_process_room(read_node_file):
+        if room.value < PROCESSES_MIN:
+            raise Fatal("limit of processes ({}) leaves room for {}, {} are needed".format(
+                room.source, max(0, room.value), PROCESSES_MIN), "raise the limit, or end other processes of the job")
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-    if hard != resource.RLIM_INFINITY and os.getuid() != 0 and hard < count_own_processes() + PROCESSES_MIN:
+    if hard != resource.RLIM_INFINITY and os.getuid() != 0 and hard < count_own_threads() + PROCESSES_MIN:
         raise Fatal("limit of processes (ulimit -u) is {}, {} are needed beside those that you have".format(
             hard, PROCESSES_MIN), "raise the limit, or end some of your processes")
 
@@ -1395,21 +1418,33 @@ def take_limits() -> Tuple[Limit, ...]:
     """
     limits = tuple(Limit(number, *resource.getrlimit(number)) for number in PASSED_LIMITS)
     for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE,
-                  resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC):
+                  resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_SIGPENDING):
         hard = resource.getrlimit(which)[1]
         has_rest = which == resource.RLIMIT_CPU and hard > 1
         resource.setrlimit(which, (hard - 1 if has_rest else hard, hard))
     return limits
 
 
-def count_own_processes() -> int:
+def count_own_threads() -> int:
     count = 0
     for name in os.listdir("/proc"):
         try:
-            count += name.isdigit() and os.stat("/proc/" + name).st_uid == os.getuid()
+            if name.isdigit():
+                tasks = os.stat("/proc/{}/task".format(name))
+                count += tasks.st_nlink - 2 if tasks.st_uid == os.getuid() else 0
         except OSError:
             pass                                  # it has ended meanwhile
     return count
+
+
+def check_timers(cpus: int) -> None:
+    """Each CPU of the guest has a timer, which takes one of the user's pending signals (timer_create(2))."""
+    hard = resource.getrlimit(resource.RLIMIT_SIGPENDING)[1]
+    queued = re.search(r"(?m)^SigQ:\s*(\d+)/", read_node_file("/proc/self/status"))
+    used = int(queued.group(1)) if queued else 0
+    if hard != resource.RLIM_INFINITY and hard < used + cpus:
+        raise Fatal("limit of pending signals (ulimit -i) is {}, {} are needed".format(hard, used + cpus),
+                    "raise the limit; without them the guest's clock stands still")
 
 
 def total_memory_mib() -> int:
@@ -1419,15 +1454,25 @@ def total_memory_mib() -> int:
 
 def find_job_directory() -> Tuple[bytes, bytes]:
     """The current directory, links resolved, and as $PWD names it: scripts use the name that the user knows."""
-    try:
+    hint = "cd to another one, or run without a job directory: --no-job-dir"
+    with blaming("current directory cannot be used as job directory", ".", hint):
         directory = os.getcwdb()
-        alias = os.environb.get(b"PWD", b"")
-        known = alias.startswith(b"/") and os.path.samefile(alias, b".") and b".." not in alias.split(b"/")
-    except OSError as error:
-        if error.filename:                        # a stale $PWD is no harm
-            return directory, directory
-        raise Fatal("current directory cannot be used as job directory: " + str(error.strerror), "cd to another one")
+    if not is_current(directory):                 # the guest opens it by its path
+        parents = [directory[:index] or b"/" for index, byte in enumerate(directory) if byte == ord("/")]
+        closed = next((os.fsdecode(path) for path in parents if not os.access(path, os.X_OK)), "")
+        raise Fatal("current directory cannot be reached by its path{}: {}".format(
+            ", {} cannot be searched".format(closed) if closed else "", os.fsdecode(directory)), hint)
+
+    alias = os.environb.get(b"PWD", b"")
+    known = alias.startswith(b"/") and b".." not in alias.split(b"/") and is_current(alias)
     return directory, os.path.normpath(alias) if known else directory
+
+
+def is_current(path: bytes) -> bool:
+    try:
+        return os.path.samefile(path, b".")
+    except OSError:
+        return False
 
 
 def parse_bind(text: str) -> Bind:
@@ -1447,8 +1492,10 @@ def parse_bind(text: str) -> Bind:
     if len(target) > 1 or mode not in ("ro", "rw") or not place.strip("/") or not place.startswith("/"):
         raise Fatal("--bind has no such place or mode in the guest: " + text,
                     "write --bind SRC[:DST[:ro]], with DST an absolute path below /")
-    if not os.path.isdir(source) and not os.path.isfile(source):
-        raise Fatal("--bind is neither a file nor a directory: " + source, "is it a link that leads nowhere?")
+    with blaming("--bind cannot be used", source, "is it a link that leads nowhere?"):
+        kind = name_kind(source)
+    if kind not in ("", "a directory"):
+        raise Fatal("--bind is {}: {}".format(kind, source), "bind files and directories; it may be in one of these")
     if not os.access(source, os.R_OK | (os.X_OK if os.path.isdir(source) else 0)):
         raise Fatal("--bind cannot be read: " + source, "check its permissions")
     return Bind(os.fsencode(os.path.realpath(source)), os.fsencode("/" + place.strip("/")), mode == "ro",
@@ -1584,7 +1631,7 @@ def is_below(path: str, directory: str) -> bool:
 
 def read_cgroup_limits(read: Callable[[str], str], names: Sequence[Tuple[str, str]],
                        parse: Callable[[str, str], int]) -> List[Amount]:
-    """What `parse` makes, above zero, of the limit files of this cgroup and of all above it."""
+    """What `parse` makes of the limit files of this cgroup and of all above it; ValueError for no limit."""
     membership, mounts = read("/proc/self/cgroup"), read("/proc/self/mountinfo")
     amounts = []
     for controller, name in names:
@@ -1593,8 +1640,7 @@ def read_cgroup_limits(read: Callable[[str], str], names: Sequence[Tuple[str, st
                 value = parse(read(os.path.join(directory, name)), directory)
             except ValueError:                    # "max", or no such file: the root has none
                 continue
-            if value > 0:
-                amounts.append(Amount(value, "cgroup's {}".format(name)))
+            amounts.append(Amount(value, "cgroup's {}".format(name)))
     return amounts
 
 
@@ -1611,9 +1657,19 @@ def read_cpu_limits(read: Callable[[str], str]) -> List[Amount]:
     def quota(text: str, directory: str) -> int:
         words = text.split() + read(os.path.join(directory, "cpu.cfs_period_us")).split()
         runtime, period = (int(word) for word in words[:2])
-        return max(1, runtime // period) if runtime > 0 and period > 0 else 0
+        if runtime <= 0 or period <= 0:
+            raise ValueError("no quota")
+        return max(1, runtime // period)
 
     return read_cgroup_limits(read, (("", "cpu.max"), ("cpu", "cpu.cfs_quota_us")), quota)
+
+
+def read_process_room(read: Callable[[str], str]) -> List[Amount]:
+    """How many more processes and threads the cgroups allow; below zero where they have too many already."""
+    def room(text: str, directory: str) -> int:
+        return int(text) - int(read(os.path.join(directory, "pids.current")))
+
+    return read_cgroup_limits(read, (("", "pids.max"), ("pids", "pids.max")), room)
 
 
 def find_grants(environment: Mapping[str, str], read: Callable[[str], str], machine_mib: int) -> Grants:
@@ -1814,7 +1870,7 @@ def list_libraries(program: str) -> List[str]:
     if not loader:
         return []                                 # linked statically
     reader, writer = os.pipe()
-    pid = os.fork()
+    pid = fork("a look at libraries")
     if pid == 0:
         try:
             os.dup2(writer, 1)
@@ -2509,7 +2565,7 @@ def last_line(said: bytes) -> str:
 def ask_program(argv: Sequence[str]) -> Tuple[int, bytes]:
     """Wait status of a program and what it wrote. (subprocess costs 15 ms to import.)"""
     reader, writer = os.pipe()
-    pid = os.fork()
+    pid = fork("a look at " + argv[0])
     if pid == 0:
         execute(argv, {0: os.open(os.devnull, os.O_RDWR), 1: writer, 2: writer}, dict(os.environ, HOME="/"))
     os.close(writer)
@@ -2527,8 +2583,12 @@ def ask_program(argv: Sequence[str]) -> Tuple[int, bytes]:
 
 def ask_helper(path: str) -> Tuple[str, str]:
     """What a network helper says it is, SLIRP4NETNS or SLIRP, and why it cannot be used; "" if it can."""
-    if not os.path.isfile(path):
-        return "", "is not there"
+    try:
+        kind = name_kind(path)
+    except OSError as error:
+        return "", "cannot be used ({})".format(error.strerror)
+    if kind:
+        return "", "is " + kind
     if not make_executable(path):
         return "", "is not executable"
     status, said = ask_program([os.path.abspath(path), "--version"])
@@ -3385,7 +3445,10 @@ def use_up_memory(limit_mib: int) -> None:
 
     The batch system then tells its user that the job was out of memory, and what runs it again grants it more.
     """
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:                               # the limit of processes is reached as well
+        return
     if pid == 0:
         try:
             call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -3946,9 +4009,8 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, was_up: bool) -
                      "it was powered off or rebooted from inside, or its kernel crashed; -v shows its console")
     how = "signal {}".format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else "status {}".format(status >> 8)
     return (explain_loader(console, spec.kernel) or explain_ptrace(spec.kernel, spec.mode in ("on", "auto"))
-            or not_uml(spec.kernel, "ended with {} before the guest was up".format(how)))
-
-
+            or not_uml(spec.kernel, "ended with {} before the guest was up ({})".format(
+                how, last_line(console.encode()))))
 
 
 # --- Options ------------------------------------------------------------------------------------------------
@@ -4119,8 +4181,9 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     grants = find_own_grants()
     mem, floors = choose_memory(options.mem, grants)
     mem, ram_directory = place_memory(mem, floors, candidates)
-    check_limits(mem.value, os.path.getsize(image))
+    check_map(image, options.write, mem.value)
     cpus, notes = decide_cpus(options.cpus, grants, kernel, options.ptrace)
+    check_limits(mem.value, os.path.getsize(image), cpus.value)
     umid = options.umid or "guest"
     if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in RESERVED_NAMES:
         raise Fatal("--id is not a name: {!r}".format(umid), "use up to 60 letters, digits and -_.")
@@ -4156,23 +4219,35 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
 
 
 def check_layer_file(path: str) -> str:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise Fatal("changes file is no regular file: " + path, "--changes names a file, not a directory or pipe")
-        open(path, "rb").close()
-    except OSError as error:
-        raise Fatal("changes file cannot be read, {}: {}".format(error.strerror, path),
-                    "--changes and APPPOT_CHANGES name files that --save-changes or apppot-snap wrote")
+    open_regular(path, "changes file",
+                 "--changes and APPPOT_CHANGES name files that --save-changes or apppot-snap wrote").close()
     return os.path.realpath(path)
 
 
 def check_saved_changes(path: str) -> str:
-    directory = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path) or not os.path.basename(path):
-        raise Fatal("--save-changes is a directory: " + path, "name a file in it")
-    if not os.access(directory, os.W_OK | os.X_OK):
+    """Where a changes file is to be; what a link leads to, as for any program that writes a file."""
+    hint = "name a file, new or not, in a directory that you can write"
+    try:
+        kind = name_kind(path)
+    except FileNotFoundError:
+        kind = "" if os.path.basename(path) else "a directory"
+    except OSError as error:
+        raise Fatal("--save-changes cannot be written, {}: {}".format(error.strerror, path), hint)
+    if kind:
+        raise Fatal("--save-changes is {}: {}".format(kind, path), hint)
+    path = os.path.realpath(path)
+    if not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
         raise Fatal("--save-changes cannot be written: " + path, "its directory must exist and be writable")
-    return os.path.abspath(path)
+    return path
+
+
+def check_map(image: str, write: bool, mem_mib: int) -> None:
+    map_mib = size_cow_bitmap(os.path.getsize(image)) >> 20
+    if not write and map_mib + MEM_MIN_MIB > mem_mib:
+        raise Fatal("image is too large for a guest with {}, {} are needed: {}".format(
+            format_mib(mem_mib), format_mib(map_mib + MEM_MIN_MIB), image),
+            "the guest keeps a map of the copy-on-write file in memory, a 4096th of the image: give more with --mem, "
+            "or make the image smaller")
 
 
 def choose_disk(options: argparse.Namespace, root: RootDevice, cow: Optional[str], kernel: str) -> int:
@@ -4423,11 +4498,16 @@ def check_node_limits(options: argparse.Namespace) -> Finding:
         disk_bytes = os.path.getsize(find_image(options)[0])
     except (Fatal, OSError):
         disk_bytes = 0
-    check_limits(choose_memory(options.mem, find_own_grants())[0].value, disk_bytes)
+    grants = find_own_grants()
+    check_limits(choose_memory(options.mem, grants)[0].value, disk_bytes, choose_cpus(options.cpus, grants).value)
+
     limits = [(what, resource.getrlimit(which)[1]) for what, which in (
-        ("open files", resource.RLIMIT_NOFILE), ("processes", resource.RLIMIT_NPROC))]
-    return Finding("ok", ", ".join("{} {}".format("any number of" if hard == resource.RLIM_INFINITY else hard, what)
-                                   for what, hard in limits))
+        ("open files", resource.RLIMIT_NOFILE), ("processes", resource.RLIMIT_NPROC),
+        ("pending signals", resource.RLIMIT_SIGPENDING))]
+    found = ["{} {}".format("any number of" if hard == resource.RLIM_INFINITY else hard, what)
+             for what, hard in limits]
+    found += ["room for {} more by {}".format(room.value, room.source) for room in read_process_room(read_node_file)]
+    return Finding("ok", ", ".join(found))
 
 
 def check_batch(options: argparse.Namespace) -> Finding:

@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes at a bad moment: signals before and after the guest, a stopped supervisor, bugs of AppPot's own."""
+"""Signals before and after the guest, a stopped supervisor, bugs of AppPot; locks, limits, files of odd kinds."""
 
+import contextlib
+import functools
+import glob
 import os
+import pathlib
+import re
 import signal
+import socket
+import stat
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import both_carriers
+from conftest import TOP, assert_error, both_carriers, wait_for, writable_copy
 from test_end import list_parts, wait_for_state
+
+import apppot_start
 
 # Python runs this before the runner. At the N-th audit event of a name the runner sends itself a signal.
 SENDER = """
@@ -109,7 +120,9 @@ def test_a_stopped_supervisor_makes_nobody_deaf(any_node):
 
 BUGS = {
     "the supervisor starts": ("supervise", "def list_rules(*_): raise OSError('injected')"),
-    "the kernel is executed": ("supervise", "def raise_limits(*_): raise ValueError('injected')"),
+    "the kernel is executed": ("supervise", "real = call_libc\ndef call_libc(name, *arguments):\n"
+                               "    if name == 'personality': raise ValueError('injected')\n"
+                               "    return real(name, *arguments)"),
     "the supervisor watches": ("supervise", "def find_corpses(*_): raise KeyError('injected')"),
     "the supervisor begins": ("supervise", "def close_all_but(*_): raise ZeroDivisionError('injected')"),
     "output is written": ("run", "def fail(*_): raise KeyError('injected')\nOutputWriter._write = fail"),
@@ -132,3 +145,278 @@ def test_a_bug_is_told_with_its_traceback(node, moment):
     who = {"supervise": "the supervisor", "run": "the runner"}[where]
     assert lines[-2].startswith(f"apppot: error: bug in {who}: ") and "injected" in lines[-2]
     assert lines[-1].startswith("apppot: hint: ")
+
+
+# --- Locks --------------------------------------------------------------------------------------------------
+
+LOCKERS = {
+    "flock": "fcntl.flock(file, fcntl.LOCK_EX)",
+    "lockf": "fcntl.lockf(file, fcntl.LOCK_SH)",
+    "open file description": "fcntl.fcntl(file, 37, struct.pack('@hhqqi4x', fcntl.F_RDLCK, 0, 0, 0, 0))",
+}
+
+
+def start_locker(path, lock, uid):
+    """Another user who can read a file, and locks it as well as a reader can, until stdin ends."""
+    script = f"os.setuid({uid}); file = open({str(path)!r}, 'rb'); {lock}; print(flush=True); sys.stdin.read()"
+    locker = subprocess.Popen(
+        ["/usr/bin/python3", "-c", "import fcntl, os, struct, sys; " + script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert locker.stdout.readline() == b"\n"
+    return locker
+
+
+@pytest.mark.parametrize("how", LOCKERS)
+def test_who_can_read_an_image_can_keep_nobody_from_running_it(any_node, image, how):
+    with start_locker(image, LOCKERS[how], 12345 if os.getuid() == 0 else os.getuid()) as locker:
+        result = any_node.run("echo", "up")
+        assert (result.stdout, result.stderr) == (b"up\n", b"")
+        locker.stdin.close()
+
+
+def test_a_run_that_reads_an_image_keeps_others_from_writing_it(any_node, image):
+    own = writable_copy(any_node, image)
+    process = any_node.start_ready("read line", stdin=subprocess.PIPE, image=own)
+    for option, path in (("--write", own), ("--image", f"{any_node.job}/cow:{own}")):
+        result = any_node.run(*((option,) if option == "--write" else ()), "true", image=path)
+        if option == "--write":
+            assert result.returncode == 125
+            assert_error(result, f"image is in use by process {process.pid}:", own)
+        else:
+            assert result.returncode == 0
+    assert any_node.finish(process)[0] == 1
+
+
+@both_carriers
+def test_a_cow_file_is_for_one_run_at_a_time_from_its_first_on(any_node, image):
+    cow = any_node.job / "cow"
+    for _ in ("new", "known"):
+        process = any_node.start_ready("read line", stdin=subprocess.PIPE, image=f"{cow}:{image}")
+        result = any_node.run("true", image=f"{cow}:{image}")
+        assert result.returncode == 125
+        assert_error(result, f"COW file is in use by process {process.pid}:", cow)
+        assert any_node.finish(process)[0] == 1
+
+
+def test_an_empty_cow_file_is_filled(node, image):
+    cow = node.job / "cow"
+    cow.touch()
+    assert node.run("--root", "sh", "-c", "echo kept > /root/kept", image=f"{cow}:{image}").returncode == 0
+    assert node.run("--root", "cat", "/root/kept", image=f"{cow}:{image}").stdout == b"kept\n"
+
+
+def test_the_lock_of_a_name_is_not_waited_for_for_ever(node):
+    home = node.job / "home"
+    (home / ".uml").mkdir(parents=True)
+    lock = f"os.chdir({str(home / '.uml')!r}); fcntl.flock(os.open('.', os.O_RDONLY), fcntl.LOCK_EX)"
+    with start_locker("/dev/null", lock, os.getuid()) as locker:
+        result = node.run("--id", "name", "echo", "up", env={"HOME": str(home)})
+        assert (result.stderr, result.stdout, os.listdir(home / ".uml")) == (b"", b"up\n", [])
+        locker.stdin.close()
+
+
+# --- Limits -------------------------------------------------------------------------------------------------
+
+
+def is_deserted(group):
+    return not (group / "cgroup.procs").read_text()
+
+
+@pytest.fixture
+def pids_cgroup():
+    """A cgroup of version 1 or 2 with a limit of processes."""
+    for parent in ("/sys/fs/cgroup/pids", "/sys/fs/cgroup"):
+        group = pathlib.Path(parent, f"apppot-test-{os.getpid()}")
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        if (group / "pids.max").exists():
+            yield group
+            wait_for(functools.partial(is_deserted, group))
+            group.rmdir()
+            return
+        group.rmdir()
+    pytest.skip("no cgroup with a limit of processes can be made here")
+
+
+@pytest.mark.parametrize("limit", [2, 4, 7, 8, 100])
+def test_a_cgroup_s_limit_of_processes_is_named_before_the_boot(any_node, pids_cgroup, limit):
+    (pids_cgroup / "pids.max").write_text(str(limit))
+    # The shell enters it as root, and the rest goes on as the user.
+    wrap = ("/usr/bin/python3", "-c", INTO, str(pids_cgroup / "cgroup.procs"), str(any_node.uid))
+    with root_of(any_node):
+        result = any_node.run("echo", "up", wrap=wrap, python="/usr/bin/python3")
+        doctor = any_node.run("--doctor", wrap=wrap, python="/usr/bin/python3").stdout.decode()
+    if limit == 100:
+        assert result.stdout == b"up\n" and "room for 99 more by cgroup's pids.max" in doctor
+    else:
+        assert result.returncode == 125
+        assert_error(result, f"pids.max) leaves room for {limit - 1}, 16 are needed")
+        assert re.search(r"(?m)^fail +limits +limit of processes \(cgroup's pids.max\)", doctor)
+
+
+INTO = """
+import os, sys
+open(sys.argv[1], "w").write(str(os.getpid()))
+if int(sys.argv[2]) != os.getuid():
+    os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+@contextlib.contextmanager
+def root_of(node):
+    """Let what is run at a user's node start as root."""
+    become, node.become = node.become, lambda: None
+    try:
+        yield
+    finally:
+        node.become = become
+
+
+def test_limits_of_processes_of_all_cgroups_above_are_found():
+    files = {
+        "/proc/self/cgroup": "0::/job/step\n3:pids:/batch\n",
+        "/proc/self/mountinfo": "1 0 0:1 / /two rw - cgroup2 none rw\n2 0 0:2 / /one rw - cgroup none rw,pids\n",
+        "/two/job/step/pids.max": "max\n",
+        "/two/job/step/pids.current": "3\n",
+        "/two/job/pids.max": "20\n",
+        "/two/job/pids.current": "13\n",
+        "/one/batch/pids.max": "4\n",
+        "/one/batch/pids.current": "6\n",
+    }
+    assert [room.value for room in apppot_start.read_process_room(lambda path: files.get(path, ""))] == [7, -2]
+
+
+def test_pending_signals_are_enough_for_the_guest_s_timers(any_node):
+    def limited(limit):
+        return ("bash", "-c", f'ulimit {limit}; exec "$@"', "-")
+
+    script = ("sh", "-c", "sleep 0.1; echo over")
+    assert any_node.run(*script, wrap=limited("-S -i 0")).stdout == b"over\n"
+    result = any_node.run(*script, wrap=limited("-i 0"))
+    assert result.returncode == 125
+    assert_error(result, "pending signals (ulimit -i) is 0,")
+    doctor = any_node.run("--doctor", wrap=limited("-i 5000")).stdout.decode()
+    assert re.search(r"(?m)^ok +limits .* 5000 pending signals", doctor)
+
+
+# --- Files of odd kinds -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd(tmp_path, request):
+    """Files that are none, by what they are."""
+    (tmp_path / "a directory").mkdir()
+    os.mkfifo(tmp_path / "a FIFO")
+    server = socket.socket(socket.AF_UNIX)
+    directory = os.open(tmp_path, os.O_RDONLY)
+    server.bind(f"/proc/self/fd/{directory}/a socket")
+    request.addfinalizer(server.close)
+    os.close(directory)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    kinds = {name: tmp_path / name for name in ("a directory", "a FIFO", "a socket")}
+    # Of most, the kind is told; of a path that leads nowhere, the reason.
+    kinds["a character device"] = pathlib.Path("/dev/full")
+    kinds["Too many levels of symbolic links"] = tmp_path / "loop"
+    kinds["File name too long"] = tmp_path / ("x" * 300)
+    kinds["No such file or directory"] = tmp_path / "dangling"
+    return kinds
+
+
+OPTIONS = {
+    "image": ["--image", "{}"],
+    "COW file": ["--image", "{}:{image}"],
+    "kernel": ["--kernel", "{}"],
+    "`empty`": ["--empty", "{}"],
+    "changes file": ["--changes", "{}"],
+    "--bind": ["--bind", "{}:/mnt"],
+    "--save-changes": ["--save-changes", "{}"],
+    "network helper": ["--slirp", "{}"],
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_what_is_no_file_is_told_by_its_kind_and_option_and_hangs_nothing(image, kernel, odd, what):
+    for kind, path in odd.items():
+        words = ["--image", image, "--kernel", kernel, *(word.format(path, image=image) for word in OPTIONS[what])]
+        result = subprocess.run(
+            [sys.executable, TOP / "apppot_start.py", "--dry-run", *words, "true"],
+            capture_output=True,
+            timeout=20,
+        )
+        if (what, kind) in (("--bind", "a directory"), ("--save-changes", "No such file or directory")):
+            assert result.returncode == 0
+            continue
+        assert (result.returncode, result.stdout) == (125, b""), (kind, result)
+        missing = what == "--bind" and kind in ("File name too long", "Too many levels of symbolic links")
+        assert_error(result, *([what, path] if missing else [what, kind, path]))
+
+
+def test_a_block_device_is_no_image(image, kernel, tmp_path):
+    device = tmp_path / "disk"
+    try:
+        os.mknod(device, 0o600 | stat.S_IFBLK, os.makedev(7, 99))
+    except PermissionError:
+        device = next(path for path in map(pathlib.Path, glob.glob("/dev/*")) if path.is_block_device())
+    result = subprocess.run(
+        [sys.executable, TOP / "apppot_start.py", "--image", device, "--kernel", kernel, "true"], capture_output=True
+    )
+    assert result.returncode == 125
+    assert_error(result, f"image is a block device: {device}")
+    assert b"dd makes" in result.stderr
+
+
+def test_a_changes_file_is_saved_where_a_link_leads(node):
+    (node.job / "there").mkdir()
+    (node.job / "link").symlink_to("there/saved.tar.gz")
+    assert node.run("--save-changes", "link", "true").returncode == 0
+    assert (node.job / "link").is_symlink() and os.path.getsize(node.job / "there/saved.tar.gz")
+
+
+def test_an_image_of_a_tebibyte_boots_or_is_told_to_want_memory(node, image):
+    own = writable_copy(node, image)
+    os.truncate(own, 1 << 40)
+    result = node.run("--mem", "256M", "echo", "up", image=own)
+    assert result.returncode == 125
+    assert_error(result, "image is too large for a guest with 256 MiB, 320 MiB are needed:", own)
+    assert node.run("--mem", "320M", "echo", "up", image=own).stdout == b"up\n"
+
+
+def test_a_current_directory_that_its_path_does_not_lead_to_is_told(node, tmp_path):
+    closed = node.root / "closed"
+    (closed / "job").mkdir(parents=True)
+    script = f"import os, sys; os.chdir({str(closed / 'job')!r}); os.chmod({str(closed)!r}, 0o600); {AS_NOBODY}"
+    if os.getuid() == 0:
+        result = node.run("true", wrap=("/usr/bin/python3", "-c", script))
+        assert result.returncode == 125
+        assert_error(result, "current directory", f"{closed} cannot be searched: {closed}/job")
+    moved = f"mkdir -p {node.job}/a/b; cd {node.job}/a/b; mv {node.job}/a {node.job}/c; mkdir -p {node.job}/a/b"
+    assert node.run("pwd", wrap=("sh", "-c", f'{moved}; exec "$@"', "-")).stdout.decode() == f"{node.job}/c/b\n"
+    hidden = ("unshare", "-m", "sh", "-ec", f'cd {node.job}; mount -t tmpfs none {node.job}; exec "$@"', "-")
+    if os.getuid() == 0:
+        result = node.run("true", wrap=hidden)
+        assert result.returncode == 125
+        assert_error(result, "current directory cannot be reached by its path", node.job)
+
+
+AS_NOBODY = "os.setgroups([]); os.setgid(65534); os.setuid(65534); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def test_a_directory_as_command_is_no_program(node):
+    (node.job / "sub").mkdir()
+    os.mkfifo(node.job / "fifo")
+    (node.job / "text").write_text("")
+    (node.job / "closed").mkdir(mode=0)
+    script = 'for c in /tmp ./sub ./fifo ./text ./none; do "$@" $c; echo "$c $?"; done'
+    result = node.run("--net", "none", wrap=("sh", "-c", script, "-"))
+    assert result.stdout == b"/tmp 126\n./sub 126\n./fifo 126\n./text 126\n./none 127\n"
+    errors = [line for line in result.stderr.decode().splitlines() if line.startswith("apppot: error: ")]
+    for line, words in zip(errors, ("is a directory: '/tmp'", "is a directory: './sub'", "is no file: './fifo'",
+                                    "permission denied: './text'", "not found: './none'")):
+        assert line.endswith(words)
+    assert result.stderr.count(b"chmod +x") == 1 and len(errors) == 5
