@@ -3266,6 +3266,11 @@ class OutputWriter(Worker):
     def is_idle(self) -> bool:
         return not self._unwritten
 
+    @property
+    def is_hung_up(self) -> bool:
+        """Whether it stopped at a terminal that is gone: nobody misses what was written there."""
+        return self.error is not None and is_hung_up(self._descriptor, self.error)
+
     def put(self, content: bytes) -> None:
         """Misfit for what the guest may not send before more is written: the queue is in this process's memory."""
         with self._changed:
@@ -3376,6 +3381,9 @@ class InputReader(Worker):
                     self._room -= len(content)
                     self.delivered += len(content)
                 self._send(content)
+        except Fatal as fatal:
+            self.failure = fatal
+            self._session.wake()
         except OSError as error:
             self.failure = Fatal(
                 "stdin cannot be passed on: " + str(error.strerror),
@@ -3407,14 +3415,26 @@ class InputReader(Worker):
                     select.select([0], [], [])
                 elif error.errno == errno.EIO and os.isatty(0) and os.tcgetpgrp(0) != os.getpgrp():
                     time.sleep(0.5)               # in the background of a terminal; nothing tells when that ends
-                else:
+                elif is_hung_up(0, error):
                     return b""
+                else:
+                    raise explain_bad_input(error)
 
     def _send(self, content: bytes) -> None:
         if len(content) <= INLINE_MAX:
             self._session.post(encode_frame(STDIN, content))
             return
         self._session.post(encode_frame(STDIN | SPOOLED, spool(self._spool, content)))
+
+
+def explain_bad_input(error: OSError) -> Fatal:
+    return Fatal("stdin cannot be read: {}".format(error.strerror),
+                 "the command was ended, as it would have taken this for the end of its input")
+
+
+def is_hung_up(descriptor: int, error: OSError) -> bool:
+    """Whether an error means the end of a terminal. One that was hung up is no terminal to isatty(3) any more."""
+    return error.errno == errno.EIO and stat.S_ISCHR(os.fstat(descriptor).st_mode)
 
 
 def spool(directory: int, content: bytes) -> bytes:
@@ -3808,7 +3828,10 @@ class Session:
             content = os.read(terminal.input, min(self._key_room, INLINE_MAX))
         except BlockingIOError:
             return
-        except OSError:                           # it was hung up
+        except OSError as error:
+            if not is_hung_up(terminal.input, error):          # with -t and no terminal here
+                self._result = Result(EXIT_FAILED, explain_bad_input(error))
+                return
             content = b""
         self._keys_end = not content
         self._send_keys(content or END_OF_FILE)
@@ -3980,9 +4003,9 @@ class Session:
                 if writer.error and writer.error.errno == errno.EFBIG:
                     self._warn("output of the command reached the limit of file size (ulimit -f)")
                     self._result = killed_by(signal.SIGXFSZ)   # as whoever writes to the file itself
-                elif writer.error and writer.error.errno not in (errno.EPIPE, errno.EIO):   # EIO: terminal hung up
+                elif writer.error and writer.error.errno != errno.EPIPE and not writer.is_hung_up:
                     self._fail("output of the command cannot be written: " + str(writer.error.strerror),
-                               "is the disk full that its output goes to?")
+                               "is the disk full that its output goes to, or the connection lost?")
         if self._result and self._timed_out and not self._result.failure:
             self._result = Result(EXIT_TIMEOUT, Fatal(
                 "walltime of {:g} s is over".format(self._spec.timeout_s or 0), "--timeout sets it"))
