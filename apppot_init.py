@@ -113,6 +113,10 @@ class Fatal(Exception):
         self.message, self.hint, self.status = message, hint, status
 
 
+class DiskFailure(Fatal):
+    """What was written to the root file system is lost; the runner sees which file of the host is the cause."""
+
+
 class Group(NamedTuple):
     gid: int
     name: bytes
@@ -141,6 +145,8 @@ class Job(NamedTuple):
     confined: bool                   # the host sees to it that hostfs leads nowhere else
     layers: Tuple[bytes, ...]        # changes files to merge, by their paths on the host
     force: bool                      # merge those of another base, too
+    room: int                        # bytes that the disk can take, as its file is sparse, in this directory of the host
+    scratch: bytes
     save: bytes                      # the changes file to write after the command, its path on the host; empty: none
     save_name: bytes                 # what to call it
     cwd: bytes                       # empty: the job directory
@@ -217,6 +223,7 @@ def parse_job(payload: bytes) -> Job:
         job_directory=one(b"job"), job_alias=one(b"alias"),
         binds=tuple(parse_bind(number, value) for number, value in enumerate(fields.get(b"bind", []))),
         confined=one(b"confined") == b"1", layers=tuple(fields.get(b"layer", [])), force=one(b"force") == b"1",
+        room=int(one(b"room") or b"0"), scratch=one(b"scratch"),
         save=one(b"save"), save_name=one(b"save-name"), cwd=one(b"cwd"), user=one(b"user"), uid=int(one(b"uid")),
         groups=tuple(Group(int(gid), name) for gid, name in pairs(b"group")), as_root=one(b"root") == b"1",
         umask=int(one(b"umask")), ignored_signals=tuple(int(number) for number in fields.get(b"ignore", [])),
@@ -493,7 +500,8 @@ def merge_layers(job: Job, channel: Channel) -> None:
         os.mkdir(place, 0o700)
         mount(b"none", place, b"hostfs", MS_RDONLY | MS_NOSUID | MS_NODEV, os.path.basename(place))
     try:
-        changes.run_apply(paths, b"/", False, job.force, make_report(channel))
+        disk = changes.Disk(show_path(job.scratch), job.room)
+        changes.run_apply(paths, b"/", False, job.force, make_report(channel), disk)
     except changes.Fatal as fatal:
         message = fatal.message
         for path, layer in zip(paths, job.layers):
@@ -559,6 +567,36 @@ def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
         raise Fatal(fatal.message.replace(show_path(path), show_path(job.save)), fatal.hint)
     finally:
         call("umount2", place, MNT_DETACH)
+
+
+# --- The disk -----------------------------------------------------------------------------------------------
+
+class RootDisk:
+    """Tells whether the disk took what was written to the root file system: it is a file of a host that may be full."""
+
+    def __init__(self) -> None:
+        self._root = os.open("/", os.O_RDONLY | os.O_CLOEXEC)  # syncfs(2) tells of errors since this
+        self._errors = self._count_errors()
+
+    def _count_errors(self) -> bytes:
+        """Of all times, as ext4 counts them in its superblock; nothing of another file system."""
+        device = os.stat("/").st_dev
+        link = os.readlink("/sys/dev/block/{}:{}".format(os.major(device), os.minor(device)))
+        return read_file("/sys/fs/ext4/{}/errors_count".format(os.path.basename(link)))
+
+    def check(self, all_of_it: bool) -> None:
+        """Fatal if something is lost; with `all_of_it` nothing is on its way any more."""
+        try:
+            if all_of_it:
+                call("syncfs", self._root)
+        except OSError as error:
+            raise self._fail(error.strerror)
+        if self._count_errors() != self._errors:
+            raise self._fail("ext4 has found errors")
+
+    def _fail(self, reason: str) -> Fatal:
+        return DiskFailure("root file system cannot be written: " + reason,
+                           "run with -v to see the guest's console")
 
 
 # --- The caller's account and directories -------------------------------------------------------------------
@@ -970,8 +1008,8 @@ def start_command(job: Job, account: Account, directory: bytes) -> Command:
 def encode_failure(fatal: Fatal) -> bytes:
     def clean(text: str) -> bytes:
         return text.replace("\0", "?").encode("utf-8", "backslashreplace")
-    return encode_fields(((b"error", clean(fatal.message)), (b"hint", clean(fatal.hint)),
-                          (b"status", b"%d" % fatal.status)))
+    fields = [(b"error", clean(fatal.message)), (b"hint", clean(fatal.hint)), (b"status", b"%d" % fatal.status)]
+    return encode_fields(fields + [(b"disk", b"1")] * isinstance(fatal, DiskFailure))
 
 
 def write_score(score: str) -> None:
@@ -1193,13 +1231,14 @@ def send_rest() -> None:
             time.sleep(0.01)
 
 
-def flush_mounts(places: Places, persistent: bool) -> None:
+def flush_mounts(places: Places, disk: RootDisk, job: Job) -> None:
     """Leave nothing in the guest that the host would miss when it ends this kernel the moment it hears of the end."""
     kill_everything()
     places.flush()
-    if persistent:
-        call("sync")
+    disk.check(job.persistent or bool(job.save))
+    if job.persistent:
         mount(b"none", b"/", b"", MS_REMOUNT | MS_RDONLY)
+        disk.check(True)
 
 
 def encode_result(relay: Relay) -> bytes:
@@ -1231,8 +1270,10 @@ def run_job(channel: Channel, wakeup: int) -> None:
         job = wait_for_job(channel)
         if job.disk_bytes:
             grow_root(job.disk_bytes)
+        disk = RootDisk()
         if job.layers:
             merge_layers(job, channel)
+            disk.check(True)
         own_files = OwnFiles(job) if job.save else None
         raise_network(job)
         account = make_account(job)
@@ -1246,9 +1287,10 @@ def run_job(channel: Channel, wakeup: int) -> None:
         relay.run()
         if job.interfaces:
             send_rest()
-        flush_mounts(places, job.persistent)
+        flush_mounts(places, disk, job)
         if job.save:
             save_layer(job, known, channel)
+            disk.check(False)
         channel.send(RESULT, encode_result(relay))
     except Fatal as fatal:
         channel.send(RESULT, encode_failure(fatal))

@@ -123,6 +123,7 @@ HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run dire
 # Debian's kernels time every algorithm of RAID 5 and 6 at each boot, for 0.5 s; who has an array in a guest?
 # And all kernels count for 0.05 s how many loops make a tick, for drivers that wait so; a guest has none.
 SKIPPED_AT_BOOT = ["initcall_blacklist=raid6_select_algo,calibrate_xor_blocks", "lpj=25000000"]
+SAYS_ALL = "ignore_loglevel"         # errors of the guest's disk come to the console, whatever `dmesg -n` says
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
 USE_UP_S = 60                        # for a job's memory to be used up
 POLL_MAX_S = 3600.0                  # poll(2) takes no more than 24 days, and --timeout does
@@ -133,7 +134,12 @@ CLEAN_S = 5.0                        # for the supervisor to end the guest and c
 TRACE_MAX = 3000                     # bytes of a supervisor's traceback: a pipe takes 4096 at once
 CONTROL_CHARACTERS = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\U0010ffff]")
 TEXT_MAX = 4096                      # characters of a text from the guest that are shown
+PROBE_BYTES = 1 << 20                # to see whether a directory has room
+# block/blk-core.c, fs/buffer.c, fs/ext4/super.c and fs/jbd2/journal.c, of the disks {} that are ours.
+DISK_FAILURE = (r"(?:critical space allocation|I/O) error(?:,| on) dev (?:{0})|"
+                r"EXT4-fs error \(device (?:{0})|Aborting journal on device (?:{0})")
 OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
+MEMORY_LOST = "Kernel mode signal 7"                           # SIGBUS: relay_signal() in arch/um/kernel/trap.c
 # arch/um/os-Linux/skas/process.c before 6.16: ESRCH, or the wait status after a SIGKILL
 KILLED_PROCESS = re.compile(br"(userspace - |Failed to get registers|wait_stub_done : ).{0,120}"
                             br"(errno = 3|status = 0x9)\s")
@@ -207,6 +213,7 @@ GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")   # Discover
 # sector, alignment, format, path of the base. A bitmap of the sectors follows, then, aligned, the sectors.
 COW_MAGIC, COW_HEADER = b"OOOM", struct.Struct(">4sIIQIII4096s")
 COW_SECTOR, COW_ALIGNMENT = 512, 4096
+COW_RESERVED = 16 << 20              # bytes of header and bitmap that are allocated: of an image of 64 GiB all
 OTHER_IMAGES = (                     # offset, magic, what it is, what to do
     (0, b"\x7fELF", "a program", "are image and kernel exchanged?"),
     (0, b"\x1f\x8b", "compressed with gzip", "unpack it: gunzip FILE"),
@@ -360,6 +367,20 @@ class RunSpec(NamedTuple):
     @property
     def persistent(self) -> bool:
         return self.write or self.cow is not None
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the root file system is on two disks in a row."""
+        return self.disk_bytes > 0 and not self.write
+
+    @property
+    def disk_file(self) -> str:
+        """What of the host is written when the guest writes its disk; empty: files of this run in scratch."""
+        return self.image if self.write else self.cow or ""
+
+    @property
+    def disk_directory(self) -> str:
+        return os.path.dirname(self.disk_file) if self.disk_file else self.scratch
 
 
 class PrivateDirectory(NamedTuple):
@@ -520,7 +541,7 @@ def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
     return [
         spec.kernel, disk, *build_root_args(spec), "rw", "mem={}M".format(spec.mem_mib), "con=null", "con0=null,fd:1",
         "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD), "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT,
-        "init=" + AGENT, *SKIPPED_AT_BOOT, *build_cpu_args(spec), *build_network_args(spec.network), *spec.extra]
+        "init=" + AGENT, SAYS_ALL, *SKIPPED_AT_BOOT, *build_cpu_args(spec), *build_network_args(spec.network), *spec.extra]
 
 
 def build_root_args(spec: RunSpec) -> List[str]:
@@ -528,7 +549,7 @@ def build_root_args(spec: RunSpec) -> List[str]:
 
     Documentation/admin-guide/device-mapper/dm-init.rst, in sectors; ubd devices have major 98 and 16 minors each.
     """
-    if not spec.disk_bytes or spec.write:
+    if not spec.is_mapped:
         return ["root=/dev/ubda{}".format(spec.root.partition or "")]
     first, rest = (size // COW_SECTOR for size in (spec.root.length, spec.disk_bytes - spec.root.length))
     table = "0 {0} linear 98:{1} 0,{0} {2} linear 98:16 0".format(first, spec.root.partition, rest)
@@ -581,6 +602,8 @@ def build_job(spec: RunSpec, stdio: Stdio, saved_name: str = "") -> bytes:
     fields += [(b"group", b"%d=%s" % (group, group_name(group)))
                for group in [gid] + [group for group in os.getgroups() if group != gid]]
     fields += [(b"layer", os.fsencode(layer)) for layer in spec.layers]
+    if spec.layers:
+        fields += [(b"room", b"%d" % find_room(spec)), (b"scratch", os.fsencode(spec.disk_directory))]
     if spec.saved_changes:
         fields += [(b"save", os.fsencode(spec.saved_changes)), (b"save-name", saved_name.encode())]
     # A name holds no slash, and a target begins with one.
@@ -1000,7 +1023,7 @@ def open_cow(cow: str, base: str) -> int:
     """Open and lock a COW file. One that is new or empty gets a header and no sector.
 
     The kernel would make it, too, but may not make files anywhere it likes. The header comes after the lock: another
-    run may want the same file.
+    run may want the same file. The bitmap has all its blocks: on a full disk a sector is refused, and none is lost.
     """
     with blaming("COW file cannot be opened", cow, SCRATCH_HINT):
         descriptor = os.open(cow, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
@@ -1011,8 +1034,14 @@ def open_cow(cow: str, base: str) -> int:
         if os.fstat(descriptor).st_size == 0:
             header = COW_HEADER.pack(COW_MAGIC, 3, int(status.st_mtime) & 0xFFFFFFFF, status.st_size, COW_SECTOR,
                                      COW_ALIGNMENT, 0, os.fsencode(os.path.abspath(base))[:4095])
-            os.write(descriptor, header)
-            os.ftruncate(descriptor, start_of_cow(status.st_size) + status.st_size)
+            start = start_of_cow(status.st_size)
+            try:
+                os.posix_fallocate(descriptor, 0, min(start, COW_RESERVED))
+                os.write(descriptor, header)
+                os.ftruncate(descriptor, start + status.st_size)
+            except OSError:
+                os.ftruncate(descriptor, 0)       # not a COW file by half
+                raise
     return descriptor
 
 
@@ -1210,6 +1239,48 @@ def not_uml(kernel: str, how: str) -> Fatal:
 def free_mib(directory: str) -> float:
     status = os.statvfs(directory)
     return status.f_bavail * status.f_frsize / 1048576
+
+
+def find_fault_for_files(directory: str) -> int:
+    """ENOSPC or EDQUOT where a directory takes no further MiB; 0 if it does, or nobody can tell."""
+    path = os.path.join(directory, unique_name(".apppot-probe-"))
+    fault = 0
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.unlink(path)
+            os.posix_fallocate(descriptor, 0, PROBE_BYTES)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        fault = error.errno or 0
+    if fault in (errno.ENOSPC, errno.EDQUOT):
+        return fault
+    try:
+        return errno.ENOSPC if free_mib(directory) < 1 else 0
+    except OSError:
+        return 0
+
+
+def explain_full(what: str, directory: str, hint: str) -> Optional[Fatal]:
+    """The error of a directory in which nothing more can be written; None if it has room."""
+    fault = find_fault_for_files(directory)
+    if not fault:
+        return None
+    how = "is full" if fault == errno.ENOSPC else "has used up its quota"
+    return Fatal("{} {}: {}, which has {} free".format(what, how, directory, format_mib(free_mib(directory))), hint)
+
+
+def explain_full_scratch(directory: str) -> Optional[Fatal]:
+    return explain_full("scratch", directory, "it takes what the guest writes to its disk and what waits on stdin; "
+                        "--tmpdir names another directory")
+
+
+def find_room(spec: RunSpec) -> int:
+    """Bytes that the guest's disk can take at most: what is free beside its file, and what that has already."""
+    status = os.statvfs(spec.disk_directory)
+    room = status.f_bavail * status.f_frsize
+    return room + (os.stat(spec.disk_file).st_blocks * 512 if spec.disk_file else 0)
 
 
 def unique_name(prefix: str) -> str:
@@ -3383,11 +3454,9 @@ class InputReader(Worker):
                 self._send(content)
         except Fatal as fatal:
             self.failure = fatal
-            self._session.wake()
         except OSError as error:
-            self.failure = Fatal(
+            self.failure = explain_full_scratch(self._session.scratch) or Fatal(
                 "stdin cannot be passed on: " + str(error.strerror),
-                "is the directory of --tmpdir full?" if error.errno in (errno.ENOSPC, errno.EDQUOT) else
                 "did a program of the guest's root change /run/apppot/spool?")
 
     def _wait_for_room(self) -> bool:
@@ -3515,6 +3584,8 @@ class Session:
         self._lock = threading.Lock()
         self._written: Dict[int, int] = {}        # bytes of each output stream that the guest is to hear of
         self._console = b""
+        disks = "(?:ubda|ubdb|dm-0)" if spec.is_mapped else "ubda"
+        self._disk_failure = re.compile(DISK_FAILURE.format(disks).encode())
         self._wakeup, self._to_wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         os.set_blocking(self._to_wakeup, False)
@@ -3545,6 +3616,10 @@ class Session:
         self._workers: List[Worker] = list(self._writers.values())
         if stdio.kinds[:1] == b"p":
             self._workers.append(self._reader)
+
+    @property
+    def scratch(self) -> str:
+        return self._spec.scratch
 
     # Called from other threads.
 
@@ -3661,7 +3736,10 @@ class Session:
         self._console = (self._console + content)[-CONSOLE_TAIL:]
         if self._spec.verbose:
             self._show(show_console(content))
-        if LOST_PROCESS in self._console and not self._told:   # it may be the agent
+        failure = self._disk_failure.search(self._console, max(0, len(self._console) - len(content) - 200))
+        if failure and not self._told:
+            self._result = Result(EXIT_FAILED, explain_disk_failure(self._spec, failure.group()))
+        elif LOST_PROCESS in self._console and not self._told:   # it may be the agent
             self._fail("a process of the guest was killed on the host" + self._suspect_limit(),
                        MORE_CPU_TIME if self._suspect_limit() else "look for who did, then run the job again")
         return bool(content)
@@ -3889,6 +3967,8 @@ class Session:
             writer.complete()
 
     def _read_failure(self, fields: Dict[bytes, List[bytes]]) -> Result:
+        if b"disk" in fields:
+            return Result(EXIT_FAILED, explain_disk_failure(self._spec, b""))
         status = number_field(fields, b"status", EXIT_FAILED, EXIT_NOT_FOUND)
         return Result(status, Fatal(text_field(fields, b"error"), text_field(fields, b"hint")))
 
@@ -4011,6 +4091,22 @@ class Session:
                 "walltime of {:g} s is over".format(self._spec.timeout_s or 0), "--timeout sets it"))
 
 
+def explain_disk_failure(spec: RunSpec, said: bytes) -> Fatal:
+    """Why the guest's disk cannot be written or read, of which the guest's kernel said so, as far as it can be seen."""
+    if not spec.disk_file:
+        full = explain_full_scratch(spec.scratch)
+    else:
+        full = explain_full("directory of the {}".format("image" if spec.write else "COW file"), spec.disk_directory,
+                            "free some; {} is as after a power failure and can be used again".format(spec.disk_file))
+    if full:
+        return full
+    if said.startswith(b"EXT4"):
+        return Fatal("root file system is damaged: " + (spec.disk_file or spec.image),
+                     "run with -v to see the guest's console; `e2fsck -fn` looks at an image")
+    return Fatal("disk of the guest had an I/O error, and its files are these: {}, {}".format(
+        spec.image, spec.disk_file or spec.scratch), "was one of them out of room, or its disk or server at fault?")
+
+
 def explain_kernel_end(status: int, console: str, spec: RunSpec, was_up: bool) -> Fatal:
     """Why a kernel ended without a result record, from its wait status and what it printed.
 
@@ -4019,6 +4115,9 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, was_up: bool) -
     panic = re.search(r"Kernel panic - not syncing: (.*)", console)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return Fatal("guest was killed by signal 9", "was the memory that the job asked for used up?")
+    if panic and MEMORY_LOST in panic.group(1):
+        return Fatal("directory for the guest's memory became full: {}, where it may have {}".format(
+            spec.ram_directory, format_mib(spec.mem_mib)), "other files took its room; --tmpdir names another directory")
     no_module = "No module named 'apppot_init'" in console
     if panic and ("init failed" in panic.group(1) or no_module) or "No working init" in console:
         return no_agent(AGENT_MODULE if no_module else AGENT, spec.image)
