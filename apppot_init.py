@@ -72,12 +72,14 @@ READ_SIZE = 1 << 18
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
 FIONREAD = termios.FIONREAD
+CHECK_S = 2.0                        # how often to look whether programs wait for pages to be written
 NETWORK_GRACE_S = 2.0                # for the last bytes of the command's connections
 TERMINAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096   # include/uapi/linux/mount.h
 MS_SHAPE = 32 | 4096 | 8192 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20    # remount, bind, move, propagation: no new mount
 MNT_DETACH = 2
+PR_SET_CHILD_SUBREAPER = 36                                    # include/uapi/linux/prctl.h
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2                    # include/uapi/linux/prctl.h, seccomp.h
 SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO = 0x7FFF0000, 0x00050000
 BPF_LOAD, BPF_EQUAL, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x45, 0x06   # 32-bit words; linux/bpf_common.h
@@ -726,6 +728,7 @@ class Places:
     def __init__(self, job: Job, account: Account) -> None:
         self._account = account
         self._mounted: List[bytes] = []
+        self._roots: Dict[int, bytes] = {}        # descriptors of what is mounted, of each where that is
         self._made: List[bytes] = []
         # Those that the job directory is below of come first, else they would hide it.
         early = [bind for bind in job.binds if is_below(job.job_directory, bind.target)]
@@ -745,12 +748,12 @@ class Places:
             made = make_mount_point(target, self._account, not bind.name)
             self._made += [path for path in made if self._is_on_host(path)]
             flags = MS_NOSUID | MS_NODEV | (MS_RDONLY if bind.read_only else 0)
-            if bind.name:                         # hostfs mounts directories only; the file outlives its directory's
-                mount(b"none", PARENT, b"hostfs", flags, bind.source)
-                mount(os.path.join(PARENT, bind.name), target, b"", MS_BIND)
-                call("umount2", PARENT, MNT_DETACH)
-            else:
-                mount(b"none", target, b"hostfs", flags, bind.source)
+            # hostfs mounts directories only. A descriptor of a mount of its own is in nobody's way, and nothing
+            # hides it: syncfs(2) tells by it of all errors since.
+            mount(b"none", PARENT, b"hostfs", flags, bind.source)
+            self._roots[os.open(PARENT, os.O_RDONLY | os.O_CLOEXEC)] = target
+            mount(os.path.join(PARENT, bind.name), target, b"", MS_BIND)
+            call("umount2", PARENT, MNT_DETACH)
         except OSError as error:
             raise Fatal("cannot bind to {!r}: {}".format(os.fsdecode(bind.target), os.strerror(error.errno or 0)),
                         "DST must be free or of the same kind as SRC, and what it is in, writable")
@@ -775,17 +778,21 @@ class Places:
             return job.job_alias
         return job.job_directory
 
-    def flush(self) -> None:
-        """write(2) on hostfs goes through at once, but pages that a program changed through mmap(2) do not."""
-        for place in reversed(self._mounted):
+    def find_losses(self) -> Dict[bytes, int]:
+        """Write what programs changed through mmap(2), which unlike write(2) hostfs does later; errno by place."""
+        losses = {}
+        for descriptor, place in self._roots.items():
             try:
-                descriptor = os.open(place, os.O_RDONLY)
                 call("syncfs", descriptor)
-                os.close(descriptor)
-                if place in self._made:
-                    call("umount2", place, MNT_DETACH)
-            except OSError:                       # hidden by a mount of the command's, or not for reading
-                call("sync")
+            except OSError as error:
+                losses[place] = error.errno or errno.EIO
+        return losses
+
+    def leave(self) -> None:
+        """Remove from the host what was made there for the mounts."""
+        for place in reversed(self._mounted):
+            if place in self._made:
+                call("umount2", place, MNT_DETACH)
         for path in reversed(self._made):
             try:
                 os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
@@ -900,6 +907,7 @@ def leave_pid_1() -> None:
     while agent:
         if os.wait()[0] == agent:
             os._exit(1)                           # a panic, as the end of PID 1 always is
+    call("prctl", PR_SET_CHILD_SUBREAPER, 1)      # orphans are this one's to reap, as PID 1's otherwise
     prefer_command()
 
 
@@ -1061,11 +1069,41 @@ class Feed:
         return self.delivered - unread
 
 
+def find_mapped_files() -> Iterable[str]:
+    """Names of the files that programs can change through mmap(2)."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        for line in read_file("/proc/{}/maps".format(name)).splitlines():
+            if b" rw-s " in line:
+                start, end = (int(word, 16) for word in line.split()[0].split(b"-"))
+                yield "/proc/{}/map_files/{:x}-{:x}".format(name, start, end)
+
+
+def fork_to_sync() -> int:
+    """Start a process that writes what programs changed through mmap(2); it ends with 1 where that cannot be written."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 0
+    try:
+        for path in find_mapped_files():
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            except OSError as error:              # others: it has ended meanwhile, or cannot be synchronised
+                status |= error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+    finally:
+        os._exit(status)
+
+
 class Relay:
     """Moves bytes between the channel and the command until the command has ended and all it wrote is sent."""
 
     def __init__(self, channel: Channel, command: Command, wakeup: int) -> None:
         self._channel, self._pid, self._wakeup = channel, command.pid, wakeup
+        self._due = time.monotonic() + CHECK_S    # when to look at what waits to be written
+        self._helper = 0                          # pid of a process that writes it
+        self._has_losses = False
         self._feeds = {kind: Feed(descriptor) for kind, descriptor in command.inputs.items()}
         self._outputs = dict(command.outputs)
         self._window = {kind: SCREEN_WINDOW if kind == SCREEN else OUTPUT_WINDOW for kind in self._outputs}
@@ -1078,8 +1116,22 @@ class Relay:
         return self._feeds[STDIN].consumed if STDIN in self._feeds else 0
 
     def run(self) -> None:
-        while self.status is None or self._outputs:
+        while (self.status is None or self._outputs) and not self._has_losses:
             self._poll()
+            if time.monotonic() > self._due:
+                self._help_writeback()
+
+    def _help_writeback(self) -> None:
+        """Write for programs that are made to wait until less of what they changed is in memory.
+
+        hostfs of Linux 6.1 does not write what one changes through mmap(2) before its end: it would wait for ever.
+        """
+        self._due = time.monotonic() + CHECK_S
+        counts = dict(line.split() for line in read_file("/proc/vmstat").splitlines() if line.startswith(b"nr_dirty"))
+        changed, begin, limit = (int(counts.get(name, 0)) for name in (
+            b"nr_dirty", b"nr_dirty_background_threshold", b"nr_dirty_threshold"))
+        if changed > (begin + limit) // 2 and not self._helper:               # mm/page-writeback.c
+            self._helper = fork_to_sync()
 
     def _poll(self) -> None:
         wanted = {self._channel.fd: select.POLLIN, self._wakeup: select.POLLIN}
@@ -1092,7 +1144,7 @@ class Relay:
         poll = select.poll()
         for descriptor, events in wanted.items():
             poll.register(descriptor, events)
-        ready = dict(poll.poll())
+        ready = dict(poll.poll(max(0, self._due - time.monotonic()) * 1000))
         for kind in [kind for kind in self._outputs if ready.get(self._outputs[kind], 0) & ~select.POLLOUT]:
             self._forward_output(kind)
         for kind, feed in self._feeds.items():
@@ -1194,7 +1246,10 @@ class Relay:
                 return
             if pid == 0:
                 return
-            if pid == self._pid and os.WIFSTOPPED(status):
+            if pid == self._helper:
+                self._helper = 0
+                self._has_losses = status != 0 and self.status is None
+            elif pid == self._pid and os.WIFSTOPPED(status):
                 if self._terminal:                # else it has asked us to trace it
                     self._channel.send(STOPPED, bytes([os.WSTOPSIG(status)]))
             elif pid == self._pid:
@@ -1217,6 +1272,15 @@ def kill_everything() -> None:
         pass
 
 
+def reap_everything() -> None:
+    """Wait for the end of all processes: it is then that hostfs of Linux 6.1 writes what they changed by mmap(2)."""
+    try:
+        while True:
+            os.wait()
+    except ChildProcessError:
+        pass
+
+
 # --- The end ------------------------------------------------------------------------------------------------
 
 def send_rest() -> None:
@@ -1231,10 +1295,24 @@ def send_rest() -> None:
             time.sleep(0.01)
 
 
-def flush_mounts(places: Places, disk: RootDisk, job: Job) -> None:
+def describe_end(status: Optional[int]) -> str:
+    if status is None:
+        return "the command was ended"
+    if os.WIFSIGNALED(status):
+        return "the command had ended by signal {}".format(os.WTERMSIG(status))
+    return "the command had ended with status {}".format(os.WEXITSTATUS(status))
+
+
+def flush_mounts(places: Places, disk: RootDisk, job: Job, status: Optional[int]) -> None:
     """Leave nothing in the guest that the host would miss when it ends this kernel the moment it hears of the end."""
     kill_everything()
-    places.flush()
+    reap_everything()
+    losses = places.find_losses()
+    places.leave()
+    for place, number in losses.items():
+        raise Fatal("files in {} could not be written, {}; {}".format(
+            show_path(place), os.strerror(number), describe_end(status)),
+            "what was changed there through mmap is lost: is the disk full, or the quota used up?")
     disk.check(job.persistent or bool(job.save))
     if job.persistent:
         mount(b"none", b"/", b"", MS_REMOUNT | MS_RDONLY)
@@ -1287,7 +1365,7 @@ def run_job(channel: Channel, wakeup: int) -> None:
         relay.run()
         if job.interfaces:
             send_rest()
-        flush_mounts(places, disk, job)
+        flush_mounts(places, disk, job, relay.status)
         if job.save:
             save_layer(job, known, channel)
             disk.check(False)
