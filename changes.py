@@ -1515,7 +1515,7 @@ def check_disk(layers: Sequence[Layer], disk: Disk) -> None:
     """Fatal where a layer cannot fit on the disk below; what another one may replace is nobody's to say."""
     largest = max(layers, key=lambda layer: layer.size)
     if largest.size > disk.room:
-        raise Fatal("no room for the disk of the guest in {}, {} of {} needed: {}".format(
+        raise Fatal("no room to merge, {} has {} for the guest's disk and {} are needed: {}".format(
             disk.place, format_size(disk.room), format_size(largest.size), printable(largest.path)),
             "nothing was applied; free some, or name another directory with --tmpdir")
 
