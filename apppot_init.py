@@ -72,6 +72,7 @@ READ_SIZE = 1 << 18
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
 FIONREAD = termios.FIONREAD
+SPARE_ROOM = 64 << 20                # bytes of scratch, for what the guest writes besides
 CHECK_S = 2.0                        # how often to look whether programs wait for pages to be written
 NETWORK_GRACE_S = 2.0                # for the last bytes of the command's connections
 TERMINAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
@@ -479,7 +480,7 @@ def show_path(path: bytes) -> str:
     return path.decode("utf-8", "backslashreplace")
 
 
-def make_report(channel: Channel) -> "changes.Report":
+def make_report(job: Job, channel: Channel) -> "changes.Report":
     import changes
 
     class ChannelReport(changes.Report):
@@ -488,6 +489,15 @@ def make_report(channel: Channel) -> "changes.Report":
 
         def progress(self, what: str, count: int, size: int) -> None:
             pass                                  # the console is a terminal that nobody looks at
+
+        def allow(self, layers: Sequence["changes.Layer"]) -> None:
+            # Of several layers one may take the place of another: nobody knows what they need together.
+            largest = max(layers, key=lambda layer: layer.size)
+            if largest.size > job.room:
+                raise changes.Fatal("no room to merge, {} has {} for the guest's disk and {} are needed: {}".format(
+                    show_path(job.scratch), changes.format_size(job.room), changes.format_size(largest.size),
+                    show_path(largest.path)), "nothing was applied; free some, or name another directory with --tmpdir")
+
     return ChannelReport()
 
 
@@ -502,8 +512,7 @@ def merge_layers(job: Job, channel: Channel) -> None:
         os.mkdir(place, 0o700)
         mount(b"none", place, b"hostfs", MS_RDONLY | MS_NOSUID | MS_NODEV, os.path.basename(place))
     try:
-        disk = changes.Disk(show_path(job.scratch), job.room)
-        changes.run_apply(paths, b"/", False, job.force, make_report(channel), disk)
+        changes.run_apply(paths, b"/", False, job.force, make_report(job, channel))
     except changes.Fatal as fatal:
         message = fatal.message
         for path, layer in zip(paths, job.layers):
@@ -564,7 +573,7 @@ def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
     mount(b"none", place, b"hostfs", MS_NOSUID | MS_NODEV, b"save")
     path = os.path.join(place, job.save_name)
     try:
-        changes.save_changes(b"/", path, [], make_report(channel), known)
+        changes.save_changes(b"/", path, [], make_report(job, channel), known)
     except changes.Fatal as fatal:
         raise Fatal(fatal.message.replace(show_path(path), show_path(job.save)), fatal.hint)
     finally:
@@ -586,13 +595,18 @@ class RootDisk:
         link = os.readlink("/sys/dev/block/{}:{}".format(os.major(device), os.minor(device)))
         return read_file("/sys/fs/ext4/{}/errors_count".format(os.path.basename(link)))
 
-    def check(self, all_of_it: bool) -> None:
-        """Fatal if something is lost; with `all_of_it` nothing is on its way any more."""
+    def check(self, is_kept: bool) -> None:
+        """Fatal if something was lost, or may be lost when what waits in memory is written.
+
+        Writing it takes its time; a disk of this run only, which has room for all of the memory, need not.
+        """
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        scratch = os.statvfs(SPOOL)
         try:
-            if all_of_it:
+            if is_kept or scratch.f_bavail * scratch.f_frsize < memory + SPARE_ROOM:
                 call("syncfs", self._root)
         except OSError as error:
-            raise self._fail(error.strerror)
+            raise self._fail(os.strerror(error.errno or 0))
         if self._count_errors() != self._errors:
             raise self._fail("ext4 has found errors")
 
@@ -1313,7 +1327,8 @@ def flush_mounts(places: Places, disk: RootDisk, job: Job, status: Optional[int]
         raise Fatal("files in {} could not be written, {}; {}".format(
             show_path(place), os.strerror(number), describe_end(status)),
             "what was changed there through mmap is lost: is the disk full, or the quota used up?")
-    disk.check(job.persistent or bool(job.save))
+    if job.persistent or job.save:
+        disk.check(job.persistent)
     if job.persistent:
         mount(b"none", b"/", b"", MS_REMOUNT | MS_RDONLY)
         disk.check(True)
@@ -1351,7 +1366,7 @@ def run_job(channel: Channel, wakeup: int) -> None:
         disk = RootDisk()
         if job.layers:
             merge_layers(job, channel)
-            disk.check(True)
+            disk.check(job.persistent)
         own_files = OwnFiles(job) if job.save else None
         raise_network(job)
         account = make_account(job)
@@ -1368,7 +1383,7 @@ def run_job(channel: Channel, wakeup: int) -> None:
         flush_mounts(places, disk, job, relay.status)
         if job.save:
             save_layer(job, known, channel)
-            disk.check(False)
+            disk.check(job.persistent)
         channel.send(RESULT, encode_result(relay))
     except Fatal as fatal:
         channel.send(RESULT, encode_failure(fatal))

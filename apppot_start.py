@@ -3960,6 +3960,8 @@ class Session:
             self.post(encode_frame(FOREGROUND, b"\0"))
 
     def _take_result(self, fields: Dict[bytes, List[bytes]]) -> None:
+        while select.select([self._machine.console], [], [], 0)[0] and self._take_console():
+            pass                                  # the kernel may have said before that its disk failed
         self._told = self._read_failure(fields) if b"error" in fields else self._read_end(fields)
         self._fitting = set()
         self._say("result record: status {}".format(self._told.status))
@@ -4075,7 +4077,8 @@ class Session:
         if self._report is not None and not self._channel_open and not self._told:
             self._result = Result(EXIT_FAILED, self._explain_end())
         for worker in self._workers:
-            if worker.failure:
+            # A command that has ended before did without the rest of its stdin.
+            if worker.failure and not (self._told and worker is self._reader):
                 self._result = Result(EXIT_FAILED, worker.failure)
         if self._told and (not self._running or all(writer.finished.is_set() for writer in self._writers.values())):
             self._result = self._told

@@ -138,12 +138,6 @@ class Plan(NamedTuple):
         return sorted(self.members + [whiteout_of(path) for path in self.whiteouts], key=by_path)
 
 
-class Disk(NamedTuple):
-    """Where a sparse image of the tree is, and how many bytes that can take."""
-    place: str
-    room: int
-
-
 class Report:
     """Where news goes; the agent may have a class of its own."""
 
@@ -166,6 +160,9 @@ class Report:
             self._shown = time.monotonic()
             print("\r{}: {} files, {}\033[K".format(what, count, format_size(size)), end="", file=sys.stderr,
                   flush=True)
+
+    def allow(self, layers: Sequence["Layer"]) -> None:
+        """To be called with layers found whole before they change anything; raises Fatal where they may not."""
 
     def clear(self) -> None:
         if self._shown:
@@ -1511,15 +1508,6 @@ def check_space(layers: Sequence[Layer], root: bytes) -> None:
         free_files -= layer.count
 
 
-def check_disk(layers: Sequence[Layer], disk: Disk) -> None:
-    """Fatal where a layer cannot fit on the disk below; what another one may replace is nobody's to say."""
-    largest = max(layers, key=lambda layer: layer.size)
-    if largest.size > disk.room:
-        raise Fatal("no room to merge, {} has {} for the guest's disk and {} are needed: {}".format(
-            disk.place, format_size(disk.room), format_size(largest.size), printable(largest.path)),
-            "nothing was applied; free some, or name another directory with --tmpdir")
-
-
 def check_closely(layer: Layer, root: bytes, free: int, free_files: int) -> None:
     """Count what comes free on the way, too."""
     with Tree(root) as tree:
@@ -1981,16 +1969,14 @@ def run_save(root: bytes, plan: Plan, output: Optional[bytes], report: Report) -
         report.say(member.path)
 
 
-def run_apply(paths: Sequence[bytes], root: bytes, just_print: bool, force: bool, report: Report,
-              disk: Optional[Disk] = None) -> None:
+def run_apply(paths: Sequence[bytes], root: bytes, just_print: bool, force: bool, report: Report) -> None:
     """Check all, then apply them in their order."""
     with ExitStack() as stack:
         layers = [stack.enter_context(check_layer(path, report)) for path in paths]
         for layer in layers:
             check_base(layer, read_base_id(root), force)
         check_space(layers, root)
-        if disk:
-            check_disk(layers, disk)
+        report.allow(layers)
         check_tree(layers, root)
         for layer in layers:
             if just_print:
