@@ -148,8 +148,8 @@ class Job(NamedTuple):
     confined: bool                   # the host sees to it that hostfs leads nowhere else
     layers: Tuple[bytes, ...]        # changes files to merge, by their paths on the host
     force: bool                      # merge those of another base, too
-    room: int                        # bytes that the disk can take, as its file is sparse, in this directory of the host
-    scratch: bytes
+    room: int                        # bytes that the disk can take, whose file is sparse
+    scratch: bytes                   # where that file is on the host
     save: bytes                      # the changes file to write after the command, its path on the host; empty: none
     save_name: bytes                 # what to call it
     cwd: bytes                       # empty: the job directory
@@ -1093,7 +1093,7 @@ def find_mapped_files() -> Iterable[str]:
 
 
 def fork_to_sync() -> int:
-    """Start a process that writes what programs changed through mmap(2); it ends with 1 where that cannot be written."""
+    """Start a process that writes what programs changed through mmap(2); where that fails it ends with 1."""
     pid = os.fork()
     if pid:
         return pid

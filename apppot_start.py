@@ -541,7 +541,8 @@ def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
     return [
         spec.kernel, disk, *build_root_args(spec), "rw", "mem={}M".format(spec.mem_mib), "con=null", "con0=null,fd:1",
         "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD), "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT,
-        "init=" + AGENT, SAYS_ALL, *SKIPPED_AT_BOOT, *build_cpu_args(spec), *build_network_args(spec.network), *spec.extra]
+        "init=" + AGENT, SAYS_ALL, *SKIPPED_AT_BOOT,
+        *build_cpu_args(spec), *build_network_args(spec.network), *spec.extra]
 
 
 def build_root_args(spec: RunSpec) -> List[str]:
@@ -4110,6 +4111,16 @@ def explain_disk_failure(spec: RunSpec, said: bytes) -> Fatal:
         spec.image, spec.disk_file or spec.scratch), "was one of them out of room, or its disk or server at fault?")
 
 
+def explain_panic(what: str, spec: RunSpec) -> Fatal:
+    if MEMORY_LOST in what:
+        return Fatal("directory for the guest's memory became full: {}, where it may have {}".format(
+            spec.ram_directory, format_mib(spec.mem_mib)), "other files took its room; --tmpdir names another one")
+    if "mount root" in what:
+        return Fatal("guest cannot mount its root file system: " + spec.image,
+                     "run with -v to see the guest's console; is the image damaged? `e2fsck -fn` tells")
+    return Fatal("guest panicked: " + what, "run with -v to see the guest's console")
+
+
 def explain_kernel_end(status: int, console: str, spec: RunSpec, was_up: bool) -> Fatal:
     """Why a kernel ended without a result record, from its wait status and what it printed.
 
@@ -4118,17 +4129,11 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, was_up: bool) -
     panic = re.search(r"Kernel panic - not syncing: (.*)", console)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return Fatal("guest was killed by signal 9", "was the memory that the job asked for used up?")
-    if panic and MEMORY_LOST in panic.group(1):
-        return Fatal("directory for the guest's memory became full: {}, where it may have {}".format(
-            spec.ram_directory, format_mib(spec.mem_mib)), "other files took its room; --tmpdir names another directory")
     no_module = "No module named 'apppot_init'" in console
     if panic and ("init failed" in panic.group(1) or no_module) or "No working init" in console:
         return no_agent(AGENT_MODULE if no_module else AGENT, spec.image)
-    if panic and "mount root" in panic.group(1):
-        return Fatal("guest cannot mount its root file system: " + spec.image,
-                     "run with -v to see the guest's console; is the image damaged? `e2fsck -fn` tells")
     if panic:
-        return Fatal("guest panicked: " + panic.group(1).strip(), "run with -v to see the guest's console")
+        return explain_panic(panic.group(1).strip(), spec)
     if was_up:
         return Fatal("guest ended before the command did",
                      "it was powered off or rebooted from inside, or its kernel crashed; -v shows its console")
