@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import assert_error, make_node
+from conftest import assert_error, make_node, needs_root
 
 import apppot_start
 
@@ -154,9 +154,8 @@ def test_a_bind_without_a_place_is_an_error(node):
         assert_error(result, "cannot bind", target)
 
 
+@needs_root
 def test_unreadable_is_an_error(kernel, image):
-    if os.getuid() != 0:
-        pytest.skip("the tests run as an unprivileged user")
     for node in make_node(kernel, image, 65534):
         (node.root / "closed").mkdir(mode=0o700)
         result = node.run("--bind", str(node.root / "closed"), "true")

@@ -4,7 +4,7 @@
 import contextlib
 
 import pytest
-from conftest import wait_for
+from conftest import skip_unless, wait_for
 from engines import CONDOR_SUBMIT, DIES, HANDLES, IGNORES, USER, WORKS, Condor, Pair
 
 pytestmark = pytest.mark.grid
@@ -90,8 +90,8 @@ def test_a_held_job_is_ended_and_begins_again_when_released(condor):
 
 
 def test_a_suspended_job_stands_still_and_goes_on_with_its_data_intact(condor, kernel):
-    if b"seccomp=<on" not in kernel.read_bytes():
-        pytest.skip("HTCondor without cgroups stops every process at once: see the README's limits for such a kernel")
+    has_seccomp_mode = b"seccomp=<on" in kernel.read_bytes()
+    skip_unless(has_seccomp_mode, "HTCondor without cgroups stops every process at once: see the README's limits")
     jobs = Jobs(condor, WORKS)
     jobs.wait_for_line("ready")
     jobs.each("condor_suspend", user=USER)

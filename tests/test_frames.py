@@ -9,13 +9,8 @@ import struct
 import time
 import tracemalloc
 
-import pytest
-from conftest import DEADLINE_S, assert_error, wait_for
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_init import SPEC
-
 import apppot_start
+import pytest
 from apppot_start import (
     CREDIT,
     FRAME,
@@ -38,7 +33,11 @@ from apppot_start import (
     WARNING,
     encode_fields,
     encode_frame,
-)  # fmt: skip
+)
+from conftest import DEADLINE_S, assert_error, wait_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_init import SPEC
 
 STDIN_SIZE = 100
 

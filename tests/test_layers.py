@@ -8,7 +8,7 @@ import sys
 
 import apppot_start
 import pytest
-from conftest import TOP, assert_error, wait_for
+from conftest import TOP, assert_error, needs_root, wait_for
 
 NONCE = os.urandom(8).hex()
 
@@ -118,9 +118,8 @@ def test_what_cannot_be_is_refused_before_the_boot(node, words):
     assert result.returncode == 125 and b"Linux version" not in result.stderr
 
 
+@needs_root
 def test_a_full_disk_leaves_the_old_file_and_says_what_is_needed(node):
-    if os.getuid() != 0:
-        pytest.skip("the tests run as an unprivileged user")
     out = node.root / "out"
     out.mkdir()
     around = f'mount -t tmpfs -o size=1m tmpfs {out}; echo old > {out}/c; "$@" || code=$?; cat {out}/*; exit $code'

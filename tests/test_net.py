@@ -23,9 +23,12 @@ from conftest import (
     TOP,
     UNPRIVILEGED,
     assert_error,
+    kernel_has,
     make_node,
     mounted,
+    needs_root,
     require,
+    skip_unless,
     wait_for,
     writable_copy,
     write_into,
@@ -36,7 +39,6 @@ from hypothesis import strategies as st
 NONCE = os.urandom(8).hex()
 SIZE = 64 << 20
 NOWHERE = {"PATH": "/nonexistent"}  # without a helper
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="namespaces need root")
 
 
 @pytest.fixture(params=["slirp4netns", "slirp"])
@@ -44,8 +46,8 @@ def helper(request, kernel):
     """The name of a helper that this machine has and the kernel has a driver for."""
     programs = [name for name, kind in apppot_start.HELPERS.items() if kind == request.param]
     require(any(map(shutil.which, programs)), f"no {request.param}: apt-get install {request.param}")
-    if not apppot_start.kernel_holds(str(kernel), apppot_start.KERNEL_OPTION[request.param]):
-        pytest.skip(f"this kernel has no driver for {request.param}")
+    driver = {"slirp4netns": "CONFIG_UML_NET_VECTOR", "slirp": "CONFIG_UML_NET_SLIRP"}[request.param]
+    skip_unless(kernel_has(kernel, driver), f"this kernel has no driver for {request.param}")
     return request.param
 
 
@@ -198,10 +200,9 @@ def test_a_suspended_run_goes_on_with_its_network(node, helper, web):
     assert (status, stdout.decode().split()[0]) == (0, digest)
 
 
+@pytest.mark.parametrize("helper", ["slirp"], indirect=True)
 def test_the_guest_has_slirp_run_no_program_of_the_host(node, kernel, helper):
     """Its control address and its emulation of rlogin and rsh would."""
-    if helper != "slirp":
-        pytest.skip("slirp4netns has nothing of the kind")
     talk = """
 import socket
 for host, port, source, words in (
@@ -295,9 +296,8 @@ def test_a_helper_asked_for_that_is_no_use_is_an_error(any_node, kind):
     assert_error(result, path, COMPLAINTS[kind])
 
 
+@pytest.mark.parametrize("helper", ["slirp4netns"], indirect=True)  # slirp is started when the guest is up
 def test_a_helper_that_dies_during_the_boot_is_an_error(node, helper):
-    if helper != "slirp4netns":
-        pytest.skip("slirp is started when the guest is up")
     program = shutil.which("slirp4netns")
     die = f'[ "$1" = --version ] || exec timeout -s KILL 0.5 {program} "$@"; exec {program} "$@"'
     path = script(node, "help", die)
@@ -517,8 +517,7 @@ def lan():
 
 @pytest.fixture
 def lan_node(node, kernel):
-    if not apppot_start.kernel_holds(str(kernel), apppot_start.KERNEL_OPTION["lan"]):
-        pytest.skip("this kernel has no multicast network")
+    skip_unless(kernel_has(kernel, "CONFIG_UML_NET_MCAST"), "this kernel has no multicast network")
     return node
 
 

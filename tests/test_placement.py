@@ -8,7 +8,7 @@ import subprocess
 
 import apppot_start
 import pytest
-from conftest import both_carriers, require, wait_for
+from conftest import both_carriers, kernel_has, require, skip_unless, wait_for
 
 ALL = os.sched_getaffinity(0)
 
@@ -58,9 +58,7 @@ def test_one_that_may_use_one_cpu_alone_stays_there(node):
 
 def test_a_guest_gets_a_second_cpu_when_it_computes_on_both(node, kernel):
     require(len(ALL) > 1, "takes two CPUs")
-    config = subprocess.run([kernel, "--showconfig"], stdout=subprocess.PIPE, check=True).stdout
-    if b"CONFIG_SMP=y" not in config:
-        pytest.skip("this kernel has one CPU")
+    skip_unless(kernel_has(kernel, "CONFIG_SMP"), "this kernel has one CPU")
     script = "read line; (while :; do :; done) & (while :; do :; done) & read line; kill $(jobs -p); sleep 1000"
     process = node.start_ready(script, "--cpus", "2", stdin=subprocess.PIPE)
     wait_for(lambda: is_on_one(node))

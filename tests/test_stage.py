@@ -12,13 +12,24 @@ import sys
 import tempfile
 
 import pytest
-from conftest import TOP, UNPRIVILEGED, assert_error, caller_is_root, pythons, require, wait_for, writable_copy
+from conftest import (
+    TOP,
+    UNPRIVILEGED,
+    assert_error,
+    caller_is_root,
+    kernel_has,
+    needs_root,
+    pythons,
+    require,
+    skip_unless,
+    wait_for,
+    writable_copy,
+)
 
 import apppot_start
 
 STAGE = TOP / "build" / "stage"
 FILES = ["apppot_start.py", "linux", "apppot.img"]
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="chroot and mounts need root")
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +180,7 @@ def test_a_disk_that_cannot_be_is_refused(staged_node, options, said):
 
 
 def test_a_kernel_that_cannot_make_the_disk_larger_is_told(node, kernel):
-    if apppot_start.kernel_holds(str(kernel), apppot_start.HAS_MAPPER):
-        pytest.skip("this kernel can")
+    skip_unless(not kernel_has(kernel, "CONFIG_DM_INIT"), "this kernel can")
     result = node.run("--disk", "40G", "true")
     assert result.returncode == 125
     assert_error(result, "device mapper", node.root / "linux")
