@@ -514,10 +514,11 @@ def merge_layers(job: Job, channel: Channel) -> None:
     try:
         changes.run_apply(paths, b"/", False, job.force, make_report(job, channel))
     except changes.Fatal as fatal:
-        message = fatal.message
+        message, hint = fatal.message, fatal.hint
         for path, layer in zip(paths, job.layers):
             message = message.replace(show_path(path), show_path(layer))
-        raise Fatal(message, fatal.hint)
+            hint = hint.replace(show_path(path), show_path(layer))
+        raise Fatal(message, hint)
     finally:
         for place in places:
             call("umount2", place, MNT_DETACH)

@@ -57,23 +57,43 @@ KINDS = {stat.S_IFREG: REGULAR, stat.S_IFLNK: SYMLINK, stat.S_IFCHR: CHARACTER, 
 DEVICES = (CHARACTER, BLOCK_DEVICE)
 WHITEOUT, OPAQUE, WHITEOUT_META = b".wh.", b".wh..wh..opq", b".wh..wh."
 XATTR = b"SCHILY.xattr."
-SPECIAL_MAX = 1 << 20                # bytes of a pax header; archive/tar of Go has the same
+SPECIAL_MAX = 1 << 20                # bytes of a member's pax headers; archive/tar of Go has the same
+PIECE = struct.Struct("<QQ")         # offset and length of what of a sparse file is no hole
 PIECES_MAX = 1 << 21                 # of a sparse file
 OCTAL_MAX, ID_OCTAL_MAX = 8 ** 11 - 1, 8 ** 7 - 1
+EMPTY_TAR_MAX = 1 << 16              # bytes of zeros that are a tar without members: 128 blocks are a long record
 
-NAME_MAX, SYMLINK_MAX = 255, 4095    # include/uapi/linux/limits.h
+NAME_MAX, SYMLINK_MAX = 255, 4095    # include/uapi/linux/limits.h, as the next line
+XATTR_NAME_MAX, XATTR_SIZE_MAX, XATTR_LIST_MAX = 255, 1 << 16, 1 << 16
+PATH_LENGTH_MAX = 1 << 16            # trees may be deeper than PATH_MAX, but what takes hours is no tree
 ID_MAX = (1 << 32) - 2               # chown(2) takes -1 for "leave it"
 SIZE_MAX = (1 << 44) - 4096          # of a file of ext4
 TIME_MAX_NS = (1 << 40) * 10 ** 9
 TICK_NS = 20 * 10 ** 6               # a time stamp may be that old when it is given: HZ is 100 or more
-INDEX_MAX = 250000                   # members kept in memory, 500 bytes each
+# Gzip packs zeros a thousandfold, headers of empty files with names in a row hundredfold. So the size of a file bounds
+# that of its headers, and these bound time and memory.
+HEADERS_MAX, HEADERS_RATIO = 16 << 20, 128
+MEMORY_MAX = 1 << 30                 # bytes for what layers say about paths
+INDEX_MAX = 1 << 27                  # bytes for what spares the second pass the headers
+MEMBER_COST, NODE_COST = 450, 250    # bytes of memory for a member in the index, and for a path in a Node (measured)
 BUFFER, PACKED = 1 << 18, 1 << 16
 LEVEL = 1                            # of zlib: 2.1 to 3.4 times as fast as 6, 8 to 14 % larger (measured)
 STORED_MAX = 65535                   # RFC 1951: bytes in a block that is not compressed
+WARNINGS_MAX = 20                    # of one kind: a layer labelled for SELinux has an attribute for each file
 DESCRIPTORS = 200                    # directories kept open on the way down
 SIGNATURE = struct.Struct("<QQQQI")  # inode, size, mtime, ctime, mode
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-OTHER_COMPRESSIONS = ((b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"))
+COMPRESSIONS = ((b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\x04\x22\x4d\x18", "lz4"))
+# What is taken for a layer by mistake: what it is, the offset of its magic number, the number.
+OTHER_FORMATS = (
+    ("a zip archive", 0, b"PK\x03\x04"), ("a 7z archive", 0, b"7z\xbc\xaf\x27\x1c"), ("a cpio archive", 0, b"07070"),
+    ("a squashfs image", 0, b"hsqs"), ("an EROFS image", 1024, b"\xe2\xe1\xf5\xe0"), ("a CD image", 32769, b"CD001"),
+    ("a qcow2 image", 0, b"QFI\xfb"), ("a VMDK image", 0, b"KDMV"), ("an ext4 image", 1080, b"\x53\xef"),
+    ("a disk image", 510, b"\x55\xaa"), ("a Debian package", 0, b"!<arch>\ndebian"),
+    ("an RPM package", 0, b"\xed\xab\xee\xdb"), ("a program", 0, b"\x7fELF"), ("a PDF document", 0, b"%PDF-"))
+# Members that show that a tar is an image with layers in it, and what is in them (OCI's image-layout.md, docker save).
+IMAGE_MARKS = {b"oci-layout": b'"imageLayoutVersion"', b"manifest.json": b'"Layers"'}
+NAME_A_LAYER = "name a file that --save-changes or `apppot-snap changes` wrote, or a layer of an OCI image"
 
 
 Content = Union[bytes, memoryview]
@@ -92,6 +112,14 @@ class Damaged(Exception):
     """The bytes are not those of a layer."""
 
 
+class Foreign(Damaged):
+    """The file is whole, perhaps, and something else: `what` it is, and `hint`, with {} for its name in a shell."""
+
+    def __init__(self, what: str, hint: str = NAME_A_LAYER) -> None:
+        super().__init__(what)
+        self.what, self.hint = what, hint
+
+
 class Mounted(Exception):
     """The path leads to what is mounted there, or has it below."""
 
@@ -108,7 +136,7 @@ class Member(NamedTuple):
     device: Tuple[int, int] = (0, 0)
     link: bytes = b""
     xattrs: Tuple[Tuple[str, bytes], ...] = ()
-    pieces: Optional[Tuple[Tuple[int, int], ...]] = None       # offset and length of what of a sparse file is no hole
+    pieces: Optional[bytes] = None   # of a sparse file: a PIECE for each part that is no hole
     change: bytes = b"C"             # A added, M modified, C one of the two
 
 
@@ -216,14 +244,48 @@ def link_of(member: Member, first: Member) -> Member:
     return member._replace(kind=HARD_LINK, link=first.path, size=0, pieces=None)
 
 
+def list_pieces(member: Member) -> Iterable[Tuple[int, int]]:
+    """Offset and length of each part of a file's content."""
+    if member.pieces is None:
+        return ((0, member.size),)
+    return PIECE.iter_unpack(member.pieces)
+
+
+def count_stored(member: Member) -> int:
+    """Bytes of content that a tar has of a member."""
+    return member.size if member.pieces is None else sum([length for _, length in list_pieces(member)])
+
+
 def clean_path(name: bytes) -> bytes:
-    """A path relative to the root, in one spelling."""
+    """A path relative to the root, in one spelling. As for other tools, /a is below the root that is unpacked to."""
+    if len(name) > PATH_LENGTH_MAX:
+        raise Damaged("a name of more than {} bytes: {}".format(PATH_LENGTH_MAX, printable(name)))
     parts = [part for part in name.split(b"/") if part not in (b"", b".")]
-    if name.startswith(b"/") or b".." in parts or b"\0" in name:
+    if b".." in parts or b"\0" in name:
         raise Damaged("unsafe name " + printable(name))
-    if len(name) > NAME_MAX and max(len(part) - len(WHITEOUT) * part.startswith(WHITEOUT) for part in parts) > NAME_MAX:
-        raise Damaged("a name of more than {} bytes: {}".format(NAME_MAX, printable(name)))
+    if len(name) > NAME_MAX:
+        for part in parts:
+            if len(part) - len(WHITEOUT) * part.startswith(WHITEOUT) > NAME_MAX:
+                raise Damaged("a name of more than {} bytes: {}".format(NAME_MAX, printable(name)))
     return b"/".join(parts)
+
+
+def count_levels(before: bytes, directory: bytes) -> int:
+    """Directories to be entered on the way from one to the next."""
+    if before == directory or not directory:
+        return 0
+    way = directory.split(b"/")
+    shared = 0
+    for name, other in zip(way, before.split(b"/")):
+        if name != other:
+            break
+        shared += 1
+    return len(way) - shared
+
+
+def quote(path: bytes) -> str:
+    """For a shell."""
+    return "'" + printable(path).replace("'", "'\\''") + "'"
 
 
 def compile_exclude(patterns: Iterable[str]) -> "re.Pattern[bytes]":
@@ -304,26 +366,35 @@ def pad(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
-def encode_pieces(pieces: Sequence[Tuple[int, int]]) -> bytes:
-    """The map of GNU's sparse format 1.0 for pax."""
-    text = b"".join(b"%d\n%d\n" % piece for piece in pieces)
-    text = b"%d\n" % len(pieces) + text
+def encode_pieces(member: Member) -> bytes:
+    """The map of GNU's sparse format 1.0 for pax.
+
+    A hole at the end is followed by a piece of no bytes: else GNU tar makes a file without that hole.
+    """
+    pieces = list(list_pieces(member))
+    if not pieces or sum(pieces[-1]) < member.size:
+        pieces.append((member.size, 0))
+    text = b"%d\n" % len(pieces) + b"".join([b"%d\n%d\n" % piece for piece in pieces])
     return text + pad(len(text))
 
 
 def encode_member(member: Member) -> bytes:
     """All that comes before the content."""
+    if len(member.path) >= PATH_LENGTH_MAX:
+        start = absolute(member.path[:99])
+        raise Fatal("a path of more than {} bytes cannot be saved: {}...".format(PATH_LENGTH_MAX, start),
+                    "remove these directories, or leave them out by --exclude")
     name = (member.path or b".") + b"/" if member.kind == DIRECTORY else member.path
     size = member.size if member.kind == REGULAR else 0
     uid, gid, time_ns = member.uid, member.gid, member.mtime_ns
     records = []
     sparse_map = b""
     if member.pieces is not None:
-        sparse_map = encode_pieces(member.pieces)
+        sparse_map = encode_pieces(member)
         records += [(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"), (b"GNU.sparse.name", name),
                     (b"GNU.sparse.realsize", b"%d" % size)]
         name = b"GNUSparseFile.0/" + member.path[-80:]
-        size = len(sparse_map) + sum(length for _, length in member.pieces)
+        size = len(sparse_map) + count_stored(member)
     if uid > ID_OCTAL_MAX:
         records.append((b"uid", b"%d" % uid))
         uid = 0
@@ -470,9 +541,6 @@ class Stream:
         self._descriptor = descriptor
         os.lseek(descriptor, 0, os.SEEK_SET)
         self._packed = os.read(descriptor, PACKED)
-        for magic, name in OTHER_COMPRESSIONS:
-            if self._packed.startswith(magic):
-                raise Damaged("compressed with {}, not gzip".format(name))
         self.is_gzip = self._packed.startswith(b"\x1f\x8b")
         self._inflate = zlib.decompressobj(31)
         self._chunk = b""
@@ -582,7 +650,10 @@ def parse_records(content: bytes) -> Dict[bytes, bytes]:
         key, equals, value = content[blank + 1:end - 1].partition(b"=")
         if not blank < end <= len(content) or content[end - 1:end] != b"\n" or not equals:
             raise Damaged("an extended header is wrong")
-        records[key] = value
+        if value or key.startswith(XATTR):
+            records[key] = value
+        else:
+            records.pop(key, None)                # as pax(1) has it: the header's own field is meant
         start = end
     return records
 
@@ -606,22 +677,47 @@ def decode_xattrs(records: Dict[bytes, bytes]) -> Tuple[Tuple[str, bytes], ...]:
                   for key, value in records.items() if key.startswith(XATTR)])
 
 
+def are_possible(xattrs: Tuple[Tuple[str, bytes], ...]) -> bool:
+    """Whether a kernel takes such extended attributes (xattr(7))."""
+    names = 0
+    for name, value in xattrs:
+        length = len(os.fsencode(name))
+        names += length + 1
+        if not 0 < length <= XATTR_NAME_MAX or len(value) > XATTR_SIZE_MAX or "\0" in name:
+            return False
+    return names <= XATTR_LIST_MAX
+
+
 Index = List[Tuple[Member, int, int]]              # member, bytes up to its content from the end of the last, its bytes
+
+
+def measure(member: Member) -> int:
+    """Bytes of memory that a member takes in the index."""
+    size = MEMBER_COST + len(member.path) + len(member.link) + len(member.pieces or b"")
+    for name, value in member.xattrs:
+        size += 200 + len(name) + len(value)
+    return size
 
 
 class LayerReader:
     """Iterates over the members of a layer; content() gives what the present one holds.
 
-    The first pass through a layer makes an index, which spares the second the headers.
+    The first pass through a layer makes an index, which spares the second the headers, if it takes no more memory than
+    `index_max`.
     """
 
-    def __init__(self, descriptor: int, index: Optional[Index] = None) -> None:
+    def __init__(self, descriptor: int, known: Optional[Index] = None, index_max: int = 0) -> None:
         self._stream = Stream(descriptor)
-        self._known = index
-        self.index: Index = []
+        self._known = known
+        self.index: Optional[Index] = []
+        self._index_max = index_max
+        self.measured = 0                         # bytes of memory that all members take
+        self._headers_left = HEADERS_MAX + HEADERS_RATIO * os.fstat(descriptor).st_size
         self._before = 0                          # bytes from the end of the last content
         self._left = 0                            # bytes of content not read yet
         self.is_gzip = self._stream.is_gzip
+        self.levels = 0                           # directories to be entered on the way from member to member
+        self._ways = [b"", b""]                   # the last directory of members, and of what hard links lead to
 
     def __iter__(self) -> Iterator[Member]:
         for member, before, size in self._scan() if self._known is None else self._known:
@@ -646,10 +742,39 @@ class LayerReader:
             padding = -self._left % BLOCK
             if member.pieces is not None:
                 member = self._read_pieces(member)
+            self._count_way(0, member.path)
+            if member.kind == HARD_LINK:
+                self._count_way(1, member.link)
             entry = member, self._before, self._left
-            if len(self.index) <= INDEX_MAX:
-                self.index.append(entry)
+            self._keep(entry)
             yield entry
+
+    def _keep(self, entry: Tuple[Member, int, int]) -> None:
+        self.measured += measure(entry[0])
+        if self.measured > self._index_max:
+            self.index = None
+        if self.index is not None:
+            self.index.append(entry)
+
+    def _read(self, size: int) -> bytes:
+        """What is no content. A file of a few KiB may inflate to headers that would take hours and all memory."""
+        self._before += size
+        self._spend(size)
+        return self._stream.read(size)
+
+    def _spend(self, size: int) -> None:
+        self._headers_left -= size
+        if self._headers_left < 0:
+            raise Damaged("it is all headers, as no tree of files has them")
+
+    def _count_way(self, number: int, path: bytes) -> None:
+        """A directory on the way takes as long as a header."""
+        directory = split_path(path)[0]
+        if directory != self._ways[number]:
+            levels = count_levels(self._ways[number], directory)
+            self.levels += levels
+            self._spend(levels * BLOCK)
+            self._ways[number] = directory
 
     def content(self) -> Iterator[memoryview]:
         while self._left:
@@ -666,9 +791,9 @@ class LayerReader:
     def _read_header(self) -> Optional[Tuple[bytes, Dict[bytes, bytes]]]:
         """The header proper, and what extended headers say about it; None at the end."""
         records: Dict[bytes, bytes] = {}
+        left = SPECIAL_MAX
         while True:
-            header = self._stream.read(BLOCK)
-            self._before += BLOCK
+            header = self._read(BLOCK)
             if not header.strip(b"\0"):
                 if records or self._stream.read(BLOCK).strip(b"\0"):
                     raise Damaged("a block of zeros is not its end")
@@ -681,13 +806,15 @@ class LayerReader:
             if kind not in b"xgLK":
                 return header, records
             size = parse_number(header[124:136])
-            if not 0 <= size <= SPECIAL_MAX:
-                raise Damaged("an extended header of {} bytes".format(size))
-            content = self._stream.read(size + -size % BLOCK)[:size]
-            self._before += size + -size % BLOCK
+            if not 0 <= size <= left:
+                raise Damaged("extended headers of more than {} bytes".format(SPECIAL_MAX))
+            content = self._read(size + -size % BLOCK)[:size]
+            if kind == b"g":                      # of all members that follow; umoci and docker pass over it, too
+                continue
+            left -= size
             if kind == b"x":
                 records.update(parse_records(content))
-            elif kind in b"LK":                   # GNU's long names
+            else:                                 # GNU's long names
                 records[b"path" if kind == b"L" else b"linkpath"] = content.rstrip(b"\0")
 
     def _decode(self, header: bytes, records: Dict[bytes, bytes]) -> Tuple[Member, int]:
@@ -699,11 +826,11 @@ class LayerReader:
             name = records.get(b"GNU.sparse.name", records.get(b"path", name))
             link = records.get(b"linkpath", link)
         kind = REGULAR if kind in b"\0" + b"7" else kind
-        kind = DIRECTORY if kind == REGULAR and name.endswith(b"/") else kind
-        time_ns = parse_time(records[b"mtime"]) if b"mtime" in records else parse_number(mtime) * 10 ** 9
         stored = 0
         if kind == REGULAR:
             stored = parse_decimal(records[b"size"]) if b"size" in records else parse_number(size)
+        kind = DIRECTORY if kind == REGULAR and name.endswith(b"/") else kind
+        time_ns = parse_time(records[b"mtime"]) if b"mtime" in records else parse_number(mtime) * 10 ** 9
         member = Member(
             clean_path(name), kind, parse_number(mode) & 0o7777,
             parse_decimal(records[b"uid"]) if b"uid" in records else parse_number(uid),
@@ -712,17 +839,18 @@ class LayerReader:
             clean_path(link) if kind == HARD_LINK else link if kind == SYMLINK else b"",
             decode_xattrs(records), None, b"M" if records.get(b"comment") == b"modified" else b"C")
         self._check(member)
-        if b"GNU.sparse" in b"".join(records):
+        if kind == b"S" or b"GNU.sparse" in b"".join(records):
             if (records.get(b"GNU.sparse.major"), records.get(b"GNU.sparse.minor")) != (b"1", b"0"):
-                raise Damaged("a sparse file in an old format: " + printable(member.path))
-            member = member._replace(size=parse_decimal(records.get(b"GNU.sparse.realsize", b"")), pieces=())
+                raise Foreign("a tar with a sparse file in an old format, {}".format(absolute(member.path)),
+                              "make it again with: tar --format=posix")
+            member = member._replace(size=parse_decimal(records.get(b"GNU.sparse.realsize", b"")), pieces=b"")
             self._check(member)
         return member, stored
 
     @staticmethod
     def _check(member: Member) -> None:
         what = None
-        if member.kind not in KINDS.values() and member.kind != HARD_LINK:
+        if member.kind not in KINDS.values() and member.kind not in (HARD_LINK, b"S"):
             what = "a member of unknown type {!r}".format(member.kind)
         elif not (0 <= member.uid <= ID_MAX and 0 <= member.gid <= ID_MAX and 0 <= member.size <= SIZE_MAX):
             what = "an impossible owner or size"
@@ -736,30 +864,42 @@ class LayerReader:
             what = "an impossible hard link"
         elif not member.path and member.kind != DIRECTORY:
             what = "a root that is no directory"
-        elif member.xattrs and any("\0" in name for name, _ in member.xattrs):
-            what = "an impossible extended attribute"
+        elif member.xattrs and not are_possible(member.xattrs):
+            what = "impossible extended attributes"
         if what:
             raise Damaged("{}: {}".format(what, printable(member.path)))
 
     def _read_pieces(self, member: Member) -> Member:
-        """The map before a sparse file's content: decimal numbers, each on a line, filled up to whole blocks."""
-        text = bytearray()
-        wanted = 1                                # numbers; the first of them says how many pairs follow
-        while text.count(b"\n") < wanted:
-            if self._left < BLOCK or wanted > 2 * PIECES_MAX:
+        """The map before a sparse file's content: how many pairs follow, and these, filled up to whole blocks."""
+        numbers = self._read_numbers()
+        count = next(numbers)
+        pieces = bytearray()
+        end = size = 0
+        for _ in range(min(count, PIECES_MAX + 1)):
+            offset = next(numbers)
+            length = next(numbers)
+            if offset < end or offset + length > member.size:
                 raise Damaged("a wrong map of a sparse file: " + printable(member.path))
-            step = max(BLOCK, min(self._left, wanted)) // BLOCK * BLOCK   # 2 bytes a number or more
-            text += self._stream.read(step)
-            self._left -= step
-            self._before += step
-            wanted = 1 + 2 * parse_decimal(bytes(text[:20]).partition(b"\n")[0])
-        numbers = [parse_decimal(line) for line in bytes(text).split(b"\n")[1:wanted]]
-        pieces = tuple(zip(numbers[::2], numbers[1::2]))
-        ends = [0] + [offset + length for offset, length in pieces]
-        if (any(offset < end for (offset, _), end in zip(pieces, ends)) or ends[-1] > member.size
-                or sum(length for _, length in pieces) != self._left):
+            end = offset + length
+            if length:
+                pieces += PIECE.pack(offset, length)
+                size += length
+
+        if size != self._left or count > PIECES_MAX:
             raise Damaged("a wrong map of a sparse file: " + printable(member.path))
-        return member._replace(pieces=pieces)
+        return member._replace(pieces=bytes(pieces))
+
+    def _read_numbers(self) -> Iterator[int]:
+        """Decimal numbers, each on a line."""
+        rest = b""
+        while True:
+            if self._left < BLOCK:
+                raise Damaged("a map of a sparse file is longer than its content")
+            self._left -= BLOCK
+            *lines, rest = (rest + self._read(BLOCK)).split(b"\n")
+            for line in lines:
+                yield parse_decimal(line)
+            parse_decimal(rest or b"0")           # and not longer than one
 
 
 # --- Trees --------------------------------------------------------------------------------------------------
@@ -896,7 +1036,7 @@ def member_of(path: bytes, status: os.stat_result, change: bytes = b"C") -> Memb
     return Member(path, kind, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid,
                   status.st_size if is_file else 0, status.st_mtime_ns,
                   (os.major(status.st_rdev), os.minor(status.st_rdev)) if kind in b"34" else (0, 0),
-                  pieces=() if is_file and status.st_blocks * BLOCK < status.st_size else None, change=change)
+                  pieces=b"" if is_file and status.st_blocks * BLOCK < status.st_size else None, change=change)
 
 
 def proc_path(directory: int, name: bytes) -> bytes:
@@ -916,19 +1056,23 @@ def read_xattrs(target: File) -> Tuple[Tuple[str, bytes], ...]:
                   for name in sorted(names) if name not in FOREIGN_XATTRS])
 
 
-def find_pieces(descriptor: int, size: int) -> Optional[Tuple[Tuple[int, int], ...]]:
+def find_pieces(descriptor: int, size: int) -> Optional[bytes]:
     """Where a sparse file has data; None if it has no holes."""
-    pieces = []
+    pieces = bytearray()
     end = 0
     while end < size:
         try:
             start = os.lseek(descriptor, end, os.SEEK_DATA)
         except OSError:                           # ENXIO: a hole to the end
             break
+        if start >= size:                         # the file has grown meanwhile
+            break
         end = min(os.lseek(descriptor, start, os.SEEK_HOLE), size)
-        pieces.append((start, end - start))
+        pieces += PIECE.pack(start, end - start)
     os.lseek(descriptor, 0, os.SEEK_SET)
-    return None if pieces == [(0, size)] else tuple(pieces)
+    if len(pieces) >= PIECES_MAX * PIECE.size:
+        return None                               # it comes without holes: no reader takes such a map
+    return None if pieces == PIECE.pack(0, size) else bytes(pieces)
 
 
 @contextmanager
@@ -1093,7 +1237,7 @@ def describe(tree: Tree, exclude: "re.Pattern[bytes]", skipped: Dict[bytes, str]
 
 def is_same_content(one: Tree, other: Tree, member: Member) -> bool:
     with open_member(one, member) as (_, left), open_member(other, member) as (_, right):
-        for start, length in member.pieces if member.pieces is not None else ((0, member.size),):
+        for start, length in list_pieces(member):
             for offset in range(start, start + length, BUFFER):
                 size = min(BUFFER, start + length - offset)
                 content = os.pread(left, size, offset)
@@ -1241,7 +1385,7 @@ def save_content(writer: LayerWriter, member: Member, descriptor: int, report: R
     """As many bytes as lstat told, whatever becomes of the file meanwhile: else it would be no layer."""
     complete = True
     size = 0
-    for start, length in member.pieces if member.pieces is not None else ((0, member.size),):
+    for start, length in list_pieces(member):
         if member.pieces is not None:
             os.lseek(descriptor, start, os.SEEK_SET)
         complete = writer.copy(descriptor, length) and complete
@@ -1256,7 +1400,7 @@ def needed_space(member: Member) -> int:
     """Bytes on a disk with blocks of 4 KiB."""
     if member.kind != REGULAR:
         return 4096 * (member.kind == DIRECTORY)
-    size = member.size if member.pieces is None else sum(length for _, length in member.pieces)
+    size = count_stored(member)
     return size + -size % 4096
 
 
@@ -1280,12 +1424,12 @@ class Layer:
             # A pipe in its place would be waited for.
             self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise Fatal("changes file cannot be read, {}: {}".format(error.strerror, printable(path)),
-                        "name a file that `apppot-snap changes` or --save-changes wrote")
+            raise Fatal("changes file cannot be read, {}: {}".format(error.strerror, printable(path)), NAME_A_LAYER)
         self.label: Optional[Label] = None
         self.whiteouts: List[bytes] = []
         self.opaques: List[bytes] = []            # directories of which nothing in lower layers stays
         self.count = self.size = 0                # members, and bytes that they take when unpacked
+        self.memory = self.details = 0            # bytes to know all kinds of files by their paths, and all members
         self.index: Optional[Index] = None
 
     def __enter__(self) -> "Layer":
@@ -1294,8 +1438,8 @@ class Layer:
     def __exit__(self, *_: object) -> None:
         os.close(self.descriptor)
 
-    def reader(self) -> LayerReader:
-        return LayerReader(self.descriptor, self.index)
+    def reader(self, index_max: int = 0) -> LayerReader:
+        return LayerReader(self.descriptor, self.index, index_max)
 
     def members(self) -> Iterable[Member]:
         """Without their content."""
@@ -1306,8 +1450,14 @@ class Layer:
 def refusal(path: bytes) -> Iterator[None]:
     try:
         yield
+    except Foreign as foreign:
+        raise Fatal("changes file is {}: {}".format(foreign.what, printable(path)),
+                    foreign.hint.replace("{}", quote(path)))
     except Damaged as error:
-        raise Fatal("changes file is damaged, {}: {}".format(error, printable(path)),
+        reason = str(error)
+        if len(reason) > 300:
+            reason = reason[:300] + "..."
+        raise Fatal("changes file is damaged, {}: {}".format(reason, printable(path)),
                     "nothing of it was applied; copy it again, or make it again with `apppot-snap changes`")
 
 
@@ -1316,9 +1466,13 @@ def check_layer(path: bytes, report: Report) -> Layer:
     layer = Layer(path)
     try:
         with refusal(path):
-            if not stat.S_ISREG(os.fstat(layer.descriptor).st_mode):
-                raise Damaged("it is not a regular file")
-            read_layer(layer, report)
+            expect_file(layer.descriptor)
+            try:
+                read_layer(layer, report)
+            except Damaged:
+                if not layer.count:
+                    identify(layer.descriptor)
+                raise
     except BaseException:
         os.close(layer.descriptor)
         raise
@@ -1327,37 +1481,141 @@ def check_layer(path: bytes, report: Report) -> Layer:
     return layer
 
 
+def expect_file(descriptor: int) -> None:
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        raise Foreign("a directory")
+    if not stat.S_ISREG(status.st_mode):
+        raise Foreign("no regular file")
+    if not status.st_size:
+        raise Foreign("empty")
+
+
+def identify(descriptor: int) -> None:
+    """Raise Foreign for what is known to be something else than a layer."""
+    content = os.pread(descriptor, PACKED, 0)
+    if content.startswith(b"\x1f\x8b"):
+        return                                    # gzip: as it should be, and still damaged
+    for magic, name in COMPRESSIONS:
+        if content.startswith(magic):
+            raise Foreign("compressed with {}, not with gzip".format(name),
+                          "unpack it first: {} -dc {{}} > layer.tar".format(name))
+    for name, offset, magic in OTHER_FORMATS:
+        if content.startswith(magic, offset):
+            raise Foreign(name + ", not a layer")
+    if re.match(br"\s*<(!doctype|html|\?xml)", content, re.IGNORECASE):
+        raise Foreign("a web page, not a layer", "did a download end in an error page or a login?")
+    if not re.search(br"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]", content):
+        raise Foreign("a text file, not a layer")
+
+
 def read_layer(layer: Layer, report: Report) -> None:
-    reader = layer.reader()
+    free = min(available_memory(), 2 * MEMORY_MAX)
+    reader = layer.reader(min(INDEX_MAX, free // 4))
+    is_image = False
     checksums = None                              # of a label: as it says, and as it is
+
     for member in reader:
         layer.count += 1
+        layer.memory += NODE_COST + len(member.path) + MEMBER_COST * (member.kind == HARD_LINK)
         if layer.count % 500 == 0:
             report.progress("checking", layer.count, layer.size)
-        directory, name = split_path(member.path)
+            expect_memory(layer.memory + NODE_COST * reader.levels, free // 2, [layer])
         checksums = None
-        if name.startswith(WHITEOUT_META):
-            if name == OPAQUE:
-                layer.opaques.append(directory)
-            continue
-        if name.startswith(WHITEOUT):
-            if clean_path(name[len(WHITEOUT):]) != name[len(WHITEOUT):] or name == WHITEOUT:
-                raise Damaged("a whiteout of nothing: " + printable(member.path))
-            layer.whiteouts.append(join_path(directory, name[len(WHITEOUT):]))
-            continue
-        if member.path == LABEL and member.kind == REGULAR and member.size < SPECIAL_MAX:
-            before = reader.crc()
-            content = reader.read()
-            layer.label = parse_label(content)
-            head, key, tail = content.rpartition(b'"crc32": "')
-            checksums = (tail, b'%08x"\n}\n' % zlib.crc32(head + key, before))
+        if is_whiteout(member.path):
+            note_whiteout(layer, member.path)
+        elif member.path == LABEL and member.kind == REGULAR and member.size < SPECIAL_MAX:
+            checksums = read_label(layer, reader)
         else:
             layer.size += needed_space(member)
-    layer.index = reader.index if len(reader.index) <= INDEX_MAX else None
-    if not layer.count and not reader.is_gzip:
-        raise Damaged("it is empty")
+            if member.path in IMAGE_MARKS and member.size < SPECIAL_MAX:
+                is_image = is_image or IMAGE_MARKS[member.path] in reader.read()
+
+    layer.memory += NODE_COST * reader.levels
+    layer.details = reader.measured
+    layer.index = reader.index
+    expect_memory(layer.memory, free // 2, [layer])
+    if not layer.count and not reader.is_gzip and os.fstat(layer.descriptor).st_size > EMPTY_TAR_MAX:
+        raise Foreign("nothing but zeros")
     if checksums and not reader.is_gzip and checksums[0] != checksums[1]:
         raise Damaged("its checksum is wrong")
+    if is_image:
+        refuse_image(layer)
+
+
+def note_whiteout(layer: Layer, path: bytes) -> None:
+    directory, name = split_path(path)
+    if name == OPAQUE:
+        layer.opaques.append(directory)
+    elif not name.startswith(WHITEOUT_META):      # of which there are others, that nobody knows any more
+        hidden = name[len(WHITEOUT):]
+        if not hidden or clean_path(hidden) != hidden:
+            raise Damaged("a whiteout of nothing: " + printable(path))
+        layer.whiteouts.append(join_path(directory, hidden))
+
+
+def read_label(layer: Layer, reader: LayerReader) -> Tuple[bytes, bytes]:
+    """The checksum that it has of all before it, and the right one, each with what closes the label."""
+    before = reader.crc()
+    content = reader.read()
+    layer.label = parse_label(content)
+    head, key, tail = content.rpartition(b'"crc32": "')
+    return tail, b'%08x"\n}\n' % zlib.crc32(head + key, before)
+
+
+def refuse_image(layer: Layer) -> NoReturn:
+    """Its layers are members of it; merged, it would put them as files below the root."""
+    names = list_image_layers(layer)
+    prefix = "./" if Stream(layer.descriptor).read(2) == b"./" else ""
+    commands = ["tar -xOf {{}} {} > layer{}.tar".format(quote(os.fsencode(prefix + name)), number)
+                for number, name in enumerate(names[:9], 1)]
+    raise Foreign("an image archive of {}, not a layer".format(
+        "docker save or the like" if not names else "one layer" if len(names) == 1 else "{} layers".format(len(names))),
+        "take out what is wanted: " + ("; ".join(commands) or "skopeo copy docker-archive:{} oci:DIRECTORY:TAG"))
+
+
+def list_image_layers(layer: Layer) -> List[str]:
+    """The names of the members of an image archive that are layers; none where it is not as it should be."""
+    import json  # not for layers
+
+    def load(path: str) -> Any:
+        reader = layer.reader()
+        for member in reader:
+            if member.path == os.fsencode(path) and member.size < SPECIAL_MAX:
+                return json.loads(reader.read().decode())
+        raise LookupError(path)
+
+    def place(descriptor: Any) -> str:
+        return "blobs/" + str(descriptor["digest"]).replace(":", "/")
+
+    try:
+        try:
+            return [str(name) for name in load("manifest.json")[0]["Layers"]]
+        except LookupError:
+            manifest = load("index.json")
+        for _ in range(2):                        # an index may be of indexes
+            if "manifests" in manifest:
+                manifest = load(place(manifest["manifests"][0]))
+        return [place(one) for one in manifest["layers"]]
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return []
+
+
+def available_memory() -> int:
+    """Bytes; a guest that needs more ends in a panic."""
+    try:
+        with open("/proc/meminfo", "rb") as file:
+            match = re.search(br"MemAvailable:\s+(\d+) kB", file.read())
+    except OSError:
+        match = None
+    return int(match.group(1)) << 10 if match else sys.maxsize
+
+
+def expect_memory(needed: int, free: int, layers: Sequence[Layer]) -> None:
+    if needed > free:
+        raise Fatal("too little memory, {} free, at least {} needed: {}".format(
+            format_size(free), format_size(needed), ", ".join(printable(layer.path) for layer in layers)),
+            "nothing was applied; give more memory, in a run by --mem")
 
 
 def check_base(layer: Layer, base_id: str, force: bool) -> None:
@@ -1370,25 +1628,33 @@ def check_base(layer: Layer, base_id: str, force: bool) -> None:
 
 # --- Several layers as one ----------------------------------------------------------------------------------
 
+NO_ORIGIN = (0, 0)
+ANY_OF_KIND = {kind: Member(b"", kind, 0, 0, 0, 0, 0) for kind in KINDS.values()}
+
+
 class Node:
     """What the layers so far say about a path."""
     __slots__ = ("children", "member", "origin", "is_gone", "is_opaque", "is_new")
+    NO_CHILDREN: "Dict[bytes, Node]" = {}         # one for all, as most paths are files
 
     def __init__(self, is_new: bool = False) -> None:
-        self.children: Dict[bytes, Node] = {}
+        self.children = self.NO_CHILDREN
         self.member: Optional[Member] = None
-        self.origin = (0, 0)                      # layer and number of the member with the content
+        self.origin = NO_ORIGIN                   # layer and number of the member with the content
         self.is_gone = self.is_opaque = False     # nothing of lower layers is left: at the path, below it
         self.is_new = is_new                      # nor has anything of the tree been left for these layers
 
     def descend(self, path: bytes) -> "Node":
         node = self
-        for name in path.split(b"/") if path else ():
+        names = path.split(b"/") if path else []
+        for depth, name in enumerate(names):
             if node.member and node.member.kind != DIRECTORY:
                 raise Damaged("{} is below {}, which is no directory".format(
-                    printable(path), printable(node.member.path)))
+                    printable(path), printable(b"/".join(names[:depth]))))
             child = node.children.get(name)
             if child is None:
+                if not node.children:
+                    node.children = {}
                 child = node.children[name] = Node(node.is_new or node.is_gone or node.is_opaque)
             node = child
         return node
@@ -1401,7 +1667,8 @@ class Node:
         before = self.member
         change = before.change if before else b"M" if self.is_gone else member.change
         if member.kind != DIRECTORY:
-            self.children, self.is_opaque = {}, False
+            self.children = self.NO_CHILDREN
+            self.is_opaque = False
         elif self.is_gone or before and before.kind != DIRECTORY:
             self.is_opaque = True
         self.is_gone = False
@@ -1425,19 +1692,24 @@ class Node:
             pending += [(join_path(path, name), node.children[name]) for name in sorted(node.children, reverse=True)]
 
 
-def stack_layers(layers: Sequence[Layer]) -> Node:
-    """What all the layers say together, the later ones having the last word."""
+def stack_layers(layers: Sequence[Layer], just_kinds: bool = False) -> Node:
+    """What all the layers say together, the later ones having the last word; of members that take memory the kind."""
+    needed = 0
+    for layer in layers:
+        needed += layer.memory if just_kinds else layer.memory + layer.details
+    expect_memory(needed, min(available_memory() // 4 * 3, MEMORY_MAX), layers)
     root = Node()
     for index, layer in enumerate(layers):
         with refusal(layer.path):
-            stack_layer(root, index, layer)
+            stack_layer(root, index, layer, just_kinds)
     return root
 
 
-def stack_layer(root: Node, index: int, layer: Layer) -> None:
+def stack_layer(root: Node, index: int, layer: Layer, just_kinds: bool) -> None:
     for path in layer.opaques:
         node = root.descend(path)
-        node.children, node.is_opaque = {}, True
+        node.children = Node.NO_CHILDREN
+        node.is_opaque = True
     for path in layer.whiteouts:
         root.descend(path).remove()
     for number, member in enumerate(layer.members()):
@@ -1446,6 +1718,8 @@ def stack_layer(root: Node, index: int, layer: Layer) -> None:
         node = root.descend(member.path)
         if member.kind == HARD_LINK:
             node.link(root.descend(member.link), member, (index, number))
+        elif just_kinds:
+            node.put(ANY_OF_KIND[member.kind], NO_ORIGIN)
         else:
             node.put(member, (index, number))
 
@@ -1510,16 +1784,20 @@ def check_space(layers: Sequence[Layer], root: bytes) -> None:
 
 def check_closely(layer: Layer, root: bytes, free: int, free_files: int) -> None:
     """Count what comes free on the way, too."""
+    gone: Set[bytes] = set()                      # so that none is counted twice
     with Tree(root) as tree:
         for path in layer.whiteouts + layer.opaques:
-            size, files = used_space(tree, path, True)
-            free, free_files = free + size, free_files + files
+            if path not in gone:
+                size, files = used_space(tree, path, True)
+                free, free_files = free + size, free_files + files
+                gone.add(path)
         gone = set(layer.whiteouts)
         for member in layer.members():
             if not is_whiteout(member.path):
                 size, files = (0, 0)
                 if member.path not in gone:
                     size, files = used_space(tree, member.path, member.kind != DIRECTORY)
+                    gone.add(member.path)
                 free += size - needed_space(member)
                 free_files += files - (member.kind != HARD_LINK)
             if free < 0 or free_files < 0:
@@ -1554,7 +1832,7 @@ def check_tree(layers: Sequence[Layer], root: bytes) -> None:
                     "nothing was applied; " + hint)
 
     with Tree(root) as tree, Tree(root) as sources:
-        for path, node in stack_layers(layers).walk():
+        for path, node in stack_layers(layers, True).walk():
             if node.member and node.member.kind == HARD_LINK and not is_file(sources, node.member.link):
                 refuse("a hard link leads to what is no file", node.member.link)
             is_new = node.is_new or node.is_gone
@@ -1599,10 +1877,12 @@ class Target(Tree):
     def __init__(self, root: bytes, report: Report) -> None:
         super().__init__(root)
         self.root = root
+        self.at = b""                             # the path that is worked on
         self._report = report
         self._ids = (os.geteuid(), os.getegid())
         self._is_root = os.geteuid() == 0
         self.left_out: Set[bytes] = set()
+        self._lost_xattrs = 0
         self._sources = Tree(root)                # the way to what hard links are made to
         self.levels[0].inherits = self._inherits(self.levels[0])
 
@@ -1613,6 +1893,8 @@ class Target(Tree):
     def close(self) -> None:
         self.open(b"")
         self.finish(self.levels[0], self.levels[0])
+        if self._lost_xattrs > WARNINGS_MAX:
+            self._report.warn("left out, {} more attributes".format(self._lost_xattrs - WARNINGS_MAX))
 
     @staticmethod
     def _inherits(level: Level) -> bool:
@@ -1631,14 +1913,11 @@ class Target(Tree):
         try:
             parent = self.open(directory)
         except FileNotFoundError:
-            way = directory.split(b"/")
-            for depth in range(1, len(way) + 1):
-                try:
-                    self.open(b"/".join(way[:depth]))
-                except FileNotFoundError:
-                    os.mkdir(way[depth - 1], 0o755, dir_fd=self.open(b"/".join(way[:depth - 1])))
-                    self.levels[-1].is_touched = True
-            parent = self.open(directory)
+            for missing in directory[len(self._path):].lstrip(b"/").split(b"/"):       # it got as far as self._path
+                os.mkdir(missing, 0o755, dir_fd=self.levels[-1].descriptor)
+                self.levels[-1].is_touched = True
+                self._enter(missing)
+            parent = self.levels[-1].descriptor
         level = self.levels[-1]
         if level.inherits is None:
             level.inherits = self._inherits(level)
@@ -1711,8 +1990,10 @@ class Target(Tree):
             try:
                 os.setxattr(target, name, value, follow_symlinks=isinstance(target, int))
             except OSError as error:              # of many kinds: a file system knows what it can keep
-                self._report.warn("left out, attribute {} of /{}: {}".format(
-                    printable(os.fsencode(name)), printable(member.path), error.strerror))
+                self._lost_xattrs += 1
+                if self._lost_xattrs <= WARNINGS_MAX:
+                    self._report.warn("left out, attribute {} of /{}: {}".format(
+                        printable(os.fsencode(name)), printable(member.path), error.strerror))
 
     def put_directory(self, member: Member) -> None:
         if member.path:
@@ -1798,7 +2079,7 @@ def write_content(descriptor: int, member: Member, content: Iterable[memoryview]
         for piece in content:
             write_all(descriptor, piece)
         return
-    pieces = iter(member.pieces)
+    pieces = iter(list_pieces(member))
     left = 0
     for piece in content:
         done = 0
@@ -1818,35 +2099,40 @@ def apply_layer(layer: Layer, root: bytes, report: Report) -> None:
     umask = os.umask(0)
     try:
         with Target(root, report) as target:
-            for path in layer.opaques:
-                skip_missing(target.clear, path, report)
-            for path in layer.whiteouts:
-                skip_missing(target.remove, path, report)
-            unpack(target, layer, report)
-            target.close()
+            try:
+                clear_way(target, layer, report)
+                unpack(target, layer, report)
+                target.close()
+            except OSError as error:
+                explain_failure(error, layer, root, target.at)
+    except Damaged as error:
+        raise Fatal("changes file was altered while it was read, {}: {}".format(error, printable(layer.path)),
+                    "what is below {} is incomplete".format(printable(root)))
     finally:
         os.umask(umask)
         report.clear()
 
 
+def clear_way(target: Target, layer: Layer, report: Report) -> None:
+    for path in layer.opaques:
+        target.at = path
+        skip_missing(target.clear, path, report)
+    for path in layer.whiteouts:
+        target.at = path
+        skip_missing(target.remove, path, report)
+
+
 def unpack(target: Target, layer: Layer, report: Report) -> None:
     has_state = os.path.isdir(os.path.join(target.root, STATE))
-    path = b""
-    try:
-        reader = layer.reader()
-        for number, member in enumerate(reader):
-            path = member.path
-            if number % 100 == 0:
-                report.progress("merging", number, 0)
-            if is_whiteout(path) or path == LABEL and not has_state:
-                continue
-            report.say(path)
-            put_member(target, member, reader, report)
-    except Damaged as error:
-        raise Fatal("changes file was altered while it was read, {}: {}".format(error, printable(layer.path)),
-                    "what is below {} is incomplete".format(printable(target.root)))
-    except OSError as error:
-        explain_failure(error, layer, target.root, path)
+    reader = layer.reader()
+    for number, member in enumerate(reader):
+        target.at = member.path
+        if number % 100 == 0:
+            report.progress("merging", number, 0)
+        if is_whiteout(member.path) or member.path == LABEL and not has_state:
+            continue
+        report.say(member.path)
+        put_member(target, member, reader, report)
 
 
 def skip_missing(action: Callable[[bytes], None], path: bytes, report: Report) -> None:
@@ -1925,7 +2211,7 @@ def show_members(members: Iterable[Member], is_ours: bool = True) -> str:
 
 def run_show(path: bytes, report: Report) -> None:
     with check_layer(path, report) as layer:
-        stack_layers([layer])
+        stack_layers([layer], True)
         print(show_members(layer.members(), layer.label is not None))
         if layer.label:
             print("{}, {}, for {}".format(layer.label.tool, layer.label.created,
@@ -2112,6 +2398,9 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
+    except MemoryError:
+        message = "too little memory"
+        hint = "give more memory, in a run by --mem"
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except OSError as error:

@@ -516,7 +516,7 @@ def test_a_damaged_layer_is_refused_or_makes_the_right_tree(place, name):
             changes.check_layer(os.fsencode(damaged), QUIET).__exit__()
             accepted.append(variant)
         except changes.Fatal as fatal:
-            assert "damaged" in fatal.message or "format" in fatal.message
+            assert re.search("damaged|format|is empty|a text file", fatal.message)
     for number, variant in enumerate(accepted):
         damaged.write_bytes(variant)
         root = appliance(place, f"again{number}")
@@ -534,7 +534,7 @@ def strip_times(tree):
     return {path: fields[:3] + fields[4:] for path, fields in tree.items()}
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"no tar" * 1000, b"\x1f\x8b", zlib.compress(b"x" * 512), bytes(512)])
+@pytest.mark.parametrize("content", [b"\0x", b"no\0tar" * 1000, b"\x1f\x8b", zlib.compress(b"x" * 512), bytes(512)])
 def test_what_is_no_layer_is_refused(place, content):
     (place / "l").write_bytes(content), (place / "root").mkdir()
     result = snap("apply", place / "l", place / "root")
@@ -812,7 +812,7 @@ def test_no_layer_reaches_anything_outside(members):
 def test_any_bytes_are_refused_without_a_traceback(noise, how):
     with fresh_place() as place:
         header = changes.encode_header(changes.Member(b"a", b"x", 0o644, 0, 0, len(noise), 0))
-        content = [noise, header + noise + bytes(-len(noise) % 512), zlib.compress(noise), bytes(2048)][how]
+        content = [noise, header + noise + bytes(-len(noise) % 512), zlib.compress(noise), bytes(1 << 20)][how]
         (place / "l").write_bytes(content)
         with pytest.raises(changes.Fatal):
             changes.check_layer(os.fsencode(place / "l"), QUIET)
