@@ -4674,6 +4674,7 @@ def examine(options: argparse.Namespace, command: Tuple[str, ...]) -> int:
     if not options.doctor or command:
         raise Fatal("--doctor and --boot run no command: {}".format(" ".join(command)) if command else
                     "--boot without --doctor", "`--doctor` looks at this node, `--doctor --boot` boots once, too")
+    take_limits()                                 # as a run does
     status = 0
     for name, check in CHECKS + ((("boot", check_boot),) if options.boot else ()):
         try:
