@@ -143,6 +143,10 @@ MEMORY_LOST = "Kernel mode signal 7"                           # SIGBUS: relay_s
 # arch/um/os-Linux/skas/process.c before 6.16: ESRCH, or the wait status after a SIGKILL
 KILLED_PROCESS = re.compile(br"(userspace - |Failed to get registers|wait_stub_done : ).{0,120}"
                             br"(errno = 3|status = 0x9)\s")
+# arch/um/os-Linux/skas/mem.c, and arch/um/kernel/tlb.c before 6.10: an area of a process cannot be mapped on the host
+AREAS_LOST = re.compile(br"ran out of memory on the host side|Failed to flush page for|fix_range_common: failed")
+AREAS_S = 1.0                        # how often to look how many areas the processes have
+AREAS_MARGIN = 8                     # of vm.max_map_count: the kernel needs some itself, and maps some together
 LOST_PROCESS = b"Unexpectedly lost MM child!"                  # arch/um/kernel/skas/mmu.c, 6.16 and later
 CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
 BYTE, COUNT, STREAM_COUNT = (struct.Struct(text) for text in ("<B", "<I", "<BI"))        # payloads of frames
@@ -2021,6 +2025,46 @@ def read_idle_times() -> Dict[int, float]:
     return {int(words[0][3:]): (int(words[4]) + int(words[5])) / tick for words in lines}
 
 
+def list_tasks(kernel: int) -> Iterator[int]:
+    """Threads of the kernel, and then what these have started by that time: a process for each of the guest."""
+    try:
+        threads = [int(name) for name in os.listdir("/proc/{}/task".format(kernel))]
+    except OSError:
+        return
+    yield from threads
+    for thread in threads:
+        yield from list_children(kernel, thread)
+
+
+def count_pages(pid: int) -> int:
+    """Of the address space of a process; 0 when there is none."""
+    try:
+        with open("/proc/{}/statm".format(pid), "rb") as file:
+            return int(file.read().split()[0])
+    except (OSError, IndexError):
+        return 0
+
+
+def count_areas(pid: int) -> int:
+    """Of the address space of a process, as vm.max_map_count counts them."""
+    try:
+        with open("/proc/{}/maps".format(pid), "rb") as file:
+            return sum(1 for _ in file)
+    except OSError:
+        return 0
+
+
+def read_max_areas() -> int:
+    text = read_node_file("/proc/sys/vm/max_map_count").strip()
+    return int(text) if text.isdigit() else 65530
+
+
+def explain_areas() -> Fatal:
+    return Fatal("a process of the guest has more separate memory areas than vm.max_map_count of this node allows: "
+                 "{}".format(read_max_areas()),
+                 "ask for a higher vm.max_map_count; a page that is used with none beside it is an area")
+
+
 def read_name(pid: int) -> bytes:
     try:
         with open("/proc/{}/comm".format(pid), "rb") as file:
@@ -3029,7 +3073,7 @@ class Placement:
         started = time.monotonic()
         if not self._is_possible or started < self._due:
             return
-        before, self._times = self._times, {task: read_times(task) for task in self._list_tasks()}
+        before, self._times = self._times, {task: read_times(task) for task in list_tasks(self._kernel)}
         elapsed, self._reviewed = started - self._reviewed, started
         ran, waited = (sum(now[index] - before.get(task, now)[index] for task, now in self._times.items()) / elapsed
                        for index in (0, 1))
@@ -3063,21 +3107,11 @@ class Placement:
         self._is_kept = True
 
     def _set_affinity(self, cpus: Set[int]) -> None:
-        for task in self._list_tasks():
+        for task in list_tasks(self._kernel):
             try:
                 os.sched_setaffinity(task, cpus)
             except OSError:                       # it has ended
                 pass
-
-    def _list_tasks(self) -> Iterator[int]:
-        """Threads of the kernel, and then what these have started by that time: a process for each of the guest."""
-        try:
-            threads = [int(name) for name in os.listdir("/proc/{}/task".format(self._kernel))]
-        except OSError:
-            return
-        yield from threads
-        for thread in threads:
-            yield from list_children(self._kernel, thread)
 
 
 def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: int,
@@ -3094,6 +3128,7 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: i
     corpses: Set[int] = set()
     dead_since = time.monotonic()
     placement = Placement(kernel, spec.cpus)
+    areas = AreaWatch(kernel)
     poll = select.poll()
     poll.register(launch.lifeline, select.POLLIN)
     poll.register(wakeup, select.POLLIN)
@@ -3108,6 +3143,7 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: i
             return end
         check_helper()
         placement.review()
+        areas.review()
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
             if suspended:
@@ -3123,6 +3159,45 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: i
                 if over_limit:
                     raise over_limit
             return "helper"
+
+
+class AreaWatch:
+    """Finds a process of the guest that has as many separate memory areas as the host allows.
+
+    A kernel in its seccomp mode then tries for ever to map what the process wants to use next.
+    """
+
+    def __init__(self, kernel: int) -> None:
+        self._kernel = kernel
+        self._limit = read_max_areas() - AREAS_MARGIN
+        self._due = time.monotonic() + AREAS_S
+        self._later: Dict[int, Tuple[int, float]] = {}         # by pid: pages and time, from which to count again
+        self._full: Dict[int, float] = {}         # by pid: seconds that it had run
+
+    def review(self) -> None:
+        """To be called at each round of the supervisor; Fatal where a process had no area left twice and did run."""
+        started = time.monotonic()
+        if started < self._due:
+            return
+        before = self._full
+        self._full = {task: read_times(task)[0] for task in list_tasks(self._kernel)
+                      if self._may_be_full(task, started) and self._is_full(task, started)}
+        if any(ran > before.get(task, ran) + AREAS_S / 10 for task, ran in self._full.items()):
+            raise explain_areas()
+        self._due = started + max(AREAS_S, 0 if self._full else 10 * (time.monotonic() - started))
+
+    def _may_be_full(self, task: int, now: float) -> bool:
+        """An area has a page at least, so that its size tells where nothing needs to be counted."""
+        pages, moment = self._later.get(task, (self._limit, 0.0))
+        size = count_pages(task)
+        return size >= pages or size >= self._limit and now >= moment > 0
+
+    def _is_full(self, task: int, now: float) -> bool:
+        areas = count_areas(task)
+        cost_s = time.monotonic() - now
+        if areas < self._limit:
+            self._later[task] = (count_pages(task) + self._limit - areas, now + 100 * cost_s)
+        return areas >= self._limit
 
 
 def find_corpses(kernel: int) -> Set[int]:
@@ -3740,6 +3815,8 @@ class Session:
         failure = self._disk_failure.search(self._console, max(0, len(self._console) - len(content) - 200))
         if failure and not self._told:
             self._result = Result(EXIT_FAILED, explain_disk_failure(self._spec, failure.group()))
+        elif AREAS_LOST.search(self._console) and not KILLED_PROCESS.search(self._console) and not self._told:
+            self._result = Result(EXIT_FAILED, explain_areas())
         elif LOST_PROCESS in self._console and not self._told:   # it may be the agent
             self._fail("a process of the guest was killed on the host" + self._suspect_limit(),
                        MORE_CPU_TIME if self._suspect_limit() else "look for who did, then run the job again")
@@ -4636,6 +4713,7 @@ def check_node_limits(options: argparse.Namespace) -> Finding:
         ("pending signals", resource.RLIMIT_SIGPENDING))]
     found = ["{} {}".format("any number of" if hard == resource.RLIM_INFINITY else hard, what)
              for what, hard in limits]
+    found.append("{} memory areas of a process (vm.max_map_count)".format(read_max_areas()))
     found += ["room for {} more by {}".format(room.value, room.source) for room in read_process_room(read_node_file)]
     return Finding("ok", ", ".join(found))
 

@@ -86,7 +86,7 @@ class Host:
         monkeypatch.setattr(apppot_start, "read_processor", lambda _: 0)
         monkeypatch.setattr(apppot_start, "read_times", lambda _: tuple(self._times))
         monkeypatch.setattr(apppot_start, "read_idle_times", lambda: dict(self._idle))
-        monkeypatch.setattr(apppot_start.Placement, "_list_tasks", lambda _: [1])
+        monkeypatch.setattr(apppot_start, "list_tasks", lambda _: [1])
         self.placement = apppot_start.Placement(1, ncpus)
 
     def pass_rounds(self, count, ran, waited, idle=(0.0, 0.0)):

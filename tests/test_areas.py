@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process of the guest is one of the host, which has no more memory areas than vm.max_map_count."""
+
+import pathlib
+
+import pytest
+from conftest import assert_error
+
+LIMIT = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
+SCATTER = """\
+import mmap, sys, time
+count = int(sys.argv[1])
+memory = mmap.mmap(-1, count * 8192)
+for area in range(count):
+    memory[area * 8192] = 1
+end = time.monotonic() + 4
+while time.monotonic() < end:
+    pass
+print(count)
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--ptrace"]])
+def test_a_process_with_more_areas_than_the_host_allows_ends_the_run(node, options):
+    result = node.run(*options, "--mem", "700M", "python3", "-c", SCATTER, str(LIMIT + 1000))
+    assert result.returncode == 125
+    assert_error(result, f"vm.max_map_count of this node allows: {LIMIT}")
+
+
+def test_a_process_that_is_near_that_limit_runs_on(node):
+    result = node.run("--mem", "700M", "python3", "-c", SCATTER, str(LIMIT - 1000))
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"%d\n" % (LIMIT - 1000), b"")
+
+
+def test_the_doctor_names_the_limit(node):
+    result = node.run("--doctor")
+    assert f"{LIMIT} memory areas of a process (vm.max_map_count)" in result.stdout.decode()
