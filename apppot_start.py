@@ -206,7 +206,9 @@ KEPT_FROM_KERNEL = FORWARDED_SIGNALS + (signal.SIGTSTP, signal.SIGTTIN, signal.S
 
 BATCH_VARIABLES = re.compile(
     br"(SLURM_|SLURMD_|PBS_|SGE_|JOB_|_CONDOR_|OMP_|LSB_|LC_).*|"
-    br"NSLOTS|NHOSTS|NQUEUES|PE|QUEUE|RESTARTED|TERM|LANG|LANGUAGE|TZ")
+    br"NSLOTS|NHOSTS|NQUEUES|PE|QUEUE|RESTARTED|OPENBLAS_NUM_THREADS|MKL_NUM_THREADS|TERM|LANG|LANGUAGE|TZ")
+# The libraries ask their own variable first, and then the first of these, which most others ask, too.
+THREAD_VARIABLES = (b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREADS")
 
 EXT_MAGIC, EXT_64BIT = 0xEF53, 0x80                            # fs/ext4/ext4.h
 EXT_EXTENTS, EXTENT_MAGIC = 0x80000, 0xF30A
@@ -538,6 +540,16 @@ def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: 
         elif name in caller:
             chosen[name] = caller[name]
     return chosen
+
+
+def limit_threads(environment: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
+    """Variables for one thread in each process: threads do not run in parallel here, and those of OpenBLAS spin.
+
+    Whoever has set the first variable means all libraries.
+    """
+    if THREAD_VARIABLES[0] in environment:
+        return {}
+    return {name: b"1" for name in THREAD_VARIABLES if name not in environment}
 
 
 def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
@@ -4269,8 +4281,10 @@ directory, else ~/apppot-autorun in the appliance, else a login shell."""
 EPILOG = """\
 environment of the command:
   The guest gets the caller's batch-system variables (SLURM_*, SLURMD_*, PBS_*, SGE_*, JOB_*, _CONDOR_*, LSB_*,
-  NSLOTS, NHOSTS, NQUEUES, PE, QUEUE, RESTARTED) and OMP_*, TERM, TZ, LANG, LANGUAGE, LC_*; nothing else unless
-  --env names it. HOME, USER, LOGNAME, SHELL, PATH and PWD are the guest's.
+  NSLOTS, NHOSTS, NQUEUES, PE, QUEUE, RESTARTED) and OMP_*, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS, TERM, TZ, LANG,
+  LANGUAGE, LC_*; nothing else unless --env names it. HOME, USER, LOGNAME, SHELL, PATH and PWD are the guest's.
+  OMP_NUM_THREADS, OPENBLAS_NUM_THREADS and MKL_NUM_THREADS are 1 unless given: processes run in parallel in the
+  guest, threads of one process do not. OMP_NUM_THREADS alone counts for all three.
 
 defaults from the environment:
   APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR, APPPOT_SLIRP, APPPOT_EMPTY, APPPOT_CHANGES
@@ -4400,6 +4414,11 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
     timeout_s = None if options.timeout is None else parse_seconds(options.timeout, "--timeout")
     network = choose_network(options, kernel)
     environment = select_environment(dict(os.environb), options.env, options.clean_env)
+    threads = limit_threads(environment)
+    environment.update(threads)
+    if threads:
+        notes += ("threads of a process do not run in parallel: {}".format(
+            " ".join(name.decode() + "=1" for name in threads)),)
     if network.lan:
         environment[b"APPPOT_LAN_ADDRESS"] = network.lan.address.encode()
     empty, empty_asked = find_empty(options.io, options.empty)

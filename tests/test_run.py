@@ -432,3 +432,28 @@ def test_an_agent_of_another_protocol_is_refused(node, image):
     result = node.run("true", image=own)
     assert result.returncode == 125
     assert_error(result, "protocol 99")
+
+
+# --- Threads ------------------------------------------------------------------------------------------------
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@pytest.mark.parametrize(
+    "given, options, expected",
+    [
+        ({}, [], ["1", "1", "1"]),
+        ({}, ["--clean-env"], ["1", "1", "1"]),
+        ({"OPENBLAS_NUM_THREADS": "3"}, [], ["1", "3", "1"]),
+        ({}, ["--env", "MKL_NUM_THREADS=4"], ["1", "1", "4"]),
+        ({"OMP_NUM_THREADS": "2"}, ["--clean-env"], ["1", "1", "1"]),
+        ({"OMP_NUM_THREADS": "2"}, [], ["2", "", ""]),  # which the other libraries take, too
+        ({"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "5"}, ["--env", "OPENBLAS_NUM_THREADS="], ["2", "", "5"]),
+    ],
+)
+def test_numbers_of_threads_are_one_unless_given(node, given, options, expected):
+    script = "".join(f'echo "${name}";' for name in THREADS)
+    result = node.run("--net", "none", "-v", *options, "sh", "-c", script, env=given)
+    assert result.stdout.decode().splitlines() == expected
+    told = [name for name in THREADS if f"{name}=1".encode() in result.stderr]
+    assert told == [name for name, value in zip(THREADS, expected) if value == "1"]

@@ -88,6 +88,7 @@ def test_times_are_seconds(text, seconds):
 
 def test_the_batch_system_s_variables_pass_and_others_do_not():
     passed = "SLURM_JOB_ID PBS_JOBID SGE_TASK_ID JOB_ID _CONDOR_SLOT OMP_NUM_THREADS TERM LANG LC_ALL TZ NSLOTS".split()
+    passed += ["OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
     kept = "PATH HOME LD_LIBRARY_PATH PYTHONPATH SSH_AUTH_SOCK XSLURM_A TERMINAL".split()
     caller = {name.encode(): b"v" for name in passed + kept}
     assert apppot_start.select_environment(caller, [], False) == {name.encode(): b"v" for name in passed}
