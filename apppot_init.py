@@ -56,6 +56,7 @@ SCREEN, STOPPED, RECEIVED, TERMINATE, WARNING, SAVING = 8, 9, 10, 11, 12, 13
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 NETWORK_LOST = 42
 SPOOLED = 0x80
+IS_SHELL, HOME_STAYS = 1, 2          # bits of the byte in STARTED: an interactive shell; its home directory is the host's
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
 SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
 TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
@@ -105,6 +106,8 @@ MOUNTS = (                           # source, target, type, flags, options
 DEV_LINKS = (("/proc/self/fd", "/dev/fd"), ("fd/0", "/dev/stdin"), ("fd/1", "/dev/stdout"), ("fd/2", "/dev/stderr"))
 # Directories that may be covered by the job directory although they are not empty.
 PLACES_FOR_JOBS = (b"/tmp", b"/var/tmp", b"/home", b"/mnt", b"/media", b"/srv")
+SHELLS = (b"ash", b"bash", b"csh", b"dash", b"fish", b"ksh", b"mksh", b"sh", b"tcsh", b"zsh")
+SHELL_OPTIONS = (b"--rcfile", b"--init-file", b"-o", b"+o", b"-O", b"+O")      # those with a value
 PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -144,6 +147,7 @@ class Job(NamedTuple):
     environment: Dict[bytes, bytes]
     job_directory: bytes             # absolute path on the host, links resolved; empty: none
     job_alias: bytes                 # the same as the caller's $PWD names it
+    home: bytes                      # the caller's, which is among `binds`; empty: that is not shown
     binds: Tuple[Bind, ...]
     confined: bool                   # the host sees to it that hostfs leads nowhere else
     layers: Tuple[bytes, ...]        # changes files to merge, by their paths on the host
@@ -223,7 +227,7 @@ def parse_job(payload: bytes) -> Job:
 
     return Job(
         argv=tuple(fields.get(b"arg", [])), environment=dict(pairs(b"env")),
-        job_directory=one(b"job"), job_alias=one(b"alias"),
+        job_directory=one(b"job"), job_alias=one(b"alias"), home=one(b"home"),
         binds=tuple(parse_bind(number, value) for number, value in enumerate(fields.get(b"bind", []))),
         confined=one(b"confined") == b"1", layers=tuple(fields.get(b"layer", [])), force=one(b"force") == b"1",
         room=int(one(b"room") or b"0"), scratch=one(b"scratch"),
@@ -687,10 +691,10 @@ def make_account(job: Job) -> Account:
     if job.as_root or caller_is_root:
         root = find_account(passwd, b"root")
         name, uid, gid = b"root", 0, 0
-        home, shell = choose_home(root, name, job.job_directory), root[6] if root else b""
+        home, shell = job.home or choose_home(root, name, job.job_directory), root[6] if root else b""
     else:
         entry = find_account(passwd, name)
-        home, shell = choose_home(entry, name, job.job_directory), entry[6] if entry else b""
+        home, shell = job.home or choose_home(entry, name, job.job_directory), entry[6] if entry else b""
     if not os.access(shell, os.X_OK) or os.path.basename(shell) in (b"nologin", b"false"):
         shell = b"/bin/bash" if os.access(b"/bin/bash", os.X_OK) else b"/bin/sh"
 
@@ -754,14 +758,14 @@ class Places:
         for bind in sorted(late, key=lambda bind: bind.target.count(b"/")):
             self._mount(bind)
 
-    def _is_on_host(self, path: bytes) -> bool:
+    def is_on_host(self, path: bytes) -> bool:
         return any(is_below(path, place) for place in self._mounted)
 
     def _mount(self, bind: Bind) -> None:
         target = os.path.realpath(bind.target)    # mount(2) follows links, too
         try:
             made = make_mount_point(target, self._account, not bind.name)
-            self._made += [path for path in made if self._is_on_host(path)]
+            self._made += [path for path in made if self.is_on_host(path)]
             flags = MS_NOSUID | MS_NODEV | (MS_RDONLY if bind.read_only else 0)
             # hostfs mounts directories only. A descriptor of a mount of its own is in nobody's way, and nothing
             # hides it: syncfs(2) tells by it of all errors since.
@@ -777,11 +781,11 @@ class Places:
     def _mount_job_directory(self, job: Job) -> bytes:
         """Mount it at its path on the host, link ~/job to it; return its path in the guest."""
         link = os.path.join(self._account.home, b"job")
-        home_is_ours = not self._is_on_host(link)
+        home_is_ours = not self.is_on_host(link)
         if home_is_ours and os.path.islink(link):
             os.unlink(link)
         made_way = is_below(self._account.home, MOVED_HOMES.encode())
-        if covers_system(job.job_directory) and not made_way and not self._is_on_host(job.job_directory):
+        if covers_system(job.job_directory) and not made_way and not self.is_on_host(job.job_directory):
             self._mount(Bind(b"job", b"", link, False))
             return link
         self._mount(Bind(b"job", b"", job.job_directory, False))
@@ -831,6 +835,29 @@ def choose_command(job: Job, account: Account, directory: bytes) -> Tuple[List[b
             interpreter = first[2:].split(None, 1) if first.startswith(b"#!") else [b"/bin/sh"]
             return [word.strip() for word in interpreter] + [path], interpreter[0].strip()
     return [b"-" + os.path.basename(account.shell)], account.shell
+
+
+def is_interactive_shell(argv: Sequence[bytes]) -> bool:
+    """Whether a command line is that of a shell with neither a script nor a command to run."""
+    words = list(argv[1:])
+    while words:
+        word = words.pop(0)
+        is_short = word[:1] in (b"-", b"+") and word[:2] != b"--"
+        if word in SHELL_OPTIONS:
+            words = words[1:]
+        elif word[:1] not in (b"-", b"+") or is_short and b"c" in word:
+            return False
+        elif word in (b"--command", b"--help", b"--version"):
+            return False
+    return os.path.basename(argv[0]).lstrip(b"-") in SHELLS
+
+
+def describe_start(job: Job, account: Account, places: Places) -> int:
+    """The bits of STARTED."""
+    argv = choose_command(job, account, places.job_directory)[0]
+    has_terminal = job.stdio[:1] == b"t" == job.stdio[2:]
+    return ((IS_SHELL if has_terminal and is_interactive_shell(argv) else 0)
+            | (HOME_STAYS if places.is_on_host(account.home) else 0))
 
 
 def build_environment(job: Job, account: Account, directory: bytes) -> Dict[bytes, bytes]:
@@ -1376,7 +1403,7 @@ def run_job(channel: Channel, wakeup: int) -> None:
         if not job.confined:
             forbid_mounts()
         command = start_command(job, account, places.job_directory)
-        channel.send(STARTED)
+        channel.send(STARTED, bytes([describe_start(job, account, places)]))
         relay = Relay(channel, command, wakeup)
         relay.run()
         if job.interfaces:

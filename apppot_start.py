@@ -71,6 +71,7 @@ SCREEN, STOPPED, RECEIVED, TERMINATE, WARNING, SAVING = 8, 9, 10, 11, 12, 13
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 NETWORK_LOST = 42
 SPOOLED = 0x80
+IS_SHELL, HOME_STAYS = 1, 2          # bits of the byte in STARTED: an interactive shell; its home directory is the host's
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
 SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
 TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
@@ -367,6 +368,7 @@ class RunSpec(NamedTuple):
     force_changes: bool = False      # merge those of another base, too
     saved_changes: Optional[str] = None   # where to write a changes file after the command
     in_job: bool = False             # of a batch system
+    home: bytes = b""                # the caller's, if --bind shows it; empty: the command has one in the appliance
     limits: Tuple[Limit, ...] = ()   # the caller's, for the command
     limit_mib: int = 0               # of the job's cgroup, which is why the guest has no more memory; 0: not so
 
@@ -552,6 +554,37 @@ def limit_threads(environment: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
     return {name: b"1" for name in THREAD_VARIABLES if name not in environment}
 
 
+def find_home(home: str, binds: Iterable[Bind]) -> bytes:
+    """A home directory that is bound to its own path, by itself or with what it is in."""
+    home = os.path.normpath(home)
+    for bind in binds:
+        target = os.fsdecode(bind.target)
+        if os.path.isabs(home) and bind.is_directory and is_below(home, target):
+            shown = os.path.join(os.fsdecode(bind.source), os.path.relpath(home, target))
+            if os.path.realpath(home) == os.path.realpath(shown):
+                return os.fsencode(home)
+    return b""
+
+
+def describe_keeping(spec: RunSpec, home_stays: bool) -> Tuple[str, str]:
+    """What to tell the user of an interactive shell at its start and at its end, which may be nothing."""
+    places = [os.fsdecode(bind.target) for bind in spec.binds if not bind.read_only]
+    job = os.fsdecode(spec.job_alias)
+    if job and not any(is_below(job, place) for place in places):
+        places.insert(0, job)
+
+    kept = " and ".join(places)
+    rest = ("{} stays; all else{} " if kept else "{}{} ").format(kept, "" if home_stays else ", in HOME too,")
+    write = "what you write in " if kept else "what you write"
+    if spec.persistent:
+        where = "the COW file " + spec.cow if spec.cow else "the image " + spec.image
+        return write + rest + "goes into " + where, ""
+    if spec.saved_changes:
+        return write + rest + "goes into {} at the end".format(spec.saved_changes), ""
+    return (write + rest + "is gone at the end (to keep it: --bind DIR, --save-changes FILE, --write)",
+            "what you wrote{} is gone".format(" outside of " + kept if kept else ""))
+
+
 def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
     """argv of the kernel. Paths are relative to the run directory: no length, blank or comma of a path can hurt."""
     return [
@@ -611,7 +644,7 @@ def build_job(spec: RunSpec, stdio: Stdio, saved_name: str = "") -> bytes:
         (b"uid", b"%d" % uid), (b"root", b"%d" % spec.as_root), (b"umask", b"%d" % spec.umask),
         (b"stdio", stdio.kinds), (b"confined", b"%d" % is_confined(spec.empty)),
         (b"persistent", b"%d" % spec.persistent), (b"force", b"%d" % spec.force_changes),
-        (b"disk", b"%d" % spec.disk_bytes)]
+        (b"disk", b"%d" % spec.disk_bytes), (b"home", spec.home)]
     if stdio.terminal:
         # In hexadecimal, as values hold no NUL.
         fields += [(b"modes", stdio.terminal.modes.hex().encode()), (b"window", stdio.terminal.window.hex().encode()),
@@ -3681,6 +3714,7 @@ class Session:
         self._carried = 0                         # pid of the kernel if `empty` carries the channel
         self._exchanged = not spec.empty          # whether that is known
         self._started = time.monotonic()
+        self._farewell = ""                       # to the user of an interactive shell
         self._deadlines: Dict[str, float] = {"boot": time.monotonic() + spec.boot_timeout_s}
         if spec.timeout_s is not None:
             self._deadlines["wall"] = time.monotonic() + spec.timeout_s
@@ -3744,6 +3778,8 @@ class Session:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         if self.stdio.terminal:
             self.stdio.terminal.release()
+        if self._farewell and not self._result.failure:
+            self._show(b"apppot: " + one_line(self._farewell) + b"\n")
         return self._result
 
     def _queue_signal(self, number: int) -> None:
@@ -3890,6 +3926,8 @@ class Session:
             self._warn(payload[:TEXT_MAX].decode("utf-8", "replace"))
         elif kind == HELLO:
             self._greet(decode_fields(payload))
+        elif kind == STARTED:
+            self._begin_relay(check_range(unpack_exactly(BYTE, payload)[0], 0, IS_SHELL | HOME_STAYS))
         elif kind == RESULT:
             self._take_result(decode_fields(payload))
         else:
@@ -3897,9 +3935,7 @@ class Session:
             self._take_event(kind)
 
     def _take_event(self, kind: int) -> None:
-        if kind == STARTED:
-            self._begin_relay()
-        elif kind == STDIN_CLOSED:
+        if kind == STDIN_CLOSED:
             self._fitting.remove(STDIN_CLOSED)
             self._reader.close_input()
         elif kind == TERMINATE:                   # Ctrl-Alt-Del by mconsole
@@ -3920,8 +3956,12 @@ class Session:
         else:
             raise Misfit("credit for {}".format(stream))
 
-    def _begin_relay(self) -> None:
+    def _begin_relay(self, what: int) -> None:
         self._say("command started")
+        terminal = self.stdio.terminal
+        if what & IS_SHELL and terminal and terminal.is_real and os.isatty(2):
+            begin, self._farewell = describe_keeping(self._spec, bool(what & HOME_STAYS))
+            self._show(b"apppot: " + one_line(begin) + b"\n")
         self._running = True
         self._deadlines.pop("boot", None)
         self._fitting = {RECEIVED, WARNING, TERMINATE, RESULT, *self._writers}
@@ -4277,7 +4317,9 @@ class OptionParser(argparse.ArgumentParser):
 DESCRIPTION = """\
 Run a command in a Linux appliance (a disk image) under User-Mode Linux, as an ordinary process.
 Options end at the first word that is not one. Without a command: ./apppot-run in the job
-directory, else ~/apppot-autorun in the appliance, else a login shell."""
+directory, else ~/apppot-autorun in the appliance, else a login shell.
+What the command writes stays in the current directory and in those of --bind. All else, HOME too, is gone
+at the end of the run unless --save-changes, --write or COW:BASE keeps it."""
 EPILOG = """\
 environment of the command:
   The guest gets the caller's batch-system variables (SLURM_*, SLURMD_*, PBS_*, SGE_*, JOB_*, _CONDOR_*, LSB_*,
@@ -4332,7 +4374,8 @@ def add_command_options(add: Callable[..., Any]) -> None:
         help="set a variable, or pass the caller's; repeatable")
     add("--clean-env", action="store_true", help="pass no variable but those of --env")
     add("-B", "--bind", action="append", default=[], metavar="SRC[:DST[:ro]]",
-        help="show a file or directory of this machine in the guest, at DST or the same path; repeatable")
+        help="show a file or directory of this machine in the guest, at DST or the same path; repeatable;\n"
+             "--bind \"$HOME\" makes the guest's HOME this one")
     add("--no-job-dir", dest="job_dir", action="store_false",
         help="show no job directory; the command starts in its home")
     add("-t", dest="terminal", action="store_true", default=None,
@@ -4413,6 +4456,8 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
             raise Fatal("--extra is not one word: {!r}".format(word), "give --extra once for each argument")
     timeout_s = None if options.timeout is None else parse_seconds(options.timeout, "--timeout")
     network = choose_network(options, kernel)
+    binds = tuple(parse_bind(text) for text in options.bind)
+    home = b"" if options.root and os.getuid() else find_home(os.environ.get("HOME", ""), binds)
     environment = select_environment(dict(os.environb), options.env, options.clean_env)
     threads = limit_threads(environment)
     environment.update(threads)
@@ -4430,7 +4475,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         ram_directory=ram_directory, scratch=choose_scratch(candidates),
         umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
         environment=environment, network=network, empty=empty, empty_asked=empty_asked,
-        job_directory=directory, job_alias=alias, binds=tuple(parse_bind(text) for text in options.bind),
+        job_directory=directory, job_alias=alias, binds=binds, home=home,
         layers=tuple(check_layer_file(path) for path in layers), force_changes=options.force_changes,
         saved_changes=check_saved_changes(options.save_changes) if options.save_changes else None,
         cwd=os.fsencode(options.cwd or ""), as_root=options.root,

@@ -250,3 +250,38 @@ def test_a_cow_file_made_here_is_what_a_kernel_makes(node):
     assert b"Kernel panic" in panic.stdout
     path_end = ours.read_bytes()[:4128].rstrip(b"\0")
     assert theirs.read_bytes()[:4128].startswith(path_end + b"\0") and ours.stat().st_size == theirs.stat().st_size
+
+
+# --- The caller's home --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", ["home/project", "elsewhere", "home"])
+@pytest.mark.parametrize("bound", ["home", "."])
+def test_home_is_the_caller_s_where_bind_shows_it(any_node, job, bound):
+    home, job = any_node.root / "shown/home", any_node.root / "shown" / job
+    for path in (home, job):
+        path.mkdir(parents=True, exist_ok=True)
+        os.chown(path, any_node.uid, -1)
+    (home / ".settings").write_text("mine\n")
+    script = 'echo $HOME; echo ~; pwd; cat ~/.settings; echo new > ~/kept; echo here > made; ls -A ~; id -nu'
+    result = any_node.run("--net", "none", "--bind", str((home.parent / bound).resolve()), "sh", "-c", script,
+                          cwd=job, env={"HOME": str(home), "PWD": None})  # fmt: skip
+    lines = result.stdout.decode().splitlines()
+    assert (result.returncode, result.stderr) == (0, b"") and lines[:4] == [str(home), str(home), str(job), "mine"]
+    assert (home / "kept").read_text() == "new\n" and (job / "made").read_text() == "here\n"
+    expected = {".settings", "kept"}
+    expected |= {"made"} if job == home else {"project"} if job.parent == home else set()      # and no link ~/job
+    assert set(os.listdir(home)) == expected == set(lines[4:-1])
+    assert all(path.stat().st_uid == any_node.uid for path in (home / "kept", job / "made"))
+
+
+def test_home_is_the_appliance_s_where_bind_shows_it_elsewhere_or_root_is_asked_for(any_node):
+    home = any_node.root / "home"
+    home.mkdir()
+    script = 'echo $HOME; ls -Ad "$1"'
+    for options, shown in ((["--bind", f"{home}:/mine"], "/mine"), (["--root", "--bind", str(home)], str(home))):
+        result = any_node.run("--net", "none", *options, "sh", "-c", script, "-", shown, env={"HOME": str(home)})
+        own, there = result.stdout.decode().splitlines()
+        as_root = "--root" in options and any_node.uid != 0
+        assert (own == "/root" if as_root else own != str(home) or "--root" in options) and there == shown
+    assert os.listdir(home) == []

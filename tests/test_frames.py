@@ -158,7 +158,7 @@ def fields(*pairs):
 
 
 GREETING = fields(("protocol", str(PROTOCOL)), ("base", "x"), ("agent", "1"))
-HELLO_FRAME, STARTED_FRAME = encode_frame(HELLO, GREETING), encode_frame(STARTED)
+HELLO_FRAME, STARTED_FRAME = encode_frame(HELLO, GREETING), encode_frame(STARTED, b"\0")
 UP = MAGIC + HELLO_FRAME + STARTED_FRAME
 
 
@@ -175,13 +175,15 @@ def test_a_guest_that_keeps_to_the_rules_is_heard(guests):
 
 
 MISFITS = {
-    "no frame before hello": encode_frame(STARTED),
+    "no frame before hello": STARTED_FRAME,
     "unknown type": UP + encode_frame(99),
     "type of the host": UP + encode_frame(apppot_start.JOB),
     "spooled": UP + encode_frame(STDOUT | apppot_start.SPOOLED, b"../../etc/passwd"),
     "too long": UP + FRAME.pack(STDOUT, FRAME_MAX + 1),
     "hello again": UP + HELLO_FRAME,
     "started again": UP + STARTED_FRAME,
+    "started with nothing": MAGIC + HELLO_FRAME + encode_frame(STARTED),
+    "started with unknown bits": MAGIC + HELLO_FRAME + encode_frame(STARTED, b"\4"),
     "started with more": MAGIC + HELLO_FRAME + encode_frame(STARTED, b"x" * 999),
     "output before the start": MAGIC + HELLO_FRAME + encode_frame(STDOUT, b"x"),
     "no output": UP + encode_frame(STDOUT),

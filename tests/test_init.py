@@ -201,3 +201,40 @@ def test_every_python_here_imports_the_agent_and_the_runner_alone(python):
     words = [pythons()[python], "-BIS", "-W", "error", "-c", script, TOP]
     result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.stdout == b"%d\n" % apppot_start.PROTOCOL
+
+
+@pytest.mark.parametrize(
+    "line, is_shell",
+    [
+        ("-bash", True), ("/bin/sh", True), ("bash -l", True), ("bash --norc --noprofile -i", True), ("zsh", True),
+        ("bash --rcfile file", True), ("bash +O extglob -o vi", True), ("sh -", True), ("sh -c :", False),
+        ("bash -lc :", False), ("bash script", False), ("bash --rcfile file script", False), ("bash --version", False),
+        ("fish --command :", False), ("python3", False), ("vi", False), ("env bash", False), ("bash -e +x file", False),
+    ],
+)  # fmt: skip
+def test_a_shell_without_script_and_command_is_interactive(line, is_shell):
+    assert apppot_init.is_interactive_shell(line.encode().split()) == is_shell
+
+
+@pytest.mark.parametrize(
+    "changed, home_stays, begin, end",
+    [
+        ({}, False, "what you write in /a stays; all else, in HOME too, is gone at the end (", "outside of /a"),
+        ({"job_alias": b""}, False, "what you write, in HOME too, is gone at the end", "what you wrote is"),
+        ({"write": True}, False, "in /a stays; all else, in HOME too, goes into the image /i", None),
+        ({"cow": "/cow"}, False, "in /a stays; all else, in HOME too, goes into the COW file /cow", None),
+        ({"saved_changes": "/saved"}, False, "all else, in HOME too, goes into /saved at the end", None),
+        ({"binds": "/data /ro:ro /home"}, True, "in /a and /data and /home stays; all else is gone", "of /a and"),
+        ({"binds": "/a/data"}, False, "in /a and /a/data stays", "outside of"),
+        ({"binds": "/", "job_alias": b"/a"}, False, "what you write in / stays", "outside of /"),
+    ],
+)  # fmt: skip
+def test_a_shell_s_user_is_told_what_stays(changed, home_stays, begin, end):
+    def bind(text):
+        place, _, mode = text.partition(":")
+        return apppot_start.Bind(b"/", place.encode(), mode == "ro", True)
+
+    spec = SPEC._replace(**changed)
+    spec = spec._replace(binds=tuple(bind(text) for text in str(changed.get("binds", "")).split()))
+    told = apppot_start.describe_keeping(spec, home_stays)
+    assert begin in told[0] and (end in told[1] if end else not told[1])

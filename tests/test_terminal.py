@@ -345,3 +345,47 @@ def test_v_writes_whole_lines_on_a_raw_terminal(screen):
     there = screen("-v", "sh", "-c", "echo up")
     match = there.expect(r"ended with 0\r\n")
     assert b"up\r\n" in match.string and not re.search(rb"(?<!\r)\n", match.string[: match.end()])
+
+
+# --- What stays and what goes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], ["bash", "--norc", "--rcfile", "/dev/null", "-o", "vi"]])
+def test_an_interactive_shell_says_what_stays_and_what_goes(shell, words):
+    job = re.escape(str(shell.node.job))
+    shell.type(command_line(shell.node, "--net", "none", *words) + "\n")
+    begin = shell.expect(rf"apppot: what you write in {job} stays; all else, in HOME too, is gone at the end [^\n]*\n")
+    assert b"--bind" in begin.group() and begin.group().endswith(b"\r\n") and b"\n" not in begin.group()[:-1]
+    shell.expect(r"[$#] ")
+    shell.type("exit\n")
+    shell.expect(rf"\napppot: what you wrote outside of {job} is gone\r\n")
+    shell.expect("host> ")
+
+
+@pytest.mark.parametrize(
+    "options, end",
+    [
+        (["sh", "-c", "read line"], ""),
+        (["cat"], ""),
+        (["bash"], "2> err"),
+        (["bash"], "< in"),
+        (["-T", "bash"], ""),
+    ],
+)
+def test_what_is_no_interactive_shell_says_nothing(shell, options, end):
+    (shell.node.job / "in").write_text("exit\n")
+    shell.type(command_line(shell.node, "--net", "none", *options) + f" {end}; echo over $?\n")
+    shell.type("exit\n\x04")
+    seen = shell.expect("over 0\r\n").string
+    said = (shell.node.job / "err").read_bytes() if "err" in end else seen
+    assert b"apppot: " not in seen + said
+
+
+def test_a_shell_says_that_its_home_stays_with_bind(shell):
+    home = shell.node.job
+    line = shlex.join(["env", f"HOME={home}", *shell.node.argv("--net", "none", "--bind", str(home), "sh")])
+    shell.type(line + "\n")
+    shell.expect(rf"apppot: what you write in {re.escape(str(home))} stays; all else is gone at the end ")
+    shell.expect(r"[$#] ")
+    shell.type("exit\n")
+    shell.expect("host> ")
