@@ -5,7 +5,7 @@
 ##   make demo     set up what is missing, build the image, run a command in it
 ##   make check    the same set-up, then all tests, with Debian's kernel and with build/linux
 ##   make check-grid
-##                 as root: tests on HTCondor, Grid Engine and ARC, each in a chroot
+##                 as root: tests on HTCondor, Grid Engine and ARC, and the set-up on bare machines, each in a chroot
 ##   make image    build/apppot.img, an appliance with Debian
 ##   make kernel   build/linux, a static kernel that boots in 0.2 s; 7 minutes on 2 cores
 ##   make stage    build/stage/, the three files to copy into a job, and apppot-stage.tar of them
@@ -46,8 +46,8 @@ CACHE       ?= $(if $(shell test -w "$(HOME)" && echo yes),$(HOME)/.cache/apppot
 AGENT    := apppot_init.py $(wildcard changes.py)
 IN_IMAGE := python3 bash sudo less procps ca-certificates curl vim-tiny
 
-# What the targets need, as PACKAGE:COMMAND or PACKAGE:FILE; a command of other origin will do. A Debian may have nothing
-# but its essential packages, and no package brings those that it only recommends.
+# What the targets need, as PACKAGE:COMMAND, PACKAGE:FILE or PACKAGE:MODULE.py; one of other origin will do. A machine may
+# have nothing but Debian's essential packages, and no package brings those that it only recommends.
 AS_ROOT    := $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --map-auto)
 BUILD_DEPS := mmdebstrap:mmdebstrap e2fsprogs:resize2fs mount:mount $(if $(AS_ROOT),uidmap:newuidmap)
 KERNEL_DEPS := gcc:gcc libc6-dev:/usr/include/stdio.h binutils:ld bc:bc flex:flex bison:bison xz-utils:xz
@@ -56,7 +56,8 @@ TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:sl
               umoci:umoci buildah:buildah slurmctld:slurmctld slurmd:slurmd slurm-client:sbatch munge:munged
 BENCH_DEPS := proot:proot bubblewrap:bwrap charliecloud-runtime:ch-run qemu-system-x86:qemu-system-x86_64 \
               busybox-static:busybox cpio:cpio gnuplot-nox:gnuplot
-TEST_DEPS  := python3-pytest python3-hypothesis
+TEST_DEPS  := python3-pytest:pytest.py python3-hypothesis:hypothesis.py
+CHECK_DEPS  = $(BUILD_DEPS) $(RUN_DEPS) $(KERNEL_DEPS) $(TOOL_DEPS) $(TEST_DEPS)
 
 # Batch systems that the tests run in a chroot each, with a Debian that has them.
 ENGINES             := condor gridengine arc
@@ -98,16 +99,16 @@ export APPPOT_KERNEL := $(abspath $(KERNEL))
 endif
 
 .PHONY: help demo check check-grid image mpi-image kernel stage bench clean FORCE
-.PHONY: deps deps-build deps-kernel deps-run deps-tools deps-bench deps-test
+.PHONY: deps deps-demo deps-check deps-bench deps-build deps-kernel
 
 help:
 	@sed -n 's/^## \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
-demo: deps-build deps-run image
+demo: deps-demo image
 	$(PYTHON) apppot_start.py --image $(IMAGE) sh -c 'uname -a; head -n 1 /etc/os-release'
 
 # All tests with Debian's kernel, and those that boot with our own, too.
-check: deps-build deps-run deps-tools deps-test image mpi-image stage $(if $(AS_ROOT),,$(NODES:%=build/%.tar))
+check: deps-check image mpi-image stage $(if $(AS_ROOT),,$(NODES:%=build/%.tar))
 	@mkdir -p build
 	test_part() {
 	    status=0
@@ -136,23 +137,23 @@ check: deps-build deps-run deps-tools deps-test image mpi-image stage $(if $(AS_
 	for part in $$(seq $(JOBS)); do cat "build/check-$$part.log"; done
 	exit $$status
 
-# The engines at once, as their tests wait more than they compute.
-check-grid: deps-build deps-run deps-tools deps-test image $(or $(KERNEL),kernel) $(ENGINES:%=build/%.tar)
+# The engines at once, as their tests wait more than they compute. Machines get what is built here.
+check-grid: deps-check image mpi-image stage $(sort $(patsubst %,build/%.tar,$(ENGINES) $(NODES) $(MACHINES)))
 	@mkdir -p build
 	export APPPOT_KERNEL=$(abspath $(or $(KERNEL),build/linux))
 	pids=
 	trap 'kill $$pids 2> /dev/null; wait' EXIT
-	for engine in $(ENGINES); do
+	for engine in $(ENGINES) setup; do
 	    $(PYTHON) -m pytest -m grid $(PYTESTARGS) tests/test_$$engine.py > build/check-$$engine.log 2>&1 &
 	    pids+=" $$!"
 	done
 	status=0
 	for pid in $$pids; do wait "$$pid" || status=1; done
 	trap - EXIT
-	for engine in $(ENGINES); do cat "build/check-$$engine.log"; done
+	for engine in $(ENGINES) setup; do cat "build/check-$$engine.log"; done
 	exit $$status
 
-bench: deps-build deps-run deps-tools deps-bench image kernel
+bench: deps-bench image kernel
 	$(PYTHON) tests/bench.py
 
 clean:
@@ -160,14 +161,29 @@ clean:
 
 # ---- packages ----------------------------------------------------------------------------------------------------
 
-deps: deps-build deps-kernel deps-run deps-tools deps-bench deps-test
-
-# The shell variable `missing` holds package names.
-define install_missing
+# All that a goal needs, in one go.
+deps:            deps_wanted = $(CHECK_DEPS) $(BENCH_DEPS)
+deps-demo:       deps_wanted = $(BUILD_DEPS) $(RUN_DEPS)
+deps-check:      deps_wanted = $(CHECK_DEPS)
+deps-bench:      deps_wanted = $(CHECK_DEPS) $(BENCH_DEPS)
+deps-build:      deps_wanted = $(BUILD_DEPS)
+deps-kernel:     deps_wanted = $(KERNEL_DEPS)
+deps deps-demo deps-check deps-bench deps-build deps-kernel:
+	@missing=
+	is_there() {
+	    case $$1 in
+	    /*) [ -e "$$1" ] ;;
+	    *.py) $(PYTHON) -c "import importlib.util as u; exit(not u.find_spec('$${1%.py}'))" ;;
+	    *) command -v "$$1" > /dev/null ;;
+	    esac
+	}
+	for dep in $(deps_wanted); do
+	    is_there "$${dep#*:}" || [[ $$missing\  = *\ $${dep%:*}\ * ]] || missing+=" $${dep%:*}"
+	done
 	[ -n "$$missing" ] || exit 0
 	if [ "$$(id -u)" != 0 ]; then
 	    echo "make: error: not installed:$$missing" >&2
-	    echo "make: hint: sudo apt-get install -y --no-install-recommends$$missing" >&2
+	    echo "make: hint: sudo apt-get update; sudo apt-get install -y --no-install-recommends$$missing" >&2
 	    exit 1
 	fi
 	export DEBIAN_FRONTEND=noninteractive
@@ -180,26 +196,6 @@ define install_missing
 	# Somebody else's source may be out of reach; whether Debian's is, the next command says.
 	apt-get update || true
 	apt-get install -y --no-install-recommends $$missing
-endef
-
-deps-build: deps_wanted = $(BUILD_DEPS)
-deps-kernel: deps_wanted = $(KERNEL_DEPS)
-deps-run:   deps_wanted = $(RUN_DEPS)
-deps-tools: deps_wanted = $(TOOL_DEPS)
-deps-bench: deps_wanted = $(BENCH_DEPS)
-deps-build deps-kernel deps-run deps-tools deps-bench:
-	@missing=
-	for dep in $(deps_wanted); do
-	    command -v "$${dep#*:}" > /dev/null || [[ $$dep = *:/* && -e $${dep#*:} ]] || missing+=" $${dep%:*}"
-	done
-	$(install_missing)
-
-deps-test:
-	@missing=
-	for package in $(TEST_DEPS); do
-	    $(PYTHON) -c "import importlib.util as u; exit(not u.find_spec('$${package#python3-}'))" || missing+=" $$package"
-	done
-	$(install_missing)
 
 # ---- kernel ------------------------------------------------------------------------------------------------------
 # User-Mode Linux from Debian's source, with no more in it than an appliance needs: allnoconfig and these. What a user
@@ -472,7 +468,7 @@ mpi-image:
 	@$(MAKE) --no-print-directory image IMAGE=build/mpi.img PACKAGES="openmpi-bin python3-mpi4py"
 
 # make's own time stamps cannot tell that a variable changed, and --write changes the image's: so the recipe decides.
-$(IMAGE): FORCE deps-build deps-run
+$(IMAGE): FORCE deps-demo
 	@$(WITH_CACHE)
 	rootfs_key=$$({ uname -m; echo "$$BOOTSTRAP"; } | sha256sum | cut -c 1-16)
 	image_key=$$({ echo "$$rootfs_key $$COMPOSE $$RECORD"; sha256sum $(AGENT); } | sha256sum | cut -c 1-16)

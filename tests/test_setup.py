@@ -6,6 +6,7 @@ import fcntl
 import os
 import pathlib
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -199,3 +200,141 @@ def test_one_that_waits_for_another_make_can_be_ended_and_goes_on_when_that_has(
     wait_until_building(checkout)
     os.kill(waiting[1].pid, signal.SIGTERM)
     checkout.assert_nothing_left()
+
+
+# --- Machines with nothing on them --------------------------------------------------------------------------
+
+# Runs a command in the machine at $1 with the network of this one; when it ends, so does all that it started.
+ENTER = """
+    root=$1
+    shift
+    hostname node
+    mount --bind $root $root
+    mount -t proc none $root/proc
+    mount -t sysfs none $root/sys
+    mount -t tmpfs none $root/dev
+    for name in null zero full random urandom tty; do
+        touch $root/dev/$name
+        mount --bind /dev/$name $root/dev/$name
+    done
+    mkdir $root/dev/shm $root/dev/pts
+    mount -t tmpfs none $root/dev/shm
+    mount -t devpts -o newinstance,ptmxmode=666 none $root/dev/pts
+    ln -s pts/ptmx $root/dev/ptmx
+    ln -s /proc/self/fd $root/dev/fd
+    exec chroot $root env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin APPPOT_REQUIRE_BOOT=1 "$@"
+"""
+COMMANDS = re.findall(r"^    (make \w+) +#", (TOP / "README.md").read_text(), re.MULTILINE)
+# Of every kind one that needs little time: values, the bundle, chroots, real boots with either kernel.
+SOME_TESTS = "in_the_order_that_the_help_gives or bundle_is_three_files or newer_debian or a_reader_sees or umoci"
+
+
+class Machine:
+    """A Debian with what README asks for and nothing else, and a clone."""
+
+    def __init__(self, tree):
+        self.cache = tree.resolve().parent
+        self.place = pathlib.Path(tempfile.mkdtemp(prefix="apppot-test-"))
+        self.root = self.place / "root"
+        self.root.mkdir()
+        subprocess.run(["tar", "-C", self.root, "-xpf", tree, "--exclude=./dev/*"], check=True)
+        self.packages = self.cache / f"packages-{tree.stem}"
+        self.packages.mkdir(exist_ok=True)
+        self.archives = self.root / "var/cache/apt/archives"
+        for path in self.packages.glob("*.deb"):
+            with contextlib.suppress(FileNotFoundError):   # of a version that is no longer there, see below
+                shutil.copy(path, self.archives)
+        (self.root / "etc/dpkg/dpkg.cfg.d/fast").write_text("force-unsafe-io\n")
+        shutil.copy("/etc/resolv.conf", self.root / "etc")
+        self.clone = self.root / "home/clone"
+        shutil.copytree(TOP, self.clone, ignore=shutil.ignore_patterns("build", ".git"))
+        subprocess.run(["chown", "-R", "1000:1000", self.clone], check=True)
+
+    def command(self, *words, user=0):
+        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
+        # With this process, as that ends, everything in the machine ends.
+        unshare = ["setpriv", "--pdeathsig=KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts"]
+        inside = [*become, "env", "-C", "/home/clone", f"HOME={'/tmp' if user else '/root'}", *words]
+        return [*unshare, "--propagation=private", "sh", "-euc", ENTER, "-", self.root, *inside]
+
+    def run(self, *words, user=0):
+        """Exit status and what was written."""
+        result = subprocess.run(
+            self.command(*words, user=user), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )  # fmt: skip
+        return result.returncode, result.stdout
+
+    def check(self, *words):
+        status, shown = self.run(*words)
+        assert status == 0, (words, shown[-20000:])
+        return shown
+
+    def give(self, *patterns):
+        """Files of this machine's cache."""
+        target = self.root / "root/.cache/apppot"
+        target.mkdir(parents=True, exist_ok=True)
+        for path in [path for pattern in patterns for path in self.cache.glob(pattern)]:
+            subprocess.run(["cp", "--sparse=always", "-p", path, target], check=True)
+
+    def close(self):
+        shutil.rmtree(self.place)
+
+    def keep_packages(self):
+        """The cache gets those that this Debian still has."""
+        self.check("apt-get", "autoclean")
+        kept = {path.name for path in self.archives.glob("*.deb")}
+        for name in kept - set(os.listdir(self.packages)):
+            new = self.packages / f"{name}.{os.getpid()}"
+            shutil.copy(self.archives / name, new)
+            new.rename(self.packages / name)
+        for path in self.packages.glob("*.deb"):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def machine(request, chroot):
+    with contextlib.closing(Machine(chroot(request.param))) as machine:
+        yield machine
+
+
+def install_what_make_tells(machine):
+    """As an ordinary user make tells what to install; with that it goes on to the right to build."""
+    status, shown = machine.run("make", "demo", user=1000)
+    command = re.search(r"^make: hint: (sudo apt-get update; sudo apt-get install .*)$", shown, re.MULTILINE).group(1)
+    assert status == 2 and all(name in command for name in ("mmdebstrap", "mount", "uidmap", "user-mode-linux"))
+    machine.check("sh", "-ec", command.replace("sudo ", "DEBIAN_FRONTEND=noninteractive "))
+    _, shown = machine.run("make", "demo", user=1000)
+    assert "not installed" not in shown and "no user namespace to build in" in shown
+
+
+@pytest.mark.grid
+@needs_root
+@pytest.mark.parametrize(
+    "machine, packages", [("debian-12", ""), ("debian-13", "systemd-resolved")], indirect=["machine"]
+)
+def test_the_commands_of_the_readme_work_on_a_bare_machine(machine, packages):
+    """To the point where only time is left: the kernel of this machine is taken for that which it would build."""
+    demo, check = COMMANDS
+    if packages:
+        install_what_make_tells(machine)
+    else:
+        machine.give("rootfs-*")
+    assert "Debian GNU/Linux" in machine.check(*demo.split(), f"PACKAGES={packages}").splitlines()[-1]
+    # systemd-resolved makes the one a link; the other is where Java's packages have links made.
+    look = "test -f /etc/resolv.conf -a ! -L /etc/resolv.conf -a -d /usr/share/man/man1 && echo right"
+    assert machine.check("python3", "apppot_start.py", "sh", "-c", look) == "right\n"
+
+    status, shown = machine.run("make", "image", "IMAGE=build/other.img", "PACKAGES=gcc no-such-package,nor-this")
+    assert status == 2 and "make: error: no package no-such-package nor-this in Debian stable\nmake: hint: " in shown
+
+    machine.check("make", "deps-check")
+    machine.keep_packages()
+    machine.check("sh", "-ec", "echo 'int main(void) { return 0; }' > a.c; gcc -static a.c; ./a.out")
+    for name in ("linux", "linux.key"):
+        shutil.copy(TOP / "build" / name, machine.clone / "build")
+    machine.give("rootfs-*", "chroot-debian-*")
+    shown = machine.check(*check.split(), "-o", "build/linux", "JOBS=2", f"PYTESTARGS=-k '{SOME_TESTS}'")
+    passed = re.findall(r"^=+ [1-9]\d* passed, \d+ deselected", shown, re.MULTILINE)
+    assert len(passed) == 4, "two parts with each kernel: " + shown[-20000:]
