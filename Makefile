@@ -138,7 +138,7 @@ check: deps-check image mpi-image stage $(if $(AS_ROOT),,$(NODES:%=build/%.tar))
 	exit $$status
 
 # The engines at once, as their tests wait more than they compute. Machines get what is built here.
-check-grid: deps-check image mpi-image stage $(sort $(patsubst %,build/%.tar,$(ENGINES) $(NODES) $(MACHINES)))
+check-grid: deps-check image mpi-image stage $(CHROOTS)
 	@mkdir -p build
 	export APPPOT_KERNEL=$(abspath $(or $(KERNEL),build/linux))
 	pids=
