@@ -92,7 +92,9 @@ SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0
 IFF_UP, IFF_RUNNING = 0x1, 0x40                                # include/uapi/linux/if.h
 RTF_UP, RTF_GATEWAY = 0x1, 0x2                                 # include/uapi/linux/route.h
 EXT4_IOC_RESIZE_FS = 0x40086610      # fs/ext4/ext4.h: _IOW('f', 16, __u64), the number of blocks
-RESOLV_CONF = "/etc/resolv.conf"
+HOSTS, RESOLV_CONF, LOCALTIME, TIMEZONE = "/etc/hosts", "/etc/resolv.conf", "/etc/localtime", "/etc/timezone"
+ZONES, NODE_ZONES = "/usr/share/zoneinfo", "/run/zoneinfo"     # the appliance's, and for one of the node's
+NODE_FILES = "/run/apppot/node"
 MOUNTS = (                           # source, target, type, flags, options
     ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
     ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
@@ -243,16 +245,17 @@ def parse_job(payload: bytes) -> Job:
 
 
 def put_account(table: bytes, name: bytes, number: int, line: bytes) -> bytes:
-    """A passwd or group file in which `line` is what both the name and the number look up.
+    """A passwd file in which both the name and the number look up `line`; all others stay, behind it."""
+    lines = [entry for entry in table.split(b"\n") if entry]
+    same = [index for index, entry in enumerate(lines) if is_account(entry, name, number)]
+    lines.insert(same[0] if same else len(lines), line)
+    return b"\n".join(lines) + b"\n"
 
-    Other lines with the name go (they would be another account); other lines with the number stay behind ours,
-    so that files of that number keep an owner that exists.
-    """
-    lines = table.split(b"\n")
-    kept = [entry for entry in lines if entry and entry.split(b":")[0] != name]
-    same = [index for index, entry in enumerate(kept) if entry.split(b":")[2:3] == [b"%d" % number]]
-    kept.insert(same[0] if same else len(kept), line)
-    return b"\n".join(kept) + b"\n"
+
+def is_account(entry: bytes, name: bytes, number: int) -> bool:
+    """Whether a line of a passwd file is found by this name or by this number."""
+    fields = entry.split(b":")
+    return fields[0] == name or fields[2:3] == [b"%d" % number]
 
 
 def find_account(table: bytes, name: bytes) -> Optional[List[bytes]]:
@@ -299,6 +302,10 @@ def prepare_system() -> None:
     mount_system(MOUNTS[1:-1])
     os.mkdir(PLACE, 0o700)
     mount_system(MOUNTS[-1:])
+    try:
+        mount(b"cgroup2", b"/sys/fs/cgroup", b"cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    except OSError:                               # a kernel without control groups
+        pass
     for link_target, link in DEV_LINKS:
         if not os.path.lexists(link):
             os.symlink(link_target, link)
@@ -537,10 +544,10 @@ class OwnFiles:
         self._sign = changes.sign
         self._base = changes.read_manifest(b"/")
         self._unchanged: List[bytes] = []         # until now; paths without the leading slash
-        names = {job.user, b"root"}
-        homes = [choose_home(find_account(read_file("/etc/passwd"), name), name, job.job_directory) for name in names]
-        self._expect([b"/etc/passwd", b"/etc/group", os.path.realpath(RESOLV_CONF.encode()), *homes, job.job_directory,
-                      job.job_alias, *(bind.target for bind in job.binds)])
+        home = choose_home(job, read_file("/etc/passwd"))
+        mount_points = [os.path.dirname(os.path.realpath(path)).encode() for path in (HOSTS, RESOLV_CONF)]
+        self._expect([b"/etc/passwd", b"/etc/group", *mount_points, home, job.job_directory, job.job_alias,
+                      *(bind.target for bind in job.binds)])
 
     def _signature(self, path: bytes) -> Optional[bytes]:
         try:
@@ -662,57 +669,108 @@ def copy_tree(source: bytes, target: bytes) -> None:
             os.chmod(new, os.stat(old).st_mode & 0o7777)
 
 
-def choose_home(entry: Optional[List[bytes]], name: bytes, job: bytes) -> bytes:
-    """The account's home in the image if it has a usable one, else /home/NAME, and never below the job directory."""
-    home = entry[5] if entry else b""
-    if name == b"root":
-        home = home or b"/root"
-    elif not is_below(home, b"/home") and not (os.path.isdir(home) and home.count(b"/") > 1):
-        home = b"/home/" + name.replace(b"/", b"_")
-    covered = job == home or (job in PLACES_FOR_JOBS and is_below(home, job))
-    return os.path.join(MOVED_HOMES.encode(), os.path.basename(home)) if covered else home
+def choose_home(job: Job, passwd: bytes) -> bytes:
+    """The account's home in the image if that is its own, else /home/NAME; the caller's if that is shown.
+
+    It is moved if the job directory would cover it, or if ~/job is a directory on the way to that.
+    """
+    if job.home:
+        return job.home
+    if is_root(job):
+        entry = find_account(passwd, b"root")
+        home = entry[5] if entry and entry[5].strip(b"/") else b"/root"
+    else:
+        name = choose_name(job, passwd)
+        entry = find_account(passwd, name)
+        home = os.path.normpath(entry[5]) if entry else b""
+        if not is_own_home(home, job.uid):
+            home = b"/home/" + name.replace(b"/", b"_")
+
+    directory = job.job_directory
+    covered = directory == home or (directory in PLACES_FOR_JOBS and is_below(home, directory))
+    below_link = os.path.join(home, b"job/")
+    no_link = any(path.startswith(below_link) for path in (directory, job.job_alias))
+    return os.path.join(MOVED_HOMES.encode(), os.path.basename(home)) if covered or no_link else home
+
+
+def is_own_home(home: bytes, uid: int) -> bool:
+    """Whether a user may have this directory: not the /usr/sbin of the account `daemon`."""
+    if is_below(home, b"/home"):
+        return home != b"/home"
+    return os.path.isdir(home) and os.stat(home).st_uid == uid
+
+
+def is_root(job: Job) -> bool:
+    return job.as_root or job.uid == 0
+
+
+def choose_name(job: Job, passwd: bytes) -> bytes:
+    """The caller's, unless it is that of the guest's root, or no home can be called so."""
+    entry = find_account(passwd, job.user)
+    is_taken = bool(entry and entry[2] == b"0")
+    return b"u%d" % job.uid if is_taken or job.user in (b"", b".", b"..") else one_field(job.user)
+
+
+def one_field(name: bytes) -> bytes:
+    """A name as the files passwd and group can hold it."""
+    return name.replace(b":", b"_").replace(b"\n", b"_")
 
 
 def make_home(home: bytes, uid: int, gid: int) -> None:
-    if not os.path.isdir(home):
+    is_new = not os.path.isdir(home)
+    if is_new:
         os.makedirs(os.path.dirname(home), exist_ok=True)
         os.mkdir(home, 0o755)
         if os.path.isdir(b"/etc/skel"):
             copy_tree(b"/etc/skel", home)
-    if os.stat(home).st_uid != uid:
+    is_ours = is_new or is_below(home, b"/home") or is_below(home, MOVED_HOMES.encode())
+    if is_ours and os.stat(home).st_uid != uid:
         own_tree(home, uid, gid)
 
 
 def make_account(job: Job) -> Account:
-    """Give the caller's uid, gid and names to the guest; return the account that the command runs under."""
-    passwd, groups = read_file("/etc/passwd"), read_file("/etc/group")
-    caller_is_root = job.uid == 0
-    name, uid, gid = job.user, job.uid, job.groups[0].gid
-    if job.as_root or caller_is_root:
-        root = find_account(passwd, b"root")
-        name, uid, gid = b"root", 0, 0
-        home, shell = job.home or choose_home(root, name, job.job_directory), root[6] if root else b""
-    else:
-        entry = find_account(passwd, name)
-        home, shell = job.home or choose_home(entry, name, job.job_directory), entry[6] if entry else b""
+    """Let the guest know the caller; return the account that the command runs under.
+
+    With --root the accounts of the appliance stay as they are: the command may be there to change them.
+    """
+    passwd = read_file("/etc/passwd")
+    name = choose_name(job, passwd)
+    entry = find_account(passwd, b"root" if is_root(job) else name)
+    shell = entry[6] if entry else b""
     if not os.access(shell, os.X_OK) or os.path.basename(shell) in (b"nologin", b"false"):
         shell = b"/bin/bash" if os.access(b"/bin/bash", os.X_OK) else b"/bin/sh"
+    home, gid = choose_home(job, passwd), job.groups[0].gid
 
-    if not caller_is_root:
+    is_known = any(is_account(entry, name, job.uid) for entry in passwd.split(b"\n"))
+    if job.uid != 0 and not (job.as_root and is_known):
         # "*" and not "x": PAM then asks no shadow file, so that sudo accepts the account.
         caller_home = b"/nonexistent" if job.as_root else home
-        line = b":".join((job.user, b"*", b"%d" % job.uid, b"%d" % job.groups[0].gid, b"", caller_home, shell))
-        write_file("/etc/passwd", put_account(passwd, job.user, job.uid, line))
-        known = {entry.split(b":")[2] for entry in groups.split(b"\n") if entry.count(b":") >= 3}
-        names = {entry.split(b":")[0] for entry in groups.split(b"\n")}
-        for group in job.groups:
-            if b"%d" % group.gid not in known:
-                group_name = group.name if group.name not in names else b"g%d" % group.gid
-                groups += group_name + b":x:%d:\n" % group.gid
-        write_file("/etc/group", groups)
-    make_home(home, uid, gid)
-    extra = () if uid == 0 else tuple(group.gid for group in job.groups)
-    return Account(name, uid, gid, extra, home, shell)
+        line = b":".join((name, b"*", b"%d" % job.uid, b"%d" % gid, b"", caller_home, shell))
+        write_file("/etc/passwd", put_account(passwd, name, job.uid, line))
+    if job.uid != 0:
+        add_groups(job.groups)
+    if is_root(job):
+        make_home(home, 0, 0)
+        return Account(b"root", 0, 0, (), home, shell)
+    make_home(home, job.uid, gid)
+    return Account(name, job.uid, gid, tuple(group.gid for group in job.groups), home, shell)
+
+
+def add_groups(wanted: Iterable[Group]) -> None:
+    """Give names to the groups that the appliance does not know."""
+    table = read_file("/etc/group")
+    lines = [entry.split(b":") for entry in table.split(b"\n")]
+    names = {fields[0] for fields in lines} | {b""}
+    known = {fields[2] for fields in lines if len(fields) > 3}
+    added = b""
+    for group in wanted:
+        if b"%d" % group.gid not in known:
+            name = one_field(group.name)
+            name = b"g%d" % group.gid if name in names else name
+            added += name + b":x:%d:\n" % group.gid
+            names.add(name)
+    if added:
+        write_file("/etc/group", table.rstrip(b"\n") + b"\n" + added)
 
 
 def make_mount_point(path: bytes, account: Account, is_directory: bool = True) -> List[bytes]:

@@ -205,9 +205,11 @@ FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
 # of them, nor the guest's processes, whose tracer would panic: SIGCONT, too, is reported to a tracer unless blocked.
 KEPT_FROM_KERNEL = FORWARDED_SIGNALS + (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT, signal.SIGXFSZ)
 
+# Not those that lead a client of the batch system to its configuration: that is no file of the guest.
 BATCH_VARIABLES = re.compile(
-    br"(SLURM_|SLURMD_|PBS_|SGE_|JOB_|_CONDOR_|OMP_|LSB_|LC_).*|"
-    br"NSLOTS|NHOSTS|NQUEUES|PE|QUEUE|RESTARTED|OPENBLAS_NUM_THREADS|MKL_NUM_THREADS|TERM|LANG|LANGUAGE|TZ")
+    br"(?!(?:SLURM_CONF|PBS_CONF_FILE|SGE_ROOT)\Z)"
+    br"(?:(SLURM_|SLURMD_|PBS_|SGE_|JOB_|_CONDOR_|OMP_|LSB_|LC_).*|"
+    br"NSLOTS|NHOSTS|NQUEUES|PE|QUEUE|RESTARTED|OPENBLAS_NUM_THREADS|MKL_NUM_THREADS|TERM|LANG|LANGUAGE|TZ)")
 # The libraries ask their own variable first, and then the first of these, which most others ask, too.
 THREAD_VARIABLES = (b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREADS")
 

@@ -98,25 +98,35 @@ def test_the_batch_system_s_variables_pass_and_others_do_not():
 def test_an_account_is_found_by_name_and_number():
     table = b"root:x:0:0::/root:/bin/sh\nold:x:7:7::/:/bin/sh\nnew:x:9:9::/:/bin/sh\n"
     changed = apppot_init.put_account(table, b"new", 7, b"new:*:7:7::/home/new:/bin/sh")
-    assert changed == b"root:x:0:0::/root:/bin/sh\nnew:*:7:7::/home/new:/bin/sh\nold:x:7:7::/:/bin/sh\n"
+    lines = table.splitlines(True)
+    assert changed.splitlines(True) == [lines[0], b"new:*:7:7::/home/new:/bin/sh\n", *lines[1:]]
     assert apppot_init.find_account(changed, b"new")[5] == b"/home/new"
     assert apppot_init.find_account(changed, b"none") is None
 
 
 @pytest.mark.parametrize(
-    "entry, name, job, home",
+    "entry, name, job, alias, home",
     [
-        (None, b"ann", b"/scratch/1", b"/home/ann"),
-        (None, b"ann", b"/home/ann", b"/var/lib/apppot/home/ann"),
-        (None, b"ann", b"/home", b"/var/lib/apppot/home/ann"),
-        (None, b"ann", b"/home/ann/job", b"/home/ann"),
-        (None, b"root", b"/root", b"/var/lib/apppot/home/root"),
-        (b"/nonexistent", b"nobody", b"/j", b"/home/nobody"),
+        (None, b"ann", b"/scratch/1", b"", b"/home/ann"),
+        (None, b"ann", b"/home/ann", b"", b"/var/lib/apppot/home/ann"),
+        (None, b"ann", b"/home", b"", b"/var/lib/apppot/home/ann"),
+        (None, b"ann", b"/home/ann/job", b"", b"/home/ann"),
+        (None, b"ann", b"/home/ann/job/sub", b"", b"/var/lib/apppot/home/ann"),
+        (None, b"ann", b"/scratch/1", b"/home/ann/job/1", b"/var/lib/apppot/home/ann"),
+        (None, b"ann", b"/home/ann/jobs/sub", b"/home/ann/job", b"/home/ann"),
+        (None, b"root", b"/root", b"", b"/var/lib/apppot/home/root"),
+        (b"/nonexistent", b"nobody", b"/j", b"", b"/home/nobody"),
+        (b"/home/team/ann", b"ann", b"/j", b"", b"/home/team/ann"),
+        (b"/home", b"ann", b"/j", b"", b"/home/ann"),
+        (b"/home/../usr/sbin", b"ann", b"/j", b"", b"/home/ann"),
     ],
 )
-def test_the_home_directory_is_never_the_job_directory(entry, name, job, home):
-    fields = None if entry is None else [name, b"*", b"1", b"1", b"", entry, b"/bin/sh"]
-    assert apppot_init.choose_home(fields, name, job) == home
+def test_the_home_directory_is_never_the_job_directory_nor_another_s(entry, name, job, alias, home):
+    table = b"" if entry is None else b"%s:*:4242:1::%s:/bin/sh\n" % (name, entry)
+    caller = SimpleNamespace(
+        user=name, uid=0 if name == b"root" else 4242, as_root=False, job_directory=job, job_alias=alias or job, home=b""
+    )
+    assert apppot_init.choose_home(caller, table) == home
 
 
 # --- What the job was granted -------------------------------------------------------------------------------
