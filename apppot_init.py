@@ -21,7 +21,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
-    from typing import Dict, Iterable, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+    from typing import Callable, Dict, FrozenSet, Iterable, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
     import changes
 else:
@@ -33,7 +33,7 @@ else:
         def __getitem__(self, item):
             return self
 
-    Dict = Iterable = List = NoReturn = Optional = Sequence = Tuple = Hint()
+    Callable = Dict = FrozenSet = Iterable = List = NoReturn = Optional = Sequence = Tuple = Hint()
 
     class NamedTuple:
         """Fields by name, as far as the agent needs it of typing.NamedTuple."""
@@ -85,7 +85,12 @@ PR_SET_CHILD_SUBREAPER = 36                                    # include/uapi/li
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2                    # include/uapi/linux/prctl.h, seccomp.h
 SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO = 0x7FFF0000, 0x00050000
 BPF_LOAD, BPF_EQUAL, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x45, 0x06   # 32-bit words; linux/bpf_common.h
-SYS_MOUNT, SYS_FSOPEN, AUDIT_ARCH_X86_64 = 165, 430, 0xC000003E
+SYS_MOUNT, SYS_FSOPEN, SYS_CLONE3, AUDIT_ARCH_X86_64 = 165, 430, 435, 0xC000003E
+# include/uapi/linux/sched.h
+CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND, CLONE_PIDFD = 0x100, 0x200, 0x400, 0x800, 0x1000
+NOWHERE = 8                          # an address that no process has
+PID_MAX = 1 << 22                    # PID_MAX_LIMIT of include/linux/threads.h: what 64-bit hosts have
+PIDS_SKIPPED = 256                   # at 30 us each
 CAP_SYS_ADMIN = 21
 RLIMIT_NOFILE, NR_OPEN = 7, 1 << 20  # asm-generic/resource.h; linux/fs.h: the most that this limit may be at first
 SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # include/uapi/linux/sockios.h
@@ -172,10 +177,20 @@ class Job(NamedTuple):
     foreground: bool                 # the command has the terminal from its start
     persistent: bool                 # the root file system outlives the run
     disk_bytes: int                  # what it is to grow to; 0: nothing
+    first_pid: int = 1000            # near it the process numbers begin
+    host_names: bytes = b""          # the guest's own
+    hosts: bytes = b""               # lines of the node's /etc/hosts
+    resolver: bytes = b""            # and of its resolv.conf
+    zone: bytes = b""                # its /etc/localtime; empty: none
+    zone_name: bytes = b""           # empty: not known
     interfaces: Tuple[Interface, ...] = ()
     gateway: bytes = b""             # empty: no way out
     nameserver: bytes = b""
     lan_address: bytes = b""         # empty: no LAN
+
+
+# A program, its argv and environment, to the pid of its process.
+Start = Callable[[bytes, List[bytes], Dict[bytes, bytes]], int]
 
 
 class Account(NamedTuple):
@@ -239,7 +254,9 @@ def parse_job(payload: bytes) -> Job:
         limits=tuple(tuple(int(word) for word in value.split()) for value in fields.get(b"limit", [])),
         stdio=one(b"stdio"), modes=bytes.fromhex(one(b"modes").decode()), window=bytes.fromhex(one(b"window").decode()),
         foreground=one(b"foreground") == b"1", persistent=one(b"persistent") == b"1",
-        disk_bytes=int(one(b"disk") or b"0"),
+        disk_bytes=int(one(b"disk") or b"0"), first_pid=int(one(b"pid")),
+        host_names=one(b"name"), hosts=one(b"hosts"), resolver=one(b"resolver"),
+        zone=bytes.fromhex(one(b"zone").decode()), zone_name=one(b"zone-name"),
         interfaces=tuple(parse_interface(name, value) for name, value in pairs(b"interface")),
         gateway=parse_address(one(b"gateway")), nameserver=one(b"nameserver"), lan_address=one(b"lan"))
 
@@ -353,6 +370,41 @@ def forbid_mounts() -> None:
         low, high = (int(word) for word in file.read().split())
         file.seek(0)
         file.write("{} {}".format(low & ~(1 << CAP_SYS_ADMIN), high))
+
+
+def choose_number(first: int) -> int:
+    """Let the numbers of processes go on from `first`: `tmp.$$` of two runs is not to be one file.
+
+    Returns the number that the command is to be forked with; 0: the next one. A kernel without
+    ns_last_pid numbers one process as it is told, but goes on from where it was with the next. There
+    each clone(2) that fails late uses up a number.
+    """
+    with open("/proc/sys/kernel/pid_max", "w") as file:
+        file.write("%d" % PID_MAX)
+    try:
+        with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+            file.write("%d" % first)
+        return 0
+    except FileNotFoundError:
+        for _ in range(first % PIDS_SKIPPED):
+            clone(CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_PIDFD, pidfd=NOWHERE)
+        return first
+
+
+def clone(flags: int = 0, pidfd: int = 0, number: int = 0) -> int:
+    """clone3(2): the child's pid, 0 in the child, -1 if there is none."""
+    numbers = ctypes.c_int(number)
+    signal_at_end, stack, tls, cgroup = signal.SIGCHLD, (0, 0), 0, 0
+    arguments = struct.pack("11Q", flags, pidfd, 0, 0, signal_at_end, *stack, tls,
+                            ctypes.addressof(numbers) if number else 0, 1 if number else 0, cgroup)
+    pid: int = libc.syscall(SYS_CLONE3, arguments, ctypes.c_size_t(len(arguments)))
+    return pid
+
+
+def fork_as(number: int) -> int:
+    """fork(2) a process of that number; another one where the kernel does not take it, or for 0."""
+    pid = clone(number=number) if number else -1
+    return pid if pid >= 0 else os.fork()
 
 
 def set_hostname(name: str) -> None:
@@ -955,15 +1007,16 @@ def find_program(program: bytes, path: bytes) -> bytes:
     raise Fatal("command not found: " + name, hint, 127)
 
 
-def execute(program: bytes, path: bytes, argv: List[bytes], environment: Dict[bytes, bytes]) -> NoReturn:
+def execute(start: Start, program: bytes, path: bytes, argv: List[bytes], environment: Dict[bytes, bytes]) -> int:
+    """Start a program by execve(2), which does not return, or posix_spawn(3), which returns its pid."""
     try:
-        os.execve(path, argv, environment)
+        return start(path, argv, environment)
     except OSError as error:
         if error.errno == errno.ENOEXEC:
             with open(path, "rb") as file:
                 is_text = b"\0" not in file.read(256)
             if is_text:                           # a script without "#!" is the shell's, as execvp(3) has it
-                os.execve(b"/bin/sh", [b"/bin/sh", path] + argv[1:], environment)
+                return start(b"/bin/sh", [b"/bin/sh", path] + argv[1:], environment)
         raise Fatal("command cannot be executed, {}: {!r}".format(error.strerror, os.fsdecode(program)),
                     "is its interpreter in the appliance, and is it made for this machine?",
                     127 if error.errno == errno.ENOENT else 126)
@@ -1026,20 +1079,25 @@ def open_terminal(job: Job, account: Account) -> Terminal:
     return Terminal(master, slave)
 
 
-def make_pipe() -> Tuple[int, int]:
+def make_pipe(account: Account) -> Tuple[int, int]:
+    """A pipe that the command may open again, as /dev/stderr."""
     reader, writer = os.pipe()
     fcntl.fcntl(writer, F_SETPIPE_SZ, PIPE_SIZE)
+    os.fchown(writer, account.uid, account.gid)
     return reader, writer
 
 
-def run_command(job: Job, account: Account, directory: bytes, stdio: Sequence[int]) -> NoReturn:
-    """In the forked child: become the command, or raise Fatal."""
-    if job.window:
-        os.setpgid(0, 0)
-        if job.foreground:
-            os.tcsetpgrp(stdio[job.stdio.index(b"t")], os.getpid())
-    else:
-        os.setsid()
+def lead_job(job: Job, stdio: Sequence[int]) -> Start:
+    """Become a job of the terminal, as an interactive shell makes it: the command leads its group."""
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    os.setpgid(0, 0)
+    if job.foreground:
+        os.tcsetpgrp(stdio[job.stdio.index(b"t")], os.getpid())
+    return os.execve
+
+
+def run_command(job: Job, account: Account, directory: bytes, stdio: Sequence[int], start: Start) -> int:
+    """In the forked child: start the command as execute() does, or raise Fatal."""
     for target, source in enumerate(stdio):
         os.dup2(source, target)
     write_score("0")
@@ -1050,18 +1108,39 @@ def run_command(job: Job, account: Account, directory: bytes, stdio: Sequence[in
     allow_limits(job.limits)
     become(account)
     os.umask(job.umask)
-    start = os.path.join(directory, job.cwd) if job.cwd else directory
+    place = os.path.join(directory, job.cwd) if job.cwd else directory
     try:
-        os.chdir(start)
+        os.chdir(place)
     except OSError as error:
-        raise Fatal("cannot start in directory {!r}: {}".format(os.fsdecode(start), error.strerror),
+        raise Fatal("cannot start in directory {!r}: {}".format(os.fsdecode(place), error.strerror),
                     "--cwd names a directory as the guest sees it")
     argv, program = choose_command(job, account, directory)
-    environment = build_environment(job, account, start)
+    environment = build_environment(job, account, place)
     path = find_program(program, environment.get(b"PATH", PATH))
     for limit in job.limits:                      # Python itself may need more
         set_limit(*limit)
-    execute(program, path, argv, environment)
+    return execute(start, program, path, argv, environment)
+
+
+def lead_group(job: Job, number: int) -> Start:
+    """Make a session and process group that this process leads, not the command; return what starts that.
+
+    As with a command of a batch script: if it led its group, setsid(1) would fork, and its end would be
+    taken for the end of what it started. The leader has ended before the command begins, which is a
+    child of PID 1 then: nothing preempts a SCHED_FIFO process.
+    """
+    os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    os.setsid()
+    is_waited_for = signal.SIGCHLD not in job.ignored_signals
+    if hasattr(os, "posix_spawn") and is_waited_for and not number:
+        return os.posix_spawn                     # at a tenth of the cost of fork(2)
+
+    leader = os.getpid()
+    if fork_as(number):
+        os._exit(0)
+    while os.getppid() == leader:
+        os.sched_yield()
+    return os.execve
 
 
 def connect_stdio(job: Job, account: Account) -> Tuple[List[int], Dict[int, int], Dict[int, int], Optional[Terminal]]:
@@ -1080,7 +1159,7 @@ def connect_stdio(job: Job, account: Account) -> Tuple[List[int], Dict[int, int]
         elif kind == "n":
             theirs.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
         else:
-            reader, writer = make_pipe()
+            reader, writer = make_pipe(account)
             theirs.append(writer if number else reader)
             (outputs if number else inputs)[(STDIN, STDOUT, STDERR)[number]] = reader if number else writer
     return theirs, inputs, outputs, terminal
@@ -1090,10 +1169,14 @@ def start_command(job: Job, account: Account, directory: bytes) -> Command:
     """Fork and execute; return when the command runs, or raise the Fatal that its start ended with."""
     theirs, inputs, outputs, terminal = connect_stdio(job, account)
     report, to_agent = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+    number = choose_number(job.first_pid)
+    if fork_as(number if terminal else 0) == 0:
         try:
-            run_command(job, account, directory, theirs)
+            start = lead_job(job, theirs) if terminal else lead_group(job, number)
+            if start is os.execve:
+                os.write(to_agent, encode_pid(os.getpid()))
+            pid = run_command(job, account, directory, theirs, start)
+            os.write(to_agent, encode_pid(pid))
         except Fatal as fatal:
             os.write(to_agent, encode_failure(fatal))
         except BaseException as error:            # nothing may escape into the agent's own code below
@@ -1102,15 +1185,17 @@ def start_command(job: Job, account: Account, directory: bytes) -> Command:
             os._exit(125)
     for descriptor in set(theirs) - {terminal.slave if terminal else -1} | {to_agent}:
         os.close(descriptor)
-    with os.fdopen(report, "rb") as file:         # empty: the close-on-exec end went with a successful exec
-        failure = file.read()
-    if failure:
-        os.waitpid(pid, 0)
-        fields = decode_fields(failure)
+    with os.fdopen(report, "rb") as file:         # to its end, which comes with a successful exec
+        fields = decode_fields(file.read())
+    if b"error" in fields:
         raise Fatal(fields[b"error"][0].decode(), fields[b"hint"][0].decode(), int(fields[b"status"][0]))
     for descriptor in [*inputs.values(), *outputs.values()]:
         os.set_blocking(descriptor, False)
-    return Command(pid, inputs, outputs, terminal)
+    return Command(int(fields[b"pid"][0]), inputs, outputs, terminal)
+
+
+def encode_pid(pid: int) -> bytes:
+    return encode_fields([(b"pid", b"%d" % pid)])
 
 
 def encode_failure(fatal: Fatal) -> bytes:
@@ -1333,7 +1418,7 @@ class Relay:
             if number == signal.SIGKILL:
                 os.kill(-1, signal.SIGKILL)       # every process of the guest but this one
             else:
-                os.killpg(self._pid, number)
+                os.killpg(os.getpgid(self._pid), number)       # setsid(1) gives it another
         except ProcessLookupError:
             pass
 

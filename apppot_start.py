@@ -109,6 +109,13 @@ KERNEL_FEATURES = (
     ("SMP", HAS_SMP), ("seccomp mode", HAS_SECCOMP), ("hostfs", b"CONFIG_HOSTFS=y"), ("mconsole", b"CONFIG_MCONSOLE=y"),
     ("vector network", b"CONFIG_UML_NET_VECTOR=y"), ("slirp network", b"CONFIG_UML_NET_SLIRP=y"),
     ("--disk", HAS_MAPPER))
+FIRST_PIDS = range(1000, 4000000)
+HOST_NAME_MAX, JOB_ID_MAX = 63, 20   # the former of RFC 1123
+HOST_LINE = re.compile(
+    br"^[ \t]*(?!127\.|::1[ \t])([0-9a-fA-F:][^\s#\0]*[ \t]+[^\n#\0]+)", re.MULTILINE)
+RESOLVER_LINE = re.compile(br"^(?:search|domain|options)[ \t][^\n\0]+", re.MULTILINE)
+NODE_FILE_MAX = 4 << 20              # of a larger one nothing is passed on
+ZONES = "zoneinfo/"                  # after this a path names a time zone
 INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
 # Bytes of stdin frames on their way. A pty holds 8 KiB and must not be full: `empty` moves bytes one way at a time,
 # so it and the agent would each wait for the other to read; and of a write that it is stopped in it forgets the rest.
@@ -201,6 +208,9 @@ CARRIED = struct.Struct("=i")        # what the supervisor says first: pid of th
 
 FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
     "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"))
+IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+# Programs that leave SIGPIPE to their children as they have it themselves; from /proc/PID/status.
+SHELLS = re.compile(r"Name:\t(?:[a-z]*sh\d*|busybox|timeout|time|strace|make|xargs|perl)\n")
 # A batch system may signal every process of a job. Blocked at exec these reach neither the kernel, which would die
 # of them, nor the guest's processes, whose tracer would panic: SIGCONT, too, is reported to a tracer unless blocked.
 KEPT_FROM_KERNEL = FORWARDED_SIGNALS + (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT, signal.SIGXFSZ)
@@ -332,6 +342,15 @@ class Network(NamedTuple):
     note: str = ""                   # for -v: why it is so
 
 
+class NodeView(NamedTuple):
+    """What the guest says where a program asks it about the node."""
+    host_names: bytes = b"apppot"    # its own, the last without a domain
+    hosts: bytes = b""               # lines of /etc/hosts
+    resolver: bytes = b""            # of resolv.conf
+    zone: bytes = b""                # /etc/localtime; empty: none
+    zone_name: bytes = b""           # empty: not known
+
+
 class RunSpec(NamedTuple):
     """One run, decided: nothing below parses options or looks at the environment again."""
     command: Tuple[str, ...]
@@ -366,6 +385,7 @@ class RunSpec(NamedTuple):
     umid_link: Optional[str] = None  # ~/.uml/NAME, where uml_mconsole looks for a guest by its name
     notes: Tuple[str, ...] = ()      # for -v: how it was decided
     network: Network = Network()
+    node: NodeView = NodeView()
     layers: Tuple[str, ...] = ()     # changes files to merge, in this order
     force_changes: bool = False      # merge those of another base, too
     saved_changes: Optional[str] = None   # where to write a changes file after the command
@@ -646,7 +666,8 @@ def build_job(spec: RunSpec, stdio: Stdio, saved_name: str = "") -> bytes:
         (b"uid", b"%d" % uid), (b"root", b"%d" % spec.as_root), (b"umask", b"%d" % spec.umask),
         (b"stdio", stdio.kinds), (b"confined", b"%d" % is_confined(spec.empty)),
         (b"persistent", b"%d" % spec.persistent), (b"force", b"%d" % spec.force_changes),
-        (b"disk", b"%d" % spec.disk_bytes), (b"home", spec.home)]
+        (b"disk", b"%d" % spec.disk_bytes), (b"home", spec.home),
+        (b"pid", b"%d" % choose_first_pid()), *describe_node(spec.node)]
     if stdio.terminal:
         # In hexadecimal, as values hold no NUL.
         fields += [(b"modes", stdio.terminal.modes.hex().encode()), (b"window", stdio.terminal.window.hex().encode()),
@@ -666,6 +687,46 @@ def build_job(spec: RunSpec, stdio: Stdio, saved_name: str = "") -> bytes:
     fields += describe_network(spec.network)
     fields += [(b"arg", os.fsencode(word)) for word in spec.command]
     return encode_fields(fields)
+
+
+def describe_node(node: NodeView) -> List[Tuple[bytes, bytes]]:
+    # The zone in hexadecimal, as values hold no NUL.
+    return [(b"name", node.host_names), (b"hosts", node.hosts), (b"resolver", node.resolver),
+            (b"zone", node.zone.hex().encode()), (b"zone-name", node.zone_name)]
+
+
+def choose_first_pid() -> int:
+    """Where the process numbers of a guest begin: files of several runs may have them in their names."""
+    return FIRST_PIDS.start + int.from_bytes(os.urandom(8), "big") % len(FIRST_PIDS)
+
+
+def name_guest(host: str, job_id: str, mark: str) -> str:
+    """The host names of a run: NODE-JOB-MARK, and the same with the node's domain before it.
+
+    Not the node's own: HOST:PID in a lock file would lead others to a process of the node.
+    """
+    def clean(text: str, length: int) -> str:
+        return re.sub("[^A-Za-z0-9]+", "-", text).strip("-")[:length].rstrip("-")
+
+    node, _, domain = host.partition(".")
+    job = clean(job_id.partition(".")[0], JOB_ID_MAX)
+    tail = job + "-" + mark if job else mark
+    name = "{}-{}".format(clean(node, HOST_NAME_MAX - 1 - len(tail)) or "apppot", tail)
+    return "{0}.{1} {0}".format(name, domain) if re.fullmatch("[A-Za-z0-9.-]+", domain) else name
+
+
+def select_hosts(text: bytes) -> bytes:
+    """The lines of a hosts file that are true in the guest, too: all but those of the loopback."""
+    return b"".join(line.rstrip() + b"\n" for line in HOST_LINE.findall(text))
+
+
+def select_resolver(text: bytes, host: str) -> bytes:
+    """What resolv.conf says besides name servers. Without a search list the host's domain is that."""
+    lines = [line.strip() for line in RESOLVER_LINE.findall(text)]
+    domain = host.partition(".")[2]
+    if domain and not any(line.startswith((b"search", b"domain")) for line in lines):
+        lines.append(b"search " + os.fsencode(domain))
+    return b"".join(line + b"\n" for line in lines)
 
 
 def user_name(uid: int) -> bytes:
@@ -4430,7 +4491,7 @@ def build_parser() -> OptionParser:
     return parser
 
 
-def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec:
+def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: Tuple[int, ...] = ()) -> RunSpec:
     """Decide everything and check all that can be checked before anything is started."""
     limits = take_limits()
     directory, alias = find_job_directory() if options.job_dir else (b"", b"")
@@ -4482,7 +4543,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...]) -> RunSpec
         saved_changes=check_saved_changes(options.save_changes) if options.save_changes else None,
         cwd=os.fsencode(options.cwd or ""), as_root=options.root,
         umask=os.umask(0o077),                    # what the runner makes is nobody else's
-        ignored_signals=tuple(n for n in FORWARDED_SIGNALS if signal.getsignal(n) == signal.SIG_IGN),
+        ignored_signals=ignored,
         terminal=options.terminal, timeout_s=timeout_s,
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after", True), verbose=options.verbose,
@@ -4834,6 +4895,22 @@ def examine(options: argparse.Namespace, command: Tuple[str, ...]) -> int:
     return status
 
 
+def find_ignored_signals(parent: int) -> Tuple[int, ...]:
+    """What the caller ignores, so that the command is to ignore it, too.
+
+    Python ignores two signals by itself, so that only a parent can tell whether the caller does, if it
+    is a shell. By the terminal's own stop signals the command asks for the terminal.
+    """
+    numbers = [*range(1, 32), *range(signal.SIGRTMIN, signal.SIGRTMAX + 1)]
+    ignored = {number for number in numbers if signal.getsignal(number) == signal.SIG_IGN}
+    ignored -= {*IGNORED_BY_PYTHON, signal.SIGTTIN, signal.SIGTTOU}
+    status = read_node_file("/proc/{}/status".format(parent))
+    if SHELLS.match(status):
+        mask = int(status.partition("SigIgn:")[2].split()[0], 16)
+        ignored |= {number for number in IGNORED_BY_PYTHON if mask >> number - 1 & 1}
+    return tuple(sorted(map(int, ignored)))
+
+
 def follow_parent(parent: int) -> None:
     if call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
         raise Fatal("--die-with-parent cannot be had: this Python has no ctypes", "leave it out")
@@ -4868,6 +4945,7 @@ def follow_ancestor(name: str) -> None:
 def main(argv: List[str]) -> int:
     started, parent = time.time(), os.getppid()
     open_standard_descriptors()
+    ignored = find_ignored_signals(parent)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)              # where a caller ignores it, nobody can be waited for
     try:
         parser = build_parser()
@@ -4882,7 +4960,7 @@ def main(argv: List[str]) -> int:
             follow_parent(parent)
         if options.die_with:
             follow_ancestor(options.die_with)
-        spec = build_spec(options, command)
+        spec = build_spec(options, command, ignored)
         if options.dry_run:
             write_stdout(" ".join(map(shlex.quote, build_command_line(spec, name_disk(spec, None)))) + "\n")
             return 0
