@@ -92,7 +92,8 @@ NOWHERE = 8                          # an address that no process has
 PID_MAX = 1 << 22                    # PID_MAX_LIMIT of include/linux/threads.h: what 64-bit hosts have
 PIDS_SKIPPED = 256                   # at 30 us each
 CAP_SYS_ADMIN = 21
-RLIMIT_NOFILE, NR_OPEN = 7, 1 << 20  # asm-generic/resource.h; linux/fs.h: the most that this limit may be at first
+RLIMIT_DATA, RLIMIT_NOFILE, RLIMIT_AS = 2, 7, 9   # include/uapi/asm-generic/resource.h
+NR_OPEN = 1 << 20                    # linux/fs.h: the most that the limit of files may be at first
 SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # include/uapi/linux/sockios.h
 IFF_UP, IFF_RUNNING = 0x1, 0x40                                # include/uapi/linux/if.h
 RTF_UP, RTF_GATEWAY = 0x1, 0x2                                 # include/uapi/linux/route.h
@@ -329,7 +330,6 @@ def prepare_system() -> None:
     # The last that the guest's out-of-memory killer takes; start_command() makes the command no exception.
     write_score("-1000")
     prefer_command()
-    set_hostname(read_file("/etc/hostname").decode("utf-8", "replace").strip() or "apppot")
     raise_loopback()
     with open("/proc/sys/kernel/ctrl-alt-del", "w") as file:   # send PID 1 a SIGINT; do not reboot at once
         file.write("0")
@@ -446,10 +446,6 @@ def raise_network(job: Job) -> None:
                 "8x16s16s16sH62x", nowhere, pack_address(job.gateway), nowhere, RTF_UP | RTF_GATEWAY))
     finally:
         os.close(control)
-    if job.nameserver:
-        write_resolv_conf(job.nameserver)
-    if job.lan_address:                           # a name of its own, for MPI, and one that resolves on every guest
-        set_hostname(job.lan_address.decode())
 
 
 def raise_interface(control: int, interface: Interface) -> None:
@@ -474,13 +470,98 @@ def lower_interface(name: bytes) -> None:
         os.close(control)
 
 
-def write_resolv_conf(nameserver: bytes) -> None:
-    """Images of other origin name a server of theirs, or have a link to what a service would write in /run."""
-    path = os.path.realpath(RESOLV_CONF)
-    servers = [line.split()[1:2] for line in read_file(path).splitlines() if line.startswith(b"nameserver")]
-    if servers[:1] != [[nameserver]]:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_file(path, b"nameserver " + nameserver + b"\n")
+# --- What the node says -------------------------------------------------------------------------------------
+
+class Lent(NamedTuple):
+    """A file that is mounted over one of the appliance for the run."""
+    path: str                        # of the latter
+    is_new: bool                     # the appliance has none; it was made as a mount point
+    text: bytes
+    lines: FrozenSet[bytes]          # those of it that are the node's
+
+
+class NodeFiles:
+    """Files in which the guest says what the node says: names of hosts, search list, time zone.
+
+    They are mounted over the appliance's own, which stay as they are: in an image that --write boots
+    and in changes files nothing of the node is left, not even by a run that is killed.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._lent: List[Lent] = []
+        os.mkdir(NODE_FILES, 0o755)
+        names = b"127.0.1.1 %s\n" % job.host_names if job.host_names else b""
+        self._lend_lines(HOSTS, read_file(HOSTS), names + job.hosts)
+        if job.nameserver:
+            own = choose_nameserver(read_file(RESOLV_CONF), job.nameserver)
+            self._lend_lines(RESOLV_CONF, own, job.resolver)
+        if job.zone and job.zone != read_file(LOCALTIME):
+            self._lend_zone(job.zone, job.zone_name)
+
+    def _lend_lines(self, path: str, own: bytes, lines: bytes) -> None:
+        """The appliance's lines and then the node's, where it has others."""
+        path = os.path.realpath(path)             # a service writes it in /run, perhaps
+        own = own.rstrip(b"\n") + b"\n" if own else b""
+        known = set(own.splitlines(True))
+        added = [line for line in lines.splitlines(True) if line not in known]
+
+        text = own + b"".join(added)
+        if text != read_file(path):
+            source = os.path.join(NODE_FILES, os.path.basename(path))
+            with open(source, "wb") as file:
+                file.write(text)
+            self._lend(source, path, text, added)
+
+    def _lend_zone(self, zone: bytes, name: bytes) -> None:
+        """A link, as programs ask it for the name of the zone."""
+        name_in_path = os.fsdecode(name) or "localtime"
+        target = os.path.join(ZONES, name_in_path)
+        if read_file(target) != zone:             # another edition of the time zones, or none
+            target = os.path.join(NODE_ZONES, name_in_path)
+            os.makedirs(os.path.dirname(target))
+            with open(target, "wb") as file:
+                file.write(zone)
+
+        link = os.path.join(NODE_FILES, "localtime")
+        os.symlink(target, link)
+        self._lend(link, LOCALTIME)
+        if name and read_file(TIMEZONE):
+            self._lend_lines(TIMEZONE, b"", name + b"\n")
+
+    def _lend(self, source: str, path: str, text: bytes = b"", lines: Iterable[bytes] = ()) -> None:
+        is_new = not os.path.lexists(path)
+        if is_new:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            open(path, "wb").close()
+
+        # By descriptors: mount(2) follows the links that a path names.
+        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        ours = os.open(source, flags)
+        theirs = os.open(path, flags)
+        mount(b"/proc/self/fd/%d" % ours, b"/proc/self/fd/%d" % theirs, b"", MS_BIND)
+        os.close(ours)
+        os.close(theirs)
+        self._lent.append(Lent(path, is_new, text, frozenset(lines)))
+
+    def take_back(self) -> None:
+        """Leave the appliance's own files, with what the command has written into ours."""
+        for lent in self._lent:
+            text = read_file(lent.path)
+            try:
+                call("umount2", lent.path.encode(), MNT_DETACH)
+            except OSError:                       # the command has done so
+                continue
+            if lent.text and text != lent.text:
+                kept = [line for line in text.splitlines(True) if line not in lent.lines]
+                write_file(lent.path, b"".join(kept))
+            elif lent.is_new:
+                os.unlink(lent.path)
+
+
+def choose_nameserver(text: bytes, nameserver: bytes) -> bytes:
+    """A resolv.conf that names this server: images of other origin name a server of theirs."""
+    servers = [line.split()[1:2] for line in text.splitlines() if line.startswith(b"nameserver")]
+    return text if servers[:1] == [[nameserver]] else b"nameserver " + nameserver + b"\n"
 
 
 # --- The channel --------------------------------------------------------------------------------------------
@@ -1132,7 +1213,8 @@ def lead_group(job: Job, number: int) -> Start:
     os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     os.setsid()
     is_waited_for = signal.SIGCHLD not in job.ignored_signals
-    if hasattr(os, "posix_spawn") and is_waited_for and not number:
+    has_memory = all(soft == -1 for which, soft, _ in job.limits if which in (RLIMIT_DATA, RLIMIT_AS))
+    if hasattr(os, "posix_spawn") and is_waited_for and has_memory and not number:
         return os.posix_spawn                     # at a tenth of the cost of fork(2)
 
     leader = os.getpid()
@@ -1540,6 +1622,8 @@ def run_job(channel: Channel, wakeup: int) -> None:
             disk.check(job.persistent)
         own_files = OwnFiles(job) if job.save else None
         raise_network(job)
+        set_hostname((job.lan_address or job.host_names.split()[-1]).decode())
+        node_files = NodeFiles(job)
         account = make_account(job)
         places = Places(job, account)
         known = own_files.list_changed() if own_files else {}
@@ -1551,6 +1635,9 @@ def run_job(channel: Channel, wakeup: int) -> None:
         relay.run()
         if job.interfaces:
             send_rest()
+        if job.persistent or job.save:
+            kill_everything()
+            node_files.take_back()
         flush_mounts(places, disk, job, relay.status)
         if job.save:
             save_layer(job, known, channel)

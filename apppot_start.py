@@ -1659,6 +1659,36 @@ def is_current(path: bytes) -> bool:
         return False
 
 
+def read_short(path: str, notes: List[str]) -> bytes:
+    """A file of the node, if there is one that can be read and is not too large to pass on."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(NODE_FILE_MAX + 1)
+    except OSError:
+        return b""
+    if len(content) > NODE_FILE_MAX:
+        notes.append("{} has more than {} MiB, the guest does without it".format(path, NODE_FILE_MAX >> 20))
+        return b""
+    return content
+
+
+def find_job_id() -> str:
+    """The batch system's name of this job; empty outside of one."""
+    return next(filter(None, (os.environ.get(name) for name in JOB_IDS)), "")
+
+
+def view_node(notes: List[str]) -> NodeView:
+    host = socket.gethostname()
+    zone = read_short("/etc/localtime", notes)
+    zone_name = os.path.realpath("/etc/localtime").partition(ZONES)[2]
+    return NodeView(
+        name_guest(host, find_job_id(), os.urandom(3).hex()).encode(),
+        select_hosts(read_short("/etc/hosts", notes)),
+        select_resolver(read_short("/etc/resolv.conf", notes), host),
+        zone if zone.startswith(b"TZif") else b"",
+        os.fsencode(zone_name))
+
+
 def parse_bind(text: str) -> Bind:
     """SRC[:DST[:ro]]; colons may be part of a name that exists."""
     words = text.split(":")
@@ -4530,6 +4560,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
     if network.lan:
         environment[b"APPPOT_LAN_ADDRESS"] = network.lan.address.encode()
     empty, empty_asked = find_empty(options.io, options.empty)
+    node_notes: List[str] = []
     layers = options.changes or [path for path in (read_variable("APPPOT_CHANGES") or "").split(":") if path]
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
@@ -4537,7 +4568,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
         mem_mib=mem.value, cpus=cpus.value, mode=choose_mode(kernel, options.ptrace, options.extra),
         ram_directory=ram_directory, scratch=choose_scratch(candidates),
         umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
-        environment=environment, network=network, empty=empty, empty_asked=empty_asked,
+        environment=environment, network=network, node=view_node(node_notes), empty=empty, empty_asked=empty_asked,
         job_directory=directory, job_alias=alias, binds=binds, home=home,
         layers=tuple(check_layer_file(path) for path in layers), force_changes=options.force_changes,
         saved_changes=check_saved_changes(options.save_changes) if options.save_changes else None,
@@ -4549,7 +4580,8 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
         kill_after_s=parse_seconds(options.kill_after, "--kill-after", True), verbose=options.verbose,
         in_job=bool(grants.systems), limits=limits,
         limit_mib=0 if options.mem or read_variable("APPPOT_MEM") else find_job_limit(grants),
-        notes=(*grants.notes, *notes, "memory " + describe_memory(mem, ram_directory), describe_cpus(cpus)))
+        notes=(*grants.notes, *notes, *node_notes, "memory " + describe_memory(mem, ram_directory),
+               describe_cpus(cpus)))
 
 
 def check_layer_file(path: str) -> str:

@@ -176,7 +176,7 @@ def test_the_image_s_resolv_conf_is_of_no_matter(node, image, kind):
     expected = {"file": b"nameserver 192.0.2.1\n", "link": b"apppot\n"}
     show = ("cat", "/etc/resolv.conf")
     assert node.run("--net", "none", *show, image=own).stdout == expected.get(kind, b"")
-    assert node.run(*show, image=own).stdout == b"nameserver 10.0.2.3\n"
+    assert node.run(*show, image=own).stdout.startswith(b"nameserver 10.0.2.3\n")
 
 
 def test_runs_at_once_have_networks_of_their_own(any_node, helper, web):

@@ -114,7 +114,7 @@ def screen(node):
 def test_a_login_shell_has_the_terminal_and_its_status_comes_back(shell):
     before = shell.stty()
     shell.type(command_line(shell.node) + "\n")
-    shell.expect(r"apppot:.*[$#] ")
+    shell.expect(r"\w@[\w-]+:.*[$#] ")
     shell.type("tty; stty size; shopt login_shell; exit 7\n")
     shell.expect(r"/dev/pts/\d+\r\n24 80\r\nlogin_shell\s+on\r\n")
     shell.expect("host> ")
