@@ -52,9 +52,10 @@ FRAME_MAX = 1 << 20
 # Guest to host.
 HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
 SCREEN, STOPPED, RECEIVED, TERMINATE, WARNING, SAVING = 8, 9, 10, 11, 12, 13
+MOUNT_POINT = 14
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
-NETWORK_LOST = 42
+NETWORK_LOST, MADE = 42, 43
 SPOOLED = 0x80
 IS_SHELL, HOME_STAYS = 1, 2          # bits of the byte in STARTED: an interactive shell; its home is the host's
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
@@ -617,6 +618,17 @@ def take_spool_file(name: bytes) -> bytes:
     return content
 
 
+def receive_only(channel: Channel, wanted: int) -> bytes:
+    """Wait for a frame of this type, which is the only one that may come now."""
+    frames: List[Tuple[int, bytes]] = []
+    while not frames:
+        frames = channel.receive()
+    kind, payload = frames[0]
+    if kind != wanted or len(frames) > 1:
+        raise Fatal("expected a frame of type {} from the host, got {}".format(wanted, kind))
+    return payload
+
+
 # --- The changes files --------------------------------------------------------------------------------------
 # The module changes, in the image beside this one, is imported only by who needs it: that takes 0.1 s.
 
@@ -906,7 +918,7 @@ def add_groups(wanted: Iterable[Group]) -> None:
         write_file("/etc/group", table.rstrip(b"\n") + b"\n" + added)
 
 
-def make_mount_point(path: bytes, account: Account, is_directory: bool = True) -> List[bytes]:
+def make_mount_point(path: bytes, account: Account, is_directory: bool = True) -> None:
     """Make what is missing of a path, for the account, which may then make neighbours as it could on the host."""
     missing: List[bytes] = []
     while not os.path.lexists(path):
@@ -918,7 +930,6 @@ def make_mount_point(path: bytes, account: Account, is_directory: bool = True) -
         os.close(os.open(missing[-1], os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
     for path in missing:
         os.chown(path, account.uid, account.gid)
-    return missing
 
 
 def covers_system(path: bytes) -> bool:
@@ -933,13 +944,12 @@ def covers_system(path: bytes) -> bool:
 
 
 class Places:
-    """The directories and files of the host that are mounted, and what had to be made for that on the host itself."""
+    """The directories and files of the host that are mounted."""
 
-    def __init__(self, job: Job, account: Account) -> None:
-        self._account = account
-        self._mounted: List[bytes] = []
+    def __init__(self, job: Job, account: Account, channel: Channel) -> None:
+        self._account, self._channel = account, channel
+        self._mounted: Dict[bytes, bytes] = {}    # place to the name below the hostfs root
         self._roots: Dict[int, bytes] = {}        # descriptors of what is mounted, of each where that is
-        self._made: List[bytes] = []
         # Those that the job directory is below of come first, else they would hide it.
         early = [bind for bind in job.binds if is_below(job.job_directory, bind.target)]
         late = [bind for bind in job.binds if bind not in early]
@@ -952,11 +962,22 @@ class Places:
     def is_on_host(self, path: bytes) -> bool:
         return any(is_below(path, place) for place in self._mounted)
 
+    def _make_place(self, path: bytes, is_directory: bool = True) -> None:
+        """Make what is missing of a path. What is the host's the host makes, which removes it at the end."""
+        holders = [place for place in self._mounted if is_below(path, place)]
+        if os.path.lexists(path) or not holders:
+            make_mount_point(path, self._account, is_directory)
+            return
+        holder = max(holders, key=len)
+        self._channel.send(MOUNT_POINT, (b"d" if is_directory else b"f") + self._mounted[holder] + path[len(holder):])
+        number, = struct.unpack("<I", receive_only(self._channel, MADE))
+        if number:
+            raise OSError(number, os.strerror(number))
+
     def _mount(self, bind: Bind) -> None:
         target = os.path.realpath(bind.target)    # mount(2) follows links, too
         try:
-            made = make_mount_point(target, self._account, not bind.name)
-            self._made += [path for path in made if self.is_on_host(path)]
+            self._make_place(target, not bind.name)
             flags = MS_NOSUID | MS_NODEV | (MS_RDONLY if bind.read_only else 0)
             # hostfs mounts directories only. A descriptor of a mount of its own is in nobody's way, and nothing
             # hides it: syncfs(2) tells by it of all errors since.
@@ -967,7 +988,7 @@ class Places:
         except OSError as error:
             raise Fatal("cannot bind to {!r}: {}".format(os.fsdecode(bind.target), os.strerror(error.errno or 0)),
                         "DST must be free or of the same kind as SRC, and what it is in, writable")
-        self._mounted.append(target)
+        self._mounted[target] = bind.source
 
     def _mount_job_directory(self, job: Job) -> bytes:
         """Mount it at its path on the host, link ~/job to it; return its path in the guest."""
@@ -983,8 +1004,10 @@ class Places:
         if home_is_ours and not os.path.lexists(link):
             os.symlink(job.job_directory, link)
         if job.job_alias != job.job_directory and not os.path.lexists(job.job_alias):
-            make_mount_point(job.job_alias, self._account)
-            mount(job.job_directory, job.job_alias, b"", MS_BIND)
+            alias = os.path.realpath(job.job_alias)
+            self._make_place(alias)
+            mount(job.job_directory, alias, b"", MS_BIND)
+            self._mounted[alias] = b"job"
             return job.job_alias
         return job.job_directory
 
@@ -997,17 +1020,6 @@ class Places:
             except OSError as error:
                 losses[place] = error.errno or errno.EIO
         return losses
-
-    def leave(self) -> None:
-        """Remove from the host what was made there for the mounts."""
-        for place in reversed(self._mounted):
-            if place in self._made:
-                call("umount2", place, MNT_DETACH)
-        for path in reversed(self._made):
-            try:
-                os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
-            except OSError:                       # the command has put something there
-                pass
 
 
 # --- The command --------------------------------------------------------------------------------------------
@@ -1574,9 +1586,7 @@ def flush_mounts(places: Places, disk: RootDisk, job: Job, status: Optional[int]
     """Leave nothing in the guest that the host would miss when it ends this kernel the moment it hears of the end."""
     kill_everything()
     reap_everything()
-    losses = places.find_losses()
-    places.leave()
-    for place, number in losses.items():
+    for place, number in places.find_losses().items():
         raise Fatal("files in {} could not be written, {}; {}".format(
             show_path(place), os.strerror(number), describe_end(status)),
             "what was changed there through mmap is lost: is the disk full, or the quota used up?")
@@ -1599,21 +1609,11 @@ def greet(channel: Channel) -> None:
                                        (b"agent", VERSION.encode()))))
 
 
-def wait_for_job(channel: Channel) -> Job:
-    frames: List[Tuple[int, bytes]] = []
-    while not frames:
-        frames = channel.receive()
-    kind, payload = frames[0]
-    if kind != JOB or len(frames) > 1:
-        raise Fatal("expected a job from the host, got frame type {}".format(kind))
-    return parse_job(payload)
-
-
 def run_job(channel: Channel, wakeup: int) -> None:
     try:
         greet(channel)
         prepare_system()
-        job = wait_for_job(channel)
+        job = parse_job(receive_only(channel, JOB))
         if job.disk_bytes:
             grow_root(job.disk_bytes)
         disk = RootDisk()
@@ -1625,7 +1625,7 @@ def run_job(channel: Channel, wakeup: int) -> None:
         set_hostname((job.lan_address or job.host_names.split()[-1]).decode())
         node_files = NodeFiles(job)
         account = make_account(job)
-        places = Places(job, account)
+        places = Places(job, account, channel)
         known = own_files.list_changed() if own_files else {}
         if not job.confined:
             forbid_mounts()

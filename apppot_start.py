@@ -67,9 +67,10 @@ FRAME_MAX = 1 << 20
 # Guest to host.
 HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
 SCREEN, STOPPED, RECEIVED, TERMINATE, WARNING, SAVING = 8, 9, 10, 11, 12, 13
+MOUNT_POINT = 14
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
-NETWORK_LOST = 42
+NETWORK_LOST, MADE = 42, 43
 SPOOLED = 0x80
 IS_SHELL, HOME_STAYS = 1, 2          # bits of the byte in STARTED: an interactive shell; its home is the host's
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
@@ -2350,6 +2351,7 @@ def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
 RUN_PREFIX = "apppot-"
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MARK = re.compile(r"of-\d+-\d+-\d+-[0-9a-f]*-[\w.-]*", re.ASCII)
+RECORD = ".made"                     # ends the name of the list of mount points that a run has made on the host
 PRIVATE_TRIES = 20                   # another run may take a new directory for one that was left
 
 
@@ -2451,11 +2453,15 @@ def is_in_use(path: str) -> bool:
         os.close(directory)
 
 
-def open_own(name: str, directory: int) -> int:
-    """Open a file of ours for reading, where somebody may have put something else that leads away, or waits."""
+def open_own(name: str, directory: int, uid: Optional[int] = None) -> int:
+    """Open a file of `uid`, or of the directory's owner, for reading.
+
+    Somebody may have put something else there that leads away, or waits.
+    """
     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.fstat(directory).st_uid:
+    owner = os.fstat(directory).st_uid if uid is None else uid
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != owner:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no regular file", name)
     return descriptor
@@ -2536,6 +2542,53 @@ def enter(name: str, above: int, realm: Realm) -> int:
         return -1
 
 
+def open_place(path: bytes) -> int:
+    """Go to a directory by its absolute path, in which there is to be no link."""
+    place = os.open("/", os.O_PATH | DIRECTORY)
+    for name in filter(None, path.split(b"/")):
+        place = go_below(name, place)
+    return place
+
+
+def go_below(name: bytes, place: int) -> int:
+    """From one directory, which is closed, to one in it."""
+    try:
+        return os.open(name, os.O_PATH | DIRECTORY, dir_fd=place)
+    finally:
+        os.close(place)
+
+
+def remove_mount_points(record: str, directory: int, uid: int) -> None:
+    """Remove what MountPoints made, the last first, unless somebody has put something there."""
+    try:
+        with os.fdopen(open_own(record, directory, uid), "rb") as file:
+            words = file.read().split(b"\0")[:-1]
+    except OSError:                               # most runs have none
+        return
+    # Of one that was killed after it had made the last its inode may be missing.
+    inodes = words[1::2] + [b""] * (len(words) % 2)
+    for path, inode in reversed(list(zip(words[::2], inodes))):
+        try:
+            remove_mount_point(path, inode)
+        except OSError:                           # it is gone, or no longer empty
+            pass
+    remove_entry(record, directory)
+
+
+def remove_mount_point(path: bytes, inode: bytes) -> None:
+    name = os.path.basename(path)
+    place = open_place(os.path.dirname(path))
+    try:
+        status = os.stat(name, dir_fd=place, follow_symlinks=False)
+        is_same = inode in (b"", b"%d" % status.st_ino)
+        if is_same and stat.S_ISDIR(status.st_mode):
+            os.rmdir(name, dir_fd=place)
+        elif is_same and stat.S_ISREG(status.st_mode) and not status.st_size:
+            os.unlink(name, dir_fd=place)
+    finally:
+        os.close(place)
+
+
 def remove_private(directory: PrivateDirectory) -> None:
     """Remove a private directory and all in it, the mark last: another run goes on if this is killed.
 
@@ -2543,24 +2596,29 @@ def remove_private(directory: PrivateDirectory) -> None:
     """
     name = os.path.basename(directory.path)
     try:
-        if not os.fstat(directory.fd).st_nlink:   # somebody has done it
-            return
-        os.fchmod(directory.fd, 0o700)
-        marks = list_marks(directory.fd)
-        empty_directory(directory.fd, marks)
-        if len(os.listdir(directory.fd)) == len(marks):
-            for mark in marks:
-                remove_entry(mark, directory.fd)
+        status = os.fstat(directory.fd)
         parent = os.open("..", os.O_PATH | DIRECTORY, dir_fd=directory.fd)
         try:
-            if os.path.samestat(os.stat(name, dir_fd=parent, follow_symlinks=False), os.fstat(directory.fd)):
-                os.rmdir(name, dir_fd=parent)
+            remove_mount_points(name + RECORD, parent, status.st_uid)
+            if status.st_nlink:                   # nobody has done it yet
+                os.fchmod(directory.fd, 0o700)
+                remove_content(directory.fd)
+                if os.path.samestat(os.stat(name, dir_fd=parent, follow_symlinks=False), status):
+                    os.rmdir(name, dir_fd=parent)
         finally:
             os.close(parent)
-    except FileNotFoundError:                     # the same, meanwhile
+    except FileNotFoundError:                     # somebody does it now
         pass
     except OSError as error:
         warn("directory of a run cannot be removed, {}: {}".format(error.strerror, directory.path))
+
+
+def remove_content(directory: int) -> None:
+    marks = list_marks(directory)
+    empty_directory(directory, marks)
+    if len(os.listdir(directory)) == len(marks):
+        for mark in marks:
+            remove_entry(mark, directory)
 
 
 def remove_if_stale(path: str, above: int) -> None:
@@ -2696,6 +2754,80 @@ def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, i
     # A disk or a socket that the user gives to the kernel.
     words = [word for argument in spec.extra for word in re.split("[=,]", argument) if word.startswith("/")]
     return rules + [(word, READ_WRITE) for word in words]
+
+
+class MountPoints:
+    """Makes on the host what the guest mounts on where that is the host's: in the job directory or another bind.
+
+    Only the guest knows where its links lead, so it asks. What is made is removed at the end, by whoever lives, from a
+    list. This lies beside the run directory, in which the guest could change it.
+    """
+
+    def __init__(self, spec: RunSpec, run: PrivateDirectory) -> None:
+        self._spec, self._run = spec, run
+        self._once = os.O_EXCL                    # when the list is made
+
+    def make(self, request: bytes) -> int:
+        """Make the directory (d) or file (f) and what is missing above it; return 0 or the errno.
+
+        The request names what hostfs has mounted, and the rest of the path.
+        """
+        match = re.fullmatch(br"([df])(job|bind\d{1,4})((?:/[^/\0]+)+)", request)
+        names = match.group(3).split(b"/")[1:] if match else []
+        if not match or {b".", b".."} & set(names):
+            raise Misfit("no mount point")
+        try:
+            path = self._find_source(match.group(2))
+            place = open_place(path)
+            for index, name in enumerate(names):
+                path = os.path.join(path, name)
+                is_last = index == len(names) - 1
+                self._make_missing(path, place, not is_last or match.group(1) == b"d")
+                place = place if is_last else go_below(name, place)
+            os.close(place)
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    def _find_source(self, name: bytes) -> bytes:
+        """The directory of the host that hostfs shows under this name, if the guest may write there."""
+        if name == b"job" and self._spec.job_directory:
+            return self._spec.job_directory
+        number = int(name[4:] or len(self._spec.binds))
+        if number >= len(self._spec.binds) or not self._spec.binds[number].is_directory:
+            raise Misfit("no such bind")
+        if self._spec.binds[number].read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return self._spec.binds[number].source
+
+    def _make_missing(self, path: bytes, place: int, is_directory: bool) -> None:
+        name = os.path.basename(path)
+        try:
+            os.stat(name, dir_fd=place, follow_symlinks=False)
+            return
+        except FileNotFoundError:
+            self._record(path)
+        inode = 0                                 # no file has it
+        try:
+            mode = 0o777 & ~self._spec.umask
+            if is_directory:
+                os.mkdir(name, dir_fd=place)
+                made = os.open(name, DIRECTORY, dir_fd=place)
+            else:
+                mode &= 0o666
+                made = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=place)
+            inode = os.fstat(made).st_ino
+            os.fchmod(made, mode)                 # not less the runner's own umask
+            os.close(made)
+        finally:
+            self._record(b"%d" % inode)
+
+    def _record(self, word: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(self._run.path + RECORD, flags | self._once, 0o600)
+        self._once = 0
+        with os.fdopen(descriptor, "ab", 0) as file:
+            file.write(word + b"\0")
 
 
 def find_umid_link(umid: str) -> Optional[str]:
@@ -3828,6 +3960,7 @@ class Session:
         self._keys_end = False
         self._line_room = LINE_WINDOW
         self._reader = InputReader(self, machine.spool)
+        self._mount_points = MountPoints(spec, machine.directories.run)
         self._workers: List[Worker] = list(self._writers.values())
         if stdio.kinds[:1] == b"p":
             self._workers.append(self._reader)
@@ -4023,6 +4156,8 @@ class Session:
             self._begin_relay(check_range(unpack_exactly(BYTE, payload)[0], 0, IS_SHELL | HOME_STAYS))
         elif kind == RESULT:
             self._take_result(decode_fields(payload))
+        elif kind == MOUNT_POINT:
+            self.post(encode_frame(MADE, COUNT.pack(self._mount_points.make(payload))))
         else:
             check_range(len(payload), 0, 0)
             self._take_event(kind)
@@ -4085,7 +4220,7 @@ class Session:
             return
         self._say("agent {} in base {}".format(
             text_field(hello, b"agent"), text_field(hello, b"base") or "without id"))
-        self._fitting = {STARTED, RECEIVED, WARNING, RESULT}
+        self._fitting = {STARTED, RECEIVED, WARNING, RESULT, MOUNT_POINT}
         job = build_job(self._spec, self.stdio, directories.saved_name)
         with blaming("job cannot be passed on", directories.run.path, SCRATCH_HINT):
             self.post(encode_frame(JOB | SPOOLED, spool(self._machine.spool, job)) if len(job) > INLINE_MAX

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Directories and files of the host in the guest: those that were asked for, and no others."""
 
+import contextlib
+import errno
 import os
+import pathlib
 import pwd
 import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
-from conftest import assert_error, make_node, needs_root
+from conftest import assert_error, make_node, needs_root, wait_for
+from test_init import SPEC
 
 import apppot_start
 
@@ -108,6 +113,121 @@ def test_the_job_directory_may_lie_in_a_bind(any_node):
     result = any_node.run("--bind", str(any_node.root), "sh", "-c", f"pwd; cat ../near/file; echo {NONCE} > made")
     assert result.stdout.decode() == f"{any_node.job}\n{NONCE}"
     assert (any_node.job / "made").read_text() == NONCE + "\n"
+
+
+# --- Mount points on the host -------------------------------------------------------------------------------
+
+
+def list_binds_below(node):
+    """Binds whose mount points must be made on the host, and these, the last one a file."""
+    inner, outer = make_tree(node, "inner", "outer")
+    (node.job / "real").mkdir()
+    (node.job / "link").symlink_to("real")
+    os.chown(node.job / "real", node.uid, -1)
+    places = [node.job / "a/b", node.job / "link/c", outer / "d", node.job / "a/file"]
+    targets = [*places[:2], "/outer/d"]
+    words = ["--bind", f"{outer}:/outer", "--bind", f"{inner / 'file'}:{places[3]}"]
+    for target in targets:
+        words += ["--bind", f"{inner}:{target}"]
+    script = f"cat {' '.join(f'{target}/file' for target in targets)} {places[3]}"
+    return words, places, script
+
+
+def assert_no_mount_points(node, places):
+    assert not any(map(os.path.lexists, places)) and not (node.job / "a").exists()
+    assert sorted(os.listdir(node.job)) == ["link", "real"] and os.listdir(node.job / "real") == []
+
+
+@pytest.mark.parametrize("killed", ["none", "runner", "all"])
+def test_mount_points_made_on_the_host_do_not_stay(any_node, killed):
+    words, places, script = list_binds_below(any_node)
+    process = any_node.start_ready(f"{script}; echo; read line", *words, stdin=subprocess.PIPE)
+    assert process.stdout.readline().decode() == NONCE * 4 + "\n"
+    assert all(map(os.path.exists, places)) and {path.stat().st_uid for path in places} == {any_node.uid}
+    if killed == "all":
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped, so that none has time to clean
+            for pid in any_node.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+    elif killed == "runner":
+        process.kill()
+    any_node.finish(process)
+    any_node.wait_until_gone(10)
+    if killed == "all":
+        assert all(map(os.path.exists, places))
+        assert any_node.run("--no-job-dir", "true").returncode == 0
+    wait_for(lambda: not os.listdir(any_node.scratch))
+    assert_no_mount_points(any_node, places)
+
+
+def test_what_the_command_puts_beside_a_mount_point_stays(any_node):
+    (inner,) = make_tree(any_node, "inner")
+    result = any_node.run("--bind", f"{inner}:{any_node.job}/a/b", "sh", "-c", f"echo {NONCE} > a/mine")
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert os.listdir(any_node.job / "a") == ["mine"] and (any_node.job / "a").stat().st_uid == any_node.uid
+
+
+def test_a_mount_point_below_the_name_of_the_job_directory_that_the_user_knows_goes(any_node):
+    (inner,) = make_tree(any_node, "inner")
+    alias = any_node.root / "alias"
+    alias.symlink_to(any_node.job)
+    result = any_node.run("--bind", f"{inner}:{alias}/below", "cat", "below/file", cwd=alias, env={"PWD": str(alias)})
+    assert (result.returncode, result.stdout.decode(), os.listdir(any_node.job)) == (0, NONCE, [])
+
+
+@pytest.fixture
+def mount_points(tmp_path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "job/link").symlink_to(tmp_path / "outside")
+    places = [os.fsencode(tmp_path / name) for name in ("job", "outside")]
+    binds = (
+        apppot_start.Bind(places[1], b"/ro", True, True),
+        apppot_start.Bind(places[1] + b"/f", b"/f", False, False),
+    )
+    spec = SPEC._replace(job_directory=places[0], binds=binds)
+    with apppot_start.private_directory(str(tmp_path)) as run:
+        yield apppot_start.MountPoints(spec, run)
+    assert sorted(os.listdir(tmp_path)) == ["job", "outside"] and os.listdir(tmp_path / "outside") == []
+
+
+NO_PATHS = ["", "d", "djob", "djob/", "djob//x", "djob/../x", "djob/x/..", "djob/./x", "djob/x\0y"]
+NO_SOURCES = ["job/x", "xjob/x", "d/job/x", "dbind9/x", "dbind1/x", "dbind/x", "dhostfs/x"]
+
+
+@pytest.mark.parametrize("words", [*NO_PATHS, *NO_SOURCES])
+def test_a_request_that_is_no_mount_point_is_none(mount_points, words):
+    with pytest.raises(apppot_start.Misfit):
+        mount_points.make(words.encode())
+
+
+def test_a_mount_point_is_made_where_the_guest_may_write_and_nowhere_else(mount_points, tmp_path):
+    assert mount_points.make(b"dbind0/x") == errno.EROFS
+    assert mount_points.make(b"djob/link/x") in (errno.ENOTDIR, errno.ELOOP)
+    assert mount_points.make(b"djob/a\xff/b") == mount_points.make(b"fjob/f") == mount_points.make(b"djob/a\xff/b") == 0
+    assert sorted(os.listdir(os.fsencode(tmp_path / "job"))) == [b"a\xff", b"f", b"link"]
+
+
+@pytest.mark.parametrize("change", ["kept", "replaced", "filled", "torn"])
+def test_what_is_no_longer_what_was_made_stays(tmp_path, change):
+    job = tmp_path / "job"
+    job.mkdir()
+    with apppot_start.private_directory(str(tmp_path)) as run:
+        points = apppot_start.MountPoints(SPEC._replace(job_directory=os.fsencode(job)), run)
+        assert points.make(b"djob/a/b") == points.make(b"fjob/f") == 0
+        if change == "replaced":
+            for name in ("a/b", "f"):
+                (job / name).rename(job / "a" / "other")  # so that its inode is not used again
+                (job / name).mkdir()
+                (job / "a" / "other").rename(tmp_path / f"other-{name[0]}")
+        elif change == "filled":
+            (job / "a/b/c").touch()
+            (job / "f").write_text("x")
+        elif change == "torn":                    # killed before the inode of the last was written
+            record = pathlib.Path(run.path + apppot_start.RECORD)
+            record.write_bytes(record.read_bytes()[:-2])
+    left = sorted(str(path.relative_to(job)) for path in job.rglob("*"))
+    assert left == {"kept": [], "replaced": ["a", "a/b", "f"], "filled": ["a", "a/b", "a/b/c", "f"], "torn": []}[change]
 
 
 def home_of(node):
