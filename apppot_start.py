@@ -2350,7 +2350,7 @@ def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
 
 RUN_PREFIX = "apppot-"
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-MARK = re.compile(r"of-\d+-\d+-\d+-[0-9a-f]*-[\w.-]*", re.ASCII)
+MARK = re.compile(r"of-\d+-\d+-\d+-[01]-[0-9a-f]*-[\w.-]*", re.ASCII)
 RECORD = ".made"                     # ends the name of the list of mount points that a run has made on the host
 PRIVATE_TRIES = 20                   # another run may take a new directory for one that was left
 
@@ -2360,6 +2360,7 @@ class Owner(NamedTuple):
     pid: int
     started: int                     # ticks after the boot
     namespace: int                   # of pids
+    has_lock: int
     boot: str                        # of the node: random, from the host's kernel
     node: str
 
@@ -2379,23 +2380,26 @@ class Level(NamedTuple):
 
 
 def read_start(pid: int) -> int:
-    """When a process started, in ticks after the boot (proc(5)); -1 when there is none."""
+    """When a process started, in ticks after the boot (proc(5)); -1 when there is none, or a dead one."""
     try:
         with open("/proc/{}/stat".format(pid), "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[19])
+            words = file.read().rpartition(b")")[2].split()
+        return -1 if words[0] in b"ZX" else int(words[19])
     except (OSError, IndexError):
         return -1
 
 
-def find_own_identity() -> Owner:
+def find_own_identity(has_lock: int) -> Owner:
+    pid = os.getpid()
+    namespace = os.stat("/proc/self/ns/pid").st_ino
     boot = read_node_file("/proc/sys/kernel/random/boot_id").strip().replace("-", "")
     node = re.sub(r"[^\w.-]", "_", os.uname().nodename, flags=re.ASCII)
-    return Owner(os.getpid(), read_start(os.getpid()), os.stat("/proc/self/ns/pid").st_ino, boot, node)
+    return Owner(pid, read_start(pid), namespace, has_lock, boot, node)
 
 
-def mark_directory(directory: int) -> None:
+def mark_directory(directory: int, has_lock: bool) -> None:
     """A file is the only thing that is complete as soon as it is there, on every file system: its name says all."""
-    mark = "of-{}-{}-{}-{}-{}".format(*find_own_identity())
+    mark = "of-{}-{}-{}-{}-{}-{}".format(*find_own_identity(int(has_lock)))
     os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory))
 
 
@@ -2412,8 +2416,8 @@ def list_marks(directory: int) -> List[str]:
 
 def read_mark(directory: int) -> Optional[Owner]:
     for name in list_marks(directory):
-        pid, started, namespace, boot, node = name.split("-", 5)[1:]
-        return Owner(int(pid), int(started), int(namespace), boot, node)
+        pid, started, namespace, has_lock, boot, node = name.split("-", 6)[1:]
+        return Owner(int(pid), int(started), int(namespace), int(has_lock), boot, node)
     return None
 
 
@@ -2433,10 +2437,12 @@ def has_ended(owner: Owner, was_unlocked: bool) -> bool:
 
     Most network file systems do not tell other nodes of a lock on a directory, so that it counts on its node only.
     """
-    here = find_own_identity()
+    here = find_own_identity(0)
     if owner.boot != here.boot:
         return owner.node == here.node            # which has booted again since
-    return was_unlocked or owner.namespace == here.namespace and read_start(owner.pid) != owner.started
+    if owner.namespace == here.namespace:
+        return read_start(owner.pid) != owner.started
+    return was_unlocked and owner.has_lock == 1
 
 
 def is_in_use(path: str) -> bool:
@@ -2596,12 +2602,12 @@ def remove_private(directory: PrivateDirectory) -> None:
     """
     name = os.path.basename(directory.path)
     try:
+        os.fchmod(directory.fd, 0o700)
         status = os.fstat(directory.fd)
         parent = os.open("..", os.O_PATH | DIRECTORY, dir_fd=directory.fd)
         try:
             remove_mount_points(name + RECORD, parent, status.st_uid)
             if status.st_nlink:                   # nobody has done it yet
-                os.fchmod(directory.fd, 0o700)
                 remove_content(directory.fd)
                 if os.path.samestat(os.stat(name, dir_fd=parent, follow_symlinks=False), status):
                     os.rmdir(name, dir_fd=parent)
@@ -2666,8 +2672,9 @@ def make_private_directory(parent: str) -> PrivateDirectory:
         except FileNotFoundError:                 # another run took it for one that was left
             continue
         try:
-            if lock_directory(directory.fd) is not False:
-                mark_directory(directory.fd)
+            has_lock = lock_directory(directory.fd)
+            if has_lock is not False:
+                mark_directory(directory.fd, has_lock is True)
                 return directory
         except FileNotFoundError:                 # the same
             pass

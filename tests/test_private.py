@@ -225,6 +225,21 @@ def test_a_run_that_lives_keeps_its_directory(owner):
     assert owner.list_private() == []
 
 
+def test_one_without_a_lock_is_kept_where_others_have_locks(owner, monkeypatch):
+    """As on a node that ran out of locks for a while."""
+
+    def work():
+        with monkeypatch.context() as patch:
+            patch.setattr(apppot_start, "lock_directory", lambda directory: None)
+            first = apppot_start.make_private_directory(str(owner.place))
+        apppot_start.remove_stale_directories(str(owner.place))
+        assert os.listdir(first.path)
+        apppot_start.remove_private(first)
+
+    owner.call(work)
+    assert owner.list_private() == []
+
+
 def test_what_another_user_made_stays_and_nobody_is_told(root):
     path = root.leave(lambda: os.mkdir("d"), uid=UNPRIVILEGED)
     named_as_ours = path.with_name("apppot-0-0123456789ab")
@@ -300,19 +315,20 @@ def test_what_others_move_meanwhile_leads_nowhere(owner, monkeypatch, change, wh
 
 # --- Whose it is --------------------------------------------------------------------------------------------
 
-HERE = apppot_start.find_own_identity()
+HERE = apppot_start.find_own_identity(1)
 
 
 @pytest.mark.parametrize(
     "change, unlocked, locks_unknown",
     [
-        ({}, True, False),  # this process lives, but it would hold the lock
+        ({}, False, False),  # this process lives
         ({"started": 1}, True, True),
         ({"pid": 1 << 22}, True, True),
         ({"namespace": 1, "pid": 1 << 22}, True, False),
+        ({"namespace": 1, "pid": 1 << 22, "has_lock": 0}, False, False),
         ({"boot": "0" * 32, "node": "another"}, False, False),
         ({"boot": "0" * 32}, True, True),  # this node, booted again
-        ({"node": "another"}, True, False),  # a container of this node
+        ({"node": "another", "namespace": 1}, True, False),  # a container of this node
     ],
 )
 def test_a_run_has_ended_if_this_node_can_tell(change, unlocked, locks_unknown):
