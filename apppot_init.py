@@ -949,6 +949,7 @@ class Places:
     def __init__(self, job: Job, account: Account, channel: Channel) -> None:
         self._account, self._channel = account, channel
         self._mounted: Dict[bytes, bytes] = {}    # place to the name below the hostfs root
+        self._has_unread = False                  # something is mounted that cannot be opened
         self._roots: Dict[int, bytes] = {}        # descriptors of what is mounted, of each where that is
         # Those that the job directory is below of come first, else they would hide it.
         early = [bind for bind in job.binds if is_below(job.job_directory, bind.target)]
@@ -982,13 +983,19 @@ class Places:
             # hostfs mounts directories only. A descriptor of a mount of its own is in nobody's way, and nothing
             # hides it: syncfs(2) tells by it of all errors since.
             mount(b"none", PARENT, b"hostfs", flags, bind.source)
-            self._roots[os.open(PARENT, os.O_RDONLY | os.O_CLOEXEC)] = target
+            self._open(os.path.join(PARENT, bind.name), target)
             mount(os.path.join(PARENT, bind.name), target, b"", MS_BIND)
             call("umount2", PARENT, MNT_DETACH)
         except OSError as error:
             raise Fatal("cannot bind to {!r}: {}".format(os.fsdecode(bind.target), os.strerror(error.errno or 0)),
                         "DST must be free or of the same kind as SRC, and what it is in, writable")
         self._mounted[target] = bind.source
+
+    def _open(self, path: bytes, place: bytes) -> None:
+        try:
+            self._roots[os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)] = place
+        except OSError:                           # not for reading: find_losses() does without
+            self._has_unread = True
 
     def _mount_job_directory(self, job: Job) -> bytes:
         """Mount it at its path on the host, link ~/job to it; return its path in the guest."""
@@ -1014,6 +1021,8 @@ class Places:
     def find_losses(self) -> Dict[bytes, int]:
         """Write what programs changed through mmap(2), which unlike write(2) hostfs does later; errno by place."""
         losses = {}
+        if self._has_unread:
+            call("sync")                          # it tells of no error
         for descriptor, place in self._roots.items():
             try:
                 call("syncfs", descriptor)
