@@ -2787,17 +2787,23 @@ class MountPoints:
         if not match or {b".", b".."} & set(names):
             raise Misfit("no mount point")
         try:
-            path = self._find_source(match.group(2))
-            place = open_place(path)
-            for index, name in enumerate(names):
-                path = os.path.join(path, name)
-                is_last = index == len(names) - 1
-                self._make_missing(path, place, not is_last or match.group(1) == b"d")
-                place = place if is_last else go_below(name, place)
-            os.close(place)
+            self._make_all(self._find_source(match.group(2)), names, match.group(1) == b"d")
         except OSError as error:
             return error.errno or errno.EIO
         return 0
+
+    def _make_all(self, path: bytes, names: List[bytes], is_directory: bool) -> None:
+        place = open_place(path)
+        try:
+            for name in names[:-1]:
+                path = os.path.join(path, name)
+                self._make_missing(path, place, True)
+                below = os.open(name, os.O_PATH | DIRECTORY, dir_fd=place)
+                os.close(place)
+                place = below
+            self._make_missing(os.path.join(path, names[-1]), place, is_directory)
+        finally:
+            os.close(place)
 
     def _find_source(self, name: bytes) -> bytes:
         """The directory of the host that hostfs shows under this name, if the guest may write there."""
