@@ -1599,8 +1599,11 @@ def flush_mounts(places: Places, disk: RootDisk, job: Job, status: Optional[int]
         raise Fatal("files in {} could not be written, {}; {}".format(
             show_path(place), os.strerror(number), describe_end(status)),
             "what was changed there through mmap is lost: is the disk full, or the quota used up?")
-    if job.persistent or job.save:
-        disk.check(job.persistent)
+    if job.persistent or job.save or status is None:
+        disk.check(job.persistent or status is None)
+    if status is None:                            # files of another file system, which the guest's root has mounted
+        raise Fatal("what a program changed through mmap could not be written; " + describe_end(status),
+                    "is a disk full, or a quota used up, that root of the guest has mounted?")
     if job.persistent:
         mount(b"none", b"/", b"", MS_REMOUNT | MS_RDONLY)
         disk.check(True)
