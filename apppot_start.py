@@ -881,13 +881,18 @@ def name_kind(path: AnyPath) -> str:
     return next((name for is_kind, name in FILE_KINDS if is_kind(mode)), "")
 
 
-def open_regular(path: str, what: str, hint: str) -> BinaryIO:
-    """Open for reading what is to be a regular file; to open a FIFO would take until somebody writes to it."""
+@contextmanager
+def open_regular(path: str, what: str, hint: str) -> Iterator[BinaryIO]:
+    """Read what is to be a regular file; to open a FIFO would take until somebody writes to it.
+
+    A file that can be opened can still fail to be read: a stale handle of NFS, a bad block.
+    """
     with blaming(what + " cannot be read", path, hint):
         kind = name_kind(path)
         if kind:
             raise Fatal("{} is {}: {}".format(what, kind, path), hint)
-        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            yield file
 
 
 def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
@@ -952,7 +957,7 @@ def read_mbr(file: BinaryIO) -> Iterator[Tuple[int, bool, int, int]]:
 
 def find_root_device(path: str) -> RootDevice:
     """The root file system of a partition image or, by its partition table, of a whole-disk image."""
-    with open_regular(path, "image", IMAGE_HINT) as file, blaming("image cannot be read", path, IMAGE_HINT):
+    with open_regular(path, "image", IMAGE_HINT) as file:
         size = file.seek(0, os.SEEK_END)
         if size == 0:
             raise Fatal("image is empty: " + path, "was the transfer cut off? Copy it again")
@@ -1429,6 +1434,8 @@ def find_fault_for_ram(directory: str, mem_mib: int) -> str:
         mmap.mmap(descriptor, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_EXEC).close()
         room = free_mib(directory)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            return "takes no file of a page (ulimit -f)"
         return "is mounted noexec" if error.errno == errno.EPERM else "is unusable ({})".format(error.strerror)
     finally:
         os.close(descriptor)
@@ -4736,9 +4743,9 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
 
 
 def check_layer_file(path: str) -> str:
-    open_regular(path, "changes file",
-                 "--changes and APPPOT_CHANGES name files that --save-changes or apppot-snap wrote").close()
-    return os.path.realpath(path)
+    with open_regular(path, "changes file",
+                      "--changes and APPPOT_CHANGES name files that --save-changes or apppot-snap wrote"):
+        return os.path.realpath(path)
 
 
 def check_saved_changes(path: str) -> str:

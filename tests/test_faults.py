@@ -379,6 +379,25 @@ def test_what_is_no_file_is_told_by_its_kind_and_option_and_hangs_nothing(image,
         assert_error(result, *([what, path] if missing else [what, kind, path]))
 
 
+@pytest.mark.parametrize("what", ["COW file", "kernel", "`empty`"])
+def test_a_file_that_can_be_opened_and_not_read_is_told(image, kernel, what):
+    """The memory of a process has no page at 0: to read it there is EIO, as with a file of a disk that fails."""
+    path = "/proc/self/mem"
+    words = ["--image", image, "--kernel", kernel, *(word.format(path, image=image) for word in OPTIONS[what])]
+    command = [sys.executable, TOP / "apppot_start.py", "--dry-run", *words, "true"]
+    result = subprocess.run(command, capture_output=True, timeout=20)
+    assert (result.returncode, result.stdout) == (125, b"")
+    assert_error(result, what + " cannot be read, Input/output error", path)
+
+
+def test_a_limit_of_file_size_below_a_page_is_named(image, kernel):
+    words = [sys.executable, TOP / "apppot_start.py", "--dry-run", "--image", image, "--kernel", kernel, "true"]
+    limited = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *words]
+    result = subprocess.run(limited, capture_output=True, timeout=20)
+    assert (result.returncode, result.stdout) == (125, b"")
+    assert_error(result, "ulimit -f")
+
+
 def test_a_block_device_is_no_image(image, kernel, tmp_path):
     device = tmp_path / "disk"
     try:
