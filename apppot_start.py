@@ -571,10 +571,11 @@ def limit_threads(environment: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
     """Variables for one thread in each process: threads do not run in parallel here, and those of OpenBLAS spin.
 
     Whoever has set the first variable means all libraries.
+    An empty one is not set, as for the libraries: $SLURM_CPUS_PER_TASK, often, in a job that did not ask for any.
     """
-    if THREAD_VARIABLES[0] in environment:
+    if environment.get(THREAD_VARIABLES[0]):
         return {}
-    return {name: b"1" for name in THREAD_VARIABLES if name not in environment}
+    return {name: b"1" for name in THREAD_VARIABLES if not environment.get(name)}
 
 
 def find_home(home: str, binds: Iterable[Bind]) -> bytes:

@@ -412,3 +412,10 @@ def test_the_link_job_in_the_home_leads_to_a_job_directory_below_its_own_path(ke
         node.assert_nothing_left()
     finally:
         node.close()
+
+
+def test_an_empty_number_of_threads_is_none_that_the_caller_set():
+    one = {b"OMP_NUM_THREADS": b"1", b"OPENBLAS_NUM_THREADS": b"1", b"MKL_NUM_THREADS": b"1"}
+    assert apppot_start.limit_threads({b"OMP_NUM_THREADS": b"", b"MKL_NUM_THREADS": b""}) == one
+    assert apppot_start.limit_threads({b"OMP_NUM_THREADS": b"2", b"MKL_NUM_THREADS": b""}) == {}
+    assert b"MKL_NUM_THREADS" not in apppot_start.limit_threads({b"OMP_NUM_THREADS": b"", b"MKL_NUM_THREADS": b"2"})
