@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     import changes
 else:
-    import _signal as signal                      # the module signal makes enums, with a third of all the imports
+    # The module signal makes enums, with a third of all the imports.
+    import _signal as signal
 
     class Hint:
         """Stands in for the names of typing, which takes a fifth of all the imports."""
@@ -1057,9 +1058,8 @@ def is_interactive_shell(argv: Sequence[bytes]) -> bool:
         is_short = word[:1] in (b"-", b"+") and word[:2] != b"--"
         if word in SHELL_OPTIONS:
             words = words[1:]
-        elif word[:1] not in (b"-", b"+") or is_short and b"c" in word:
-            return False
-        elif word in (b"--command", b"--help", b"--version"):
+        elif (word[:1] not in (b"-", b"+") or is_short and b"c" in word
+              or word in (b"--command", b"--help", b"--version")):
             return False
     return os.path.basename(argv[0]).lstrip(b"-") in SHELLS
 

@@ -1589,8 +1589,8 @@ def check_limits(mem_mib: int, disk_bytes: int, cpus: int) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     needed = len(os.listdir("/proc/self/fd")) + DESCRIPTORS_MIN
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise Fatal("limit of open files (ulimit -n) is {}, {} are needed with those of the caller".format(hard, needed),
-                    "raise the limit")
+        raise Fatal("limit of open files (ulimit -n) is {}, {} are needed with those of the caller".format(
+            hard, needed), "raise the limit")
     check_processes()
     check_timers(cpus)
 
@@ -4834,8 +4834,8 @@ def open_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(descriptor, True)
     # Python has None for a stream that was closed.
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)     # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)     # noqa: SIM115
 
 
 def report(fatal: Fatal) -> int:

@@ -567,7 +567,8 @@ def main(argv: List[str]) -> int:
     measures: Dict[str, Callable[[int], Rows]] = {
         "start": measure_start, "memory": measure_memory_sizes, "cpus": measure_cpus, "streams": measure_streams,
         "network": measure_network, "rate": lambda repeat: measure_rate(16), "many": lambda repeat: measure_many(64),
-        "slurm": lambda repeat: measure_slurm(50), "others": measure_others, "merge": measure_merge_at_boot, "changes": measure_all_changes}
+        "slurm": lambda repeat: measure_slurm(50), "others": measure_others, "merge": measure_merge_at_boot,
+        "changes": measure_all_changes}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=7, help="measurements of the start; half as many of the rest (7)")
     parser.add_argument("--only", action="append", choices=sorted(measures), help="repeatable")

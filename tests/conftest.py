@@ -166,7 +166,7 @@ class Node:
         }
         process = subprocess.Popen(
             [*wrap, *self.argv(*words, python=python, image=image)],
-            preexec_fn=self.become,
+            preexec_fn=self.become,  # noqa: PLW1509
             env={name: value for name, value in environment.items() if value is not None},
             **options,
         )

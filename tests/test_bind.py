@@ -285,8 +285,15 @@ def test_unreadable_is_an_error(kernel, image):
 
 # --- Nothing else of the host -------------------------------------------------------------------------------
 
+# Kernels from 6.12 on know the directory as the option hostfs=, older ones as the whole text of the options.
 ESCAPES = """
-try() {{ mkdir -p /mnt/x; mount -t hostfs none /mnt/x -o "$1" && cat /mnt/x/{secret} /mnt/x/secret; umount /mnt/x; }}
+try() {{
+    mkdir -p /mnt/x
+    for words in "hostfs=$1" "$1"; do
+        mount -t hostfs none /mnt/x -o "$words" && cat /mnt/x/{secret} /mnt/x/secret; umount /mnt/x
+    done
+}}
+try job && echo mounted
 ln -s {place} link; mkdir -p deep; ln -s / deep/root
 spool=/run/apppot/spool; ln -s {place} $spool/link
 for up in .. ../.. ../../.. ../../../.. ../../../../../../../../..; do
@@ -308,9 +315,11 @@ if fd >= 0:
         try: print(open("/proc/self/fd/%d/secret" % mounted).read())
         except OSError as error: print(error)
 END
-echo '|/bin/sh -c "mkdir -p /mnt/z; mount -t hostfs none /mnt/z -o job/link && cat /mnt/z/secret > {job}/found"' \\
-    > /proc/sys/kernel/core_pattern
-ulimit -c unlimited; sh -c 'kill -SEGV $$'; sleep 0.5
+for words in hostfs=job/link job/link; do
+    echo "|/bin/sh -c 'mkdir -p /mnt/z; mount -t hostfs none /mnt/z -o $words && cat /mnt/z/secret > {job}/found'" \\
+        > /proc/sys/kernel/core_pattern
+    ulimit -c unlimited; sh -c 'kill -SEGV $$'; sleep 0.5
+done
 echo tried
 """
 

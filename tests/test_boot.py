@@ -9,7 +9,6 @@ import subprocess
 import termios
 import threading
 
-import apppot_start
 import pytest
 from conftest import (
     DEADLINE_S,
@@ -21,6 +20,8 @@ from conftest import (
     wait_for,
     writable_copy,
 )
+
+import apppot_start
 
 NONCE = os.urandom(8).hex()
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="mounts and other users need root")

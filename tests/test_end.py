@@ -219,7 +219,7 @@ def freezer():
         except OSError:
             continue
         yield group, group / name, freeze, thaw
-        wait_for(lambda: not (group / "cgroup.procs").read_text())
+        wait_for(lambda members=group / "cgroup.procs": not members.read_text())
         group.rmdir()
         return
     require(False, "no freezer cgroup can be made here")

@@ -9,8 +9,13 @@ import struct
 import time
 import tracemalloc
 
-import apppot_start
 import pytest
+from conftest import DEADLINE_S, assert_error, wait_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_init import SPEC
+
+import apppot_start
 from apppot_start import (
     CREDIT,
     FRAME,
@@ -34,10 +39,6 @@ from apppot_start import (
     encode_fields,
     encode_frame,
 )
-from conftest import DEADLINE_S, assert_error, wait_for
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_init import SPEC
 
 STDIN_SIZE = 100
 

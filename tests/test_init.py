@@ -6,12 +6,13 @@ import pwd
 import subprocess
 import termios
 
-import apppot_init
-import apppot_start
 import pytest
 from conftest import TOP, pythons
 from hypothesis import given
 from hypothesis import strategies as st
+
+import apppot_init
+import apppot_start
 
 VALUES = st.binary(max_size=30).filter(lambda value: b"\0" not in value)
 NAMES = VALUES.filter(lambda name: name and b"=" not in name)

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 
-import apppot_start
 import pytest
 from conftest import TOP, assert_error, needs_root, wait_for
+
+import apppot_start
 
 NONCE = os.urandom(8).hex()
 

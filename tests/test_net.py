@@ -14,10 +14,7 @@ import struct
 import subprocess
 import threading
 
-import apppot_init
-import apppot_start
 import pytest
-from apppot_start import Fatal, Lan, Port, parse_lan, parse_port
 from conftest import (
     DEADLINE_S,
     TOP,
@@ -35,6 +32,10 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+
+import apppot_init
+import apppot_start
+from apppot_start import Fatal, Lan, Port, parse_lan, parse_port
 
 NONCE = os.urandom(8).hex()
 SIZE = 64 << 20

@@ -6,9 +6,10 @@ import os
 import pathlib
 import subprocess
 
-import apppot_start
 import pytest
 from conftest import both_carriers, kernel_has, require, skip_unless, wait_for
+
+import apppot_start
 
 ALL = os.sched_getaffinity(0)
 

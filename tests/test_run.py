@@ -121,7 +121,7 @@ def test_stdin_of_every_kind_has_its_bytes_and_its_end(node, kind):
     assert run_with_stdin(node, kind, content) == (0, content + b"end\n", b"")
 
 
-def run_with_stdin(node, kind, content):
+def run_with_stdin(node, kind, content):  # noqa: PLR0911
     words = ("sh", "-c", "cat; echo end")
     if kind == "pipe":
         process = node.run(*words, input=content)
@@ -153,7 +153,8 @@ def run_with_stdin(node, kind, content):
 
 
 def test_a_command_that_never_reads_leaves_its_input_where_it_was(node):
-    assert node.finish(node.start("true", stdin=open("/dev/zero", "rb"))) == (0, b"", b"")
+    with open("/dev/zero", "rb") as zeros:
+        assert node.finish(node.start("true", stdin=zeros)) == (0, b"", b"")
     (node.job / "lines").write_text("one\ntwo\nthree\n")
     loop = 'while read -r line; do "$@"; echo "got $line"; done < lines'
     assert node.finish(node.start("true", wrap=("bash", "-c", loop, "-"))) == (0, b"got one\ngot two\ngot three\n", b"")
@@ -389,7 +390,8 @@ def test_a_whole_disk_image_boots_from_its_linux_partition(node, image, label):
     size = image.stat().st_size // 512
     with open(disk, "wb") as file:
         file.truncate(image.stat().st_size + (80 << 20))
-    table = f"label: {label}\nstart=2048, size=20480, type={'c' if label == 'dos' else 'uefi'}\nstart=32768, size={size}, type=linux\n"
+    table = f"label: {label}\nstart=2048, size=20480, type={'c' if label == 'dos' else 'uefi'}\n"
+    table += f"start=32768, size={size}, type=linux\n"
     subprocess.run(["/sbin/sfdisk", "-q", disk], input=table.encode(), check=True)
     subprocess.run(
         ["dd", f"if={image}", f"of={disk}", "bs=1M", "seek=16", "conv=notrunc,sparse", "status=none"], check=True

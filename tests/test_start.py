@@ -12,12 +12,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import apppot_init
-import apppot_start
 import pytest
 from conftest import TOP, assert_error
 from hypothesis import given
 from hypothesis import strategies as st
+
+import apppot_init
+import apppot_start
 
 WORDS = st.lists(st.binary(max_size=20).filter(lambda word: b"\0" not in word).map(os.fsdecode))
 
@@ -124,7 +125,8 @@ def test_an_account_is_found_by_name_and_number():
 def test_the_home_directory_is_never_the_job_directory_nor_another_s(entry, name, job, alias, home):
     table = b"" if entry is None else b"%s:*:4242:1::%s:/bin/sh\n" % (name, entry)
     caller = SimpleNamespace(
-        user=name, uid=0 if name == b"root" else 4242, as_root=False, job_directory=job, job_alias=alias or job, home=b""
+        user=name, uid=0 if name == b"root" else 4242, as_root=False, job_directory=job,
+        job_alias=alias or job, home=b""
     )
     assert apppot_init.choose_home(caller, table) == home
 
