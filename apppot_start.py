@@ -2450,7 +2450,8 @@ def has_ended(owner: Owner, was_unlocked: bool) -> bool:
     """
     here = find_own_identity(0)
     if owner.boot != here.boot:
-        return owner.node == here.node            # which has booted again since
+        # It has booted again since; but many nodes may be called localhost.
+        return owner.node == here.node and not here.node.startswith("localhost")
     if owner.namespace == here.namespace:
         return read_start(owner.pid) != owner.started
     return was_unlocked and owner.has_lock == 1
