@@ -1146,7 +1146,8 @@ cd /; find . -xdev \( -path ./tmp -o -path ./var/tmp -o -path ./var/cache -o -pa
     -o -path ./dev -o -path ./proc -o -path ./sys \
     -o -path ./etc/hosts -o -path ./etc/resolv.conf -o -path ./etc/localtime -o -path ./etc/timezone \) -prune \
     -o ! -type d -printf '%P %y %m %U %G %T@ %l %n %s\n' -o -printf '%P %y %m %U %G %T@\n' | LC_ALL=C sort
-find . -xdev -type f -size -100M \( -path './opt/*' -o -path './usr/bin/*' -o -path './etc/*' \) -print0 |
+find . -xdev -type f -size -100M \( -path './opt/*' -o -path './usr/bin/*' -o -path './etc/*' \) \
+    ! -path ./etc/hosts ! -path ./etc/resolv.conf ! -path ./etc/localtime ! -path ./etc/timezone -print0 |
     LC_ALL=C sort -z | xargs -0 md5sum
 python3 -c "import os; print(os.getxattr('/opt/hard', 'user.a'), os.getxattr('/usr/bin/wc', 'security.capability'))"
 du -k opt/sparse
