@@ -20,6 +20,9 @@ from test_end import list_parts, wait_for_state
 
 import apppot_start
 
+# With the faster kernel: what is tested here is the same with every one.
+pytestmark = pytest.mark.last_kernel
+
 # Python runs this before the runner. At the N-th audit event of a name the runner sends itself a signal.
 SENDER = """
 import os, sys

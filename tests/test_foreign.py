@@ -35,6 +35,9 @@ from test_changes import (
 
 import changes
 
+# With the faster kernel: what is tested here is the same with every one.
+pytestmark = pytest.mark.last_kernel
+
 END = bytes(2 * changes.BLOCK)
 XATTR = b"SCHILY.xattr."
 

@@ -40,6 +40,9 @@ from apppot_start import (
     encode_frame,
 )
 
+# With the faster kernel: what is tested here is the same with every one.
+pytestmark = pytest.mark.last_kernel
+
 STDIN_SIZE = 100
 
 

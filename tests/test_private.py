@@ -18,6 +18,9 @@ from conftest import TOP, UNPRIVILEGED, assert_error, make_node, mounted, requir
 
 import apppot_start
 
+# With the faster kernel: what is tested here is the same with every one.
+pytestmark = pytest.mark.last_kernel
+
 NONCE = os.urandom(8).hex()
 DEEP = 20000
 
