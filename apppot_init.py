@@ -494,9 +494,7 @@ class NodeFiles:
         os.mkdir(NODE_FILES, 0o755)
         names = b"127.0.1.1 %s\n" % job.host_names if job.host_names else b""
         self._lend_lines(HOSTS, read_file(HOSTS), names + job.hosts)
-        if job.nameserver:
-            own = choose_nameserver(read_file(RESOLV_CONF), job.nameserver)
-            self._lend_lines(RESOLV_CONF, own, job.resolver)
+        self._lend_lines(RESOLV_CONF, choose_nameserver(read_file(RESOLV_CONF), job.nameserver), job.resolver)
         if job.zone and job.zone != read_file(LOCALTIME):
             self._lend_zone(job.zone, job.zone_name)
 
@@ -508,7 +506,7 @@ class NodeFiles:
         added = [line for line in lines.splitlines(True) if line not in known]
 
         text = own + b"".join(added)
-        if text != read_file(path):
+        if text and text != read_file(path):
             source = os.path.join(NODE_FILES, os.path.basename(path))
             with open(source, "wb") as file:
                 file.write(text)
@@ -561,9 +559,9 @@ class NodeFiles:
 
 
 def choose_nameserver(text: bytes, nameserver: bytes) -> bytes:
-    """A resolv.conf that names this server: images of other origin name a server of theirs."""
+    """A resolv.conf that names this server, if there is one: images of other origin name a server of theirs."""
     servers = [line.split()[1:2] for line in text.splitlines() if line.startswith(b"nameserver")]
-    return text if servers[:1] == [[nameserver]] else b"nameserver " + nameserver + b"\n"
+    return text if not nameserver or servers[:1] == [[nameserver]] else b"nameserver " + nameserver + b"\n"
 
 
 # --- The channel --------------------------------------------------------------------------------------------

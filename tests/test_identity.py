@@ -254,7 +254,7 @@ def test_the_guest_is_told_of_the_node_s_files_byte_by_byte(hosts, resolver, zon
 
 
 @needs_root
-@pytest.mark.parametrize("options", [(), ("--root", "--clean-env")])
+@pytest.mark.parametrize("options", [(), ("--root", "--clean-env", "--net", "none")])
 def test_the_guest_has_the_node_s_zone_search_list_and_names(node, options):
     script = "date +%Z; sudo -n date +%Z; readlink /etc/localtime; getent hosts lic; cat /etc/resolv.conf /etc/hosts"
     lines = run_guest(node, script, *options, wrap=node_with(node)).splitlines()
