@@ -9,10 +9,11 @@ Constraint: this one file is copied alone to a node, so it imports the standard 
 Three processes make a run: this runner, which relays bytes and signals; a supervisor forked from it, which owns the
 User-Mode Linux kernel and cleans up whatever happens to the runner; and the kernel itself.
 """
-import signal
+import _signal  # type: ignore[import-not-found]
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)               # Ctrl-C is no traceback, nor during the imports
+if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) == _signal.default_int_handler:
+    # Ctrl-C is no traceback, nor during the imports; that of the module signal takes a millisecond itself.
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 import argparse
 import binascii
@@ -27,6 +28,7 @@ import re
 import resource
 import select
 import shlex
+import signal
 import socket
 import stat
 import struct
