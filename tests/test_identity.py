@@ -269,6 +269,7 @@ EDIT = f"echo 10.7.7.7 own-{NONCE} >> /etc/hosts; echo options rotate >> /etc/re
 SHOW = "cat /etc/hosts /etc/resolv.conf; readlink /etc/localtime; cat /etc/localtime | tail -n 1"
 
 
+@pytest.mark.last_kernel
 @needs_root
 @pytest.mark.parametrize("edit", [":", EDIT])
 def test_the_node_s_files_are_not_for_changes_files_but_an_edit_is(node, edit):
@@ -289,6 +290,7 @@ def test_the_node_s_files_are_not_for_changes_files_but_an_edit_is(node, edit):
     )
 
 
+@pytest.mark.last_kernel
 @needs_root
 @pytest.mark.parametrize("end", ["exit", "kill"])
 def test_the_node_s_files_do_not_stay_in_an_image_but_an_edit_does(node, image, end):
@@ -331,6 +333,7 @@ CALLERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.last_kernel
 @needs_root
 @pytest.mark.parametrize("name, uid, shown", CALLERS)
 def test_any_caller_has_an_account_and_a_home_and_the_appliance_s_stay(kernel, image, name, uid, shown):
@@ -355,6 +358,7 @@ def test_any_caller_has_an_account_and_a_home_and_the_appliance_s_stay(kernel, i
         node.close()
 
 
+@pytest.mark.last_kernel
 @needs_root
 @pytest.mark.parametrize("name, uid, added", [("daemon", 4242, []), ("ann", 33, []), ("ann", 4242, ["ann:4242"])])
 def test_with_root_the_accounts_of_the_appliance_stay_as_they_are(kernel, image, name, uid, added):
@@ -389,6 +393,7 @@ def test_configuration_of_the_host_s_clients_does_not_go_in_unless_it_is_named()
 # --- ~/job --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.last_kernel
 @needs_root
 @pytest.mark.parametrize("kind", ["below", "itself", "linked"])
 def test_the_link_job_in_the_home_leads_to_a_job_directory_below_its_own_path(kernel, image, kind):
