@@ -285,7 +285,7 @@ BAD_HELPERS = {
     "ends": 'if [ "$1" = --version ]; then echo slirp4netns version 1.2.0; else echo broken >&2; exit 3; fi',
     "hangs": 'if [ "$1" = --version ]; then echo slirp4netns version 1.2.0; else echo stuck >&2; sleep 100; fi',
 }
-COMPLAINTS = {"missing": "is not there", "crash": "signal 11", "other": "some other program", "old": "too old",
+COMPLAINTS = {"missing": "No such file", "crash": "signal 11", "other": "some other program", "old": "too old",
               "ends": "broken", "hangs": "stuck"}  # fmt: skip
 
 
