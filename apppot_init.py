@@ -1325,18 +1325,17 @@ class Feed:
 
     def write(self) -> int:
         """Write what there is room for and return how much; BrokenPipeError: nobody reads any more."""
-        written = 0
+        before = self.delivered
         try:
             while self.pending and self.fd is not None:
                 count = os.write(self.fd, self.pending[0])
-                written += count
+                self.delivered += count           # at once: the next write may find that nobody reads any more
                 self.pending[0] = self.pending[0][count:]
                 if not self.pending[0]:
                     del self.pending[0]
         except BlockingIOError:
             pass
-        self.delivered += written
-        return written
+        return self.delivered - before
 
     def close_pipe(self) -> None:
         if self.fd is not None:
