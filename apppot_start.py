@@ -139,6 +139,7 @@ KERNEL_HELPERS = 4                   # at most so many threads of its own a kern
 USE_UP_S = 60                        # for a job's memory to be used up
 POLL_MAX_S = 3600.0                  # poll(2) takes no more than 24 days, and --timeout does
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
+SAME_SIGNAL_S = 0.1                  # a batch system's and that of a dead parent come at once, and mean one thing
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 UMID_LOCK_S = 2.0                    # for another run to make or remove its link in ~/.uml
 CLEAN_S = 5.0                        # for the supervisor to end the guest and clean up
@@ -3974,7 +3975,7 @@ class Session:
         self._timed_out = False
         self._report: Optional[str] = None        # the supervisor's, of the kernel's end
         self._channel_open = True
-        self._terminating = False                 # one SIGTERM was forwarded
+        self._terminated = 0.0                    # when one SIGTERM was forwarded; 0: none
         self._told: Optional[Result] = None       # by the guest; the writers may still be at work
         self._result: Optional[Result] = None
         outputs = {kind: number for kind, number in ((STDOUT, 1), (STDERR, 2)) if stdio.kinds[number] == ord("p")}
@@ -4427,12 +4428,13 @@ class Session:
             if number not in self._spec.ignored_signals:
                 self._result = killed_by(number)
             return
-        if number == signal.SIGTERM and self._terminating:
-            self._expire("kill")
+        if number == signal.SIGTERM and self._terminated:
+            if time.monotonic() > self._terminated + SAME_SIGNAL_S:
+                self._expire("kill")
             return
         self.post(encode_frame(SIGNAL, bytes([number])))
         if number == signal.SIGTERM:
-            self._terminating = True
+            self._terminated = time.monotonic()
             if self._spec.kill_after_s > 0:
                 self._deadlines["kill"] = time.monotonic() + self._spec.kill_after_s
 

@@ -66,6 +66,16 @@ def test_a_command_that_ignores_sigterm_is_ended(node):
         assert node.finish(process) == (128 + signal.SIGKILL, b"", b"")
 
 
+def test_two_sigterms_of_one_moment_are_one(node):
+    # As of a batch system and, at once, of --die-with-parent.
+    process = node.start_ready("trap 'sleep 0.5; echo told; exit 3' TERM; echo set; while :; do sleep 0.1; done")
+    assert process.stdout.readline() == b"set\n"
+    process.terminate()
+    time.sleep(0.01)  # else the host's kernel makes one of them
+    process.terminate()
+    assert node.finish(process)[:2] == (3, b"told\n")
+
+
 def test_a_signal_during_the_boot_ends_it_at_once(node):
     process = node.start("-v", "sleep", "100")
     while b"Linux version" not in process.stderr.readline():
