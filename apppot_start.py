@@ -4685,10 +4685,8 @@ def build_parser() -> OptionParser:
     return parser
 
 
-def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: Tuple[int, ...] = ()) -> RunSpec:
-    """Decide everything and check all that can be checked before anything is started."""
-    limits = take_limits()
-    directory, alias = find_job_directory() if options.job_dir else (b"", b"")
+def choose_image(options: argparse.Namespace) -> Tuple[str, Optional[str], RootDevice]:
+    """The image, its COW file if one is given by name, and the root file system in it."""
     image, cow = find_image(options)
     if cow and options.write:
         raise Fatal("--write with a COW file: " + cow, "leave out one of the two: a COW file given by name is kept")
@@ -4697,6 +4695,25 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
         check_cow(cow, image)
     if options.write and not os.access(image, os.W_OK):
         raise Fatal("image is not writable: " + image, "without --write nothing is written")
+    return image, cow, root
+
+
+def choose_umid(options: argparse.Namespace) -> str:
+    """The name of the guest; the other words of the user's on the kernel command line are looked at, too."""
+    umid = options.umid or "guest"
+    if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in RESERVED_NAMES:
+        raise Fatal("--id is not a name: {!r}".format(umid), "use up to 60 letters, digits and -_.")
+    for word in options.extra:
+        if not word or re.search(r"\s", word):
+            raise Fatal("--extra is not one word: {!r}".format(word), "give --extra once for each argument")
+    return umid
+
+
+def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: Tuple[int, ...] = ()) -> RunSpec:
+    """Decide everything and check all that can be checked before anything is started."""
+    limits = take_limits()
+    directory, alias = find_job_directory() if options.job_dir else (b"", b"")
+    image, cow, root = choose_image(options)
     kernel = find_kernel(options)
     candidates = scratch_candidates(options.tmpdir)
     grants = find_own_grants()
@@ -4705,12 +4722,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
     check_map(image, options.write, mem.value)
     cpus, notes = decide_cpus(options.cpus, grants, kernel, options.ptrace)
     check_limits(mem.value, os.path.getsize(image), cpus.value)
-    umid = options.umid or "guest"
-    if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in RESERVED_NAMES:
-        raise Fatal("--id is not a name: {!r}".format(umid), "use up to 60 letters, digits and -_.")
-    for word in options.extra:
-        if not word or re.search(r"\s", word):
-            raise Fatal("--extra is not one word: {!r}".format(word), "give --extra once for each argument")
+    umid = choose_umid(options)
     timeout_s = None if options.timeout is None else parse_seconds(options.timeout, "--timeout")
     network = choose_network(options, kernel)
     binds = tuple(parse_bind(text) for text in options.bind)
