@@ -11,7 +11,7 @@ import tracemalloc
 
 import pytest
 from conftest import DEADLINE_S, assert_error, wait_for
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_init import SPEC
 
@@ -374,7 +374,10 @@ def conversations(draw):
 
 def test_any_conversation_ends_in_a_result_or_goes_on(guests):
     ends = set()
+    good_run = [MAGIC, HELLO_FRAME, STARTED_FRAME, result_frame("exit", "3")]
 
+    # Few of the generated conversations go well, and by chance none of them does: one that must is always among them.
+    @example(good_run, b"ppp", False, False)
     @settings(max_examples=int(os.environ.get("APPPOT_TEST_EXAMPLES", "150")))
     @given(conversations(), st.sampled_from([b"ppp", b"npp", b"pps"]), st.booleans(), st.booleans())
     def converse(frames, kinds, with_terminal, saves):
@@ -395,7 +398,7 @@ def test_any_conversation_ends_in_a_result_or_goes_on(guests):
         assert set(os.listdir("/proc/self/fd")) == descriptors
 
     converse()
-    assert ends - {125}                           # runs that went well are among them
+    assert {3, 125} <= ends
 
 
 # --- Real guests --------------------------------------------------------------------------------------------
