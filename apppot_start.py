@@ -79,178 +79,11 @@ OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may 
 SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
 TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
 
-# --- The runner's own constants -----------------------------------------------------------------------------
+# --- Errors and messages ------------------------------------------------------------------------------------
 
-LINE_WINDOW = 3072                   # bytes to the guest that it has not read: from 3968 on UML stops the line for good
-WINDOW_SIZE = struct.Struct("4H")    # struct winsize: rows, columns, width and height in pixels
-SIGNALS_MAX = 64                     # _NSIG, include/uapi/asm-generic/signal.h
 EXIT_TIMEOUT, EXIT_FAILED, EXIT_NOT_FOUND = 124, 125, 127
-AGENT, AGENT_MODULE = "/sbin/apppot-init", "/usr/lib/apppot/apppot_init.py"
-KERNEL_NAMES = ("linux", "linux.uml")
-IMAGE_NAMES = ("apppot.img",)
-EMPTY_NAMES = ("empty",)
-DEFAULT_MEM_MIB, SMALL_MEM_MIB = 1024, 256
-MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
-ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
-OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32  # the guest gets 64 MiB and a 32nd less than the job; 40 and a 100th are used
-MORE_CPU_TIME = "ask the batch system for more CPU time, or raise the limit"
-IMAGE_HINT = "--image names a file that is a disk image and that you may read; dd makes one of a device"
-PROCESSES_HINT = "raise the limit of processes (ulimit -u, or pids.max of the cgroup), or of memory"
-SCRATCH_HINT = "is the directory of --tmpdir full or gone?"
-SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the COW file
-DESCRIPTORS_MIN, PROCESSES_MIN = 40, 16
-# What a process of the guest has as one of the host would. Not the numbers of processes and of signals: the host counts
-# all of the caller's.
-PASSED_LIMITS = tuple(getattr(resource, "RLIMIT_" + name) for name in (
-    "CPU", "FSIZE", "DATA", "STACK", "CORE", "NOFILE", "MEMLOCK", "AS"))
-SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
-HAS_SMP, HAS_SECCOMP = b"CONFIG_SMP=y", b"seccomp=<on"         # the latter from the text of `linux --help`
-HAS_MAPPER = b"CONFIG_DM_INIT=y"     # device mapper, by the kernel command line
-FILE_MAX = (1 << 63) - 1             # loff_t
-DISK_MIB = 2048                      # of an image that was shrunk, where the kernel can make its root larger
-KERNEL_FEATURES = (
-    ("SMP", HAS_SMP), ("seccomp mode", HAS_SECCOMP), ("hostfs", b"CONFIG_HOSTFS=y"), ("mconsole", b"CONFIG_MCONSOLE=y"),
-    ("vector network", b"CONFIG_UML_NET_VECTOR=y"), ("slirp network", b"CONFIG_UML_NET_SLIRP=y"),
-    ("--disk", HAS_MAPPER))
-FIRST_PIDS = range(1000, 4000000)
-HOST_NAME_MAX, JOB_ID_MAX = 63, 20   # the former of RFC 1123
-HOST_LINE = re.compile(
-    br"^[ \t]*(?!127\.|::1[ \t])([0-9a-fA-F:][^\s#\0]*[ \t]+[^\n#\0]+)", re.MULTILINE)
-RESOLVER_LINE = re.compile(br"^(?:search|domain|options)[ \t][^\n\0]+", re.MULTILINE)
-NODE_FILE_MAX = 4 << 20              # of a larger one nothing is passed on
-ZONES = "zoneinfo/"                  # after this a path names a time zone
-INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
-# Bytes of stdin frames on their way. A pty holds 8 KiB and must not be full: `empty` moves bytes one way at a time,
-# so it and the agent would each wait for the other to read; and of a write that it is stopped in it forgets the rest.
-SPOOL_CHUNK = 1 << 20
-STDIN_WINDOW = 8 << 20
-KEYS_WINDOW = 64 << 10
-END_OF_FILE = b"\4"                  # Ctrl-D
-TYPED_AHEAD_MAX = 64                 # lines
-ACK_STEP = 512 << 10
-WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
-QUIET_ROUNDS = 4                     # with little to do, before a guest with several CPUs is kept on one again
-HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run directory; 6.12 and later want it absolute
-# Debian's kernels time every algorithm of RAID 5 and 6 at each boot, for 0.5 s; who has an array in a guest?
-# And all kernels count for 0.05 s how many loops make a tick, for drivers that wait so; a guest has none.
-SKIPPED_AT_BOOT = ["initcall_blacklist=raid6_select_algo,calibrate_xor_blocks", "lpj=25000000"]
-SAYS_ALL = "ignore_loglevel"         # errors of the guest's disk come to the console, whatever `dmesg -n` says
-KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
-USE_UP_S = 60                        # for a job's memory to be used up
-POLL_MAX_S = 3600.0                  # poll(2) takes no more than 24 days, and --timeout does
-KERNEL_ANSWER_S = 10.0               # for `linux --version`
-SAME_SIGNAL_S = 0.1                  # a batch system's and that of a dead parent come at once, and mean one thing
-KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
-UMID_LOCK_S = 2.0                    # for another run to make or remove its link in ~/.uml
-CLEAN_S = 5.0                        # for the supervisor to end the guest and clean up
 TRACE_MAX = 3000                     # bytes of a supervisor's traceback: a pipe takes 4096 at once
 CONTROL_CHARACTERS = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\U0010ffff]")
-TEXT_MAX = 4096                      # characters of a text from the guest that are shown
-PROBE_BYTES = 1 << 20                # to see whether a directory has room
-# block/blk-core.c, fs/buffer.c, fs/ext4/super.c and fs/jbd2/journal.c, of the disks {} that are ours.
-DISK_FAILURE = (r"(?:critical space allocation|I/O) error(?:,| on) dev (?:{0})|"
-                r"EXT4-fs error \(device (?:{0})|Aborting journal on device (?:{0})")
-OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
-MEMORY_LOST = "Kernel mode signal 7"                           # SIGBUS: relay_signal() in arch/um/kernel/trap.c
-# arch/um/os-Linux/skas/process.c before 6.16: ESRCH, or the wait status after a SIGKILL
-KILLED_PROCESS = re.compile(br"(userspace - |Failed to get registers|wait_stub_done : ).{0,120}"
-                            br"(errno = 3|status = 0x9)\s")
-# arch/um/os-Linux/skas/mem.c, and arch/um/kernel/tlb.c before 6.10: an area of a process cannot be mapped on the host
-AREAS_LOST = re.compile(br"ran out of memory on the host side|Failed to flush page for|fix_range_common: failed")
-AREAS_S = 1.0                        # how often to look how many areas the processes have
-AREAS_MARGIN = 8                     # of vm.max_map_count: the kernel needs some itself, and maps some together
-LOST_PROCESS = b"Unexpectedly lost MM child!"                  # arch/um/kernel/skas/mmu.c, 6.16 and later
-CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
-BYTE, COUNT, STREAM_COUNT = (struct.Struct(text) for text in ("<B", "<I", "<BI"))        # payloads of frames
-KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD, KERNEL_NETWORK_FD = 3, 4, 5, 30
-KERNEL_LEASH_FDS = 28, 29            # spawn_kernel() uses the numbers from 32 on
-PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
-F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
-# include/uapi/linux/prctl.h
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
-# include/uapi/linux/landlock.h; the numbers of the system calls are the same on every machine.
-LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
-LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
-LANDLOCK_ABI_MIN, LANDLOCK_ABI_TRUNCATE = 2, 3                 # ABI 1 forbids every rename to another directory
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
-READ_ONLY, READ_WRITE = READ_FILE | READ_DIR, (1 << 15) - 1 - EXECUTE
-OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE         # the rights that a rule for a file may have
-PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
-BPF_RET, SECCOMP_RET_ALLOW = 0x06, 0x7FFF0000                  # include/uapi/linux/bpf_common.h, seccomp.h
-PTRACE_TRACEME, PTRACE_SETOPTIONS, PTRACE_O_TRACESYSGOOD, PTRACE_SYSEMU = 0, 0x4200, 1, 31     # linux/ptrace.h, x86
-PT_INTERP = 3                                                  # include/uapi/linux/elf.h
-ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
-# include/uapi/asm-generic/fcntl.h: struct flock, whose pid is 0 for a lock of an open file description.
-F_OFD_SETLK, FLOCK = 37, struct.Struct("@hhqqi4x")
-MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
-MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
-
-# The network. Addresses are those of slirp and of libslirp, on which slirp4netns is built.
-SLIRP4NETNS, SLIRP = "slirp4netns", "slirp"
-LOST = b"network-lost\n"
-HELPERS = {"slirp4netns": SLIRP4NETNS, "slirp-fullbolt": SLIRP, "slirp": SLIRP}     # by name, the best first
-GUEST_ADDRESS, GATEWAY, NAMESERVER = "10.0.2.15", "10.0.2.2", "10.0.2.3"
-SLIRP4NETNS_MIN = (1, 2)             # the first with --target-type=bess
-HELPER_ANSWER_S = 10.0               # a helper that takes longer to start, or to say what it is, hangs
-KERNEL_OPTION = {SLIRP4NETNS: b"CONFIG_UML_NET_VECTOR=y", SLIRP: b"CONFIG_UML_NET_SLIRP=y",
-                 "lan": b"CONFIG_UML_NET_MCAST=y"}             # in every kernel, for --showconfig
-LAN_NET = (100 << 24 | 64 << 16, 10)  # 100.64.0.0/10 (RFC 6598): clusters use 10/8 and 172.16/12, which stay reachable
-JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "JOB_ID", "LSB_JOBID")
-LAN_GROUP = re.compile(r"(\d+\.\d+\.\d+\.\d+):(\d+)$", re.ASCII)
-
-# `empty` (github.com/mezantrop/empty) makes these FIFOs in the run directory. Its program gets a pty as 0, 1 and 2; the
-# shell puts that where the kernel has the channel, has what the kernel prints go to the console as ever, and ignores
-# again what `empty` has handlers for.
-EMPTY_MARK = b"empty -f"             # in its usage text
-EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST = "empty.pid", "to-guest", "from-guest"
-EMPTY_ARGS = ["-f", "-i", EMPTY_TO_GUEST, "-o", EMPTY_FROM_GUEST, "-p", EMPTY_PID, "/bin/sh", "-c",
-              'trap "" HUP INT QUIT TERM; exec "$0" "$@" {}<&0 {}>&1 </dev/null >&{} 2>&1'.format(
-                  KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD)]
-EMPTY_TRIES = 3                      # its semaphore's key has 8 bits of a pid: two that start at once may meet there
-EMPTY_START_S = 10.0
-CARRIED = struct.Struct("=i")        # what the supervisor says first: pid of the kernel that `empty` runs, 0 if none
-
-FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
-    "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"))
-IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
-# Programs that leave SIGPIPE to their children as they have it themselves; from /proc/PID/status.
-SHELLS = re.compile(r"Name:\t(?:[a-z]*sh\d*|busybox|timeout|time|strace|make|xargs|perl)\n")
-# A batch system may signal every process of a job. Blocked at exec these reach neither the kernel, which would die
-# of them, nor the guest's processes, whose tracer would panic: SIGCONT, too, is reported to a tracer unless blocked.
-KEPT_FROM_KERNEL = FORWARDED_SIGNALS + (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT, signal.SIGXFSZ)
-
-# Not those that lead a client of the batch system to its configuration: that is no file of the guest.
-BATCH_VARIABLES = re.compile(
-    br"(?!(?:SLURM_CONF|PBS_CONF_FILE|SGE_ROOT)\Z)"
-    br"(?:(SLURM_|SLURMD_|PBS_|SGE_|JOB_|_CONDOR_|OMP_|LSB_|LC_).*|"
-    br"NSLOTS|NHOSTS|NQUEUES|PE|QUEUE|RESTARTED|OPENBLAS_NUM_THREADS|MKL_NUM_THREADS|TERM|LANG|LANGUAGE|TZ)")
-# The libraries ask their own variable first, and then the first of these, which most others ask, too.
-THREAD_VARIABLES = (b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREADS")
-
-EXT_MAGIC, EXT_64BIT = 0xEF53, 0x80                            # fs/ext4/ext4.h
-EXT_EXTENTS, EXTENT_MAGIC = 0x80000, 0xF30A
-EXT_UNREADABLE = 0x4 | 0x10 | 0x8000 | 0x10000                 # journal to replay, meta_bg, inline data, encryption
-LINUX_TYPE, EXTENDED_TYPES = 0x83, (0x05, 0x0F, 0x85)
-GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")   # Discoverable Partitions Specification
-# arch/um/drivers/cow_user.c, version 3, big-endian: magic, version, mtime and size of the base image, bytes of a
-# sector, alignment, format, path of the base. A bitmap of the sectors follows, then, aligned, the sectors.
-COW_MAGIC, COW_HEADER = b"OOOM", struct.Struct(">4sIIQIII4096s")
-COW_SECTOR, COW_ALIGNMENT = 512, 4096
-COW_RESERVED = 16 << 20              # bytes of header and bitmap that are allocated: of an image of 64 GiB all
-OTHER_IMAGES = (                     # offset, magic, what it is, what to do
-    (0, b"\x7fELF", "a program", "are image and kernel exchanged?"),
-    (0, b"\x1f\x8b", "compressed with gzip", "unpack it: gunzip FILE"),
-    (0, b"\xfd7zXZ", "compressed with xz", "unpack it: unxz FILE"),
-    (0, b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it: unzstd FILE"),
-    (0, b"BZh", "compressed with bzip2", "unpack it: bunzip2 FILE"),
-    (0, b"QFI\xfb", "a qcow2 image", "convert it: qemu-img convert -O raw FILE apppot.img"),
-    (0, b"KDMV", "a VMDK image", "convert it: qemu-img convert -O raw FILE apppot.img"),
-    (0, COW_MAGIC, "a COW file", "give it with its base image: --image COW:BASE"),
-    (0, b"XFSB", "an XFS file system", "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"),
-    (0, b"hsqs", "a squashfs file system", "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"),
-    (0x10040, b"_BHRfS_M", "a btrfs file system", "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"),
-    (32769, b"CD001", "a CD-ROM image", "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"),
-)
 
 
 class Fatal(Exception):
@@ -273,188 +106,81 @@ class Misfit(ValueError):
     """The guest sent what is no message of AppPot, or none that fits now: anything there can write to the line."""
 
 
-class RootDevice(NamedTuple):
-    """Where an image holds the root file system."""
-    partition: int                   # 0: the image is the file system itself
-    base_id: str                     # UUID of the file system
-    start: int                       # bytes
-    length: int
+def one_line(text: str) -> bytes:
+    """A text of anybody's as one line that a terminal only shows: no control or escape sequence in it works."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
+                   for char in text).encode()
 
 
-class Bind(NamedTuple):
-    """A file or directory of the host that the guest sees."""
-    source: bytes                    # absolute path, links resolved
-    target: bytes                    # absolute path in the guest
-    read_only: bool
-    is_directory: bool
-
-    @property
-    def directory(self) -> bytes:
-        """What hostfs can mount of it: a directory."""
-        return self.source if self.is_directory else os.path.dirname(self.source)
-
-    @property
-    def name(self) -> bytes:
-        return b"" if self.is_directory else os.path.basename(self.source)
+def show_console(content: bytes) -> bytes:
+    """What the guest's console says, line by line, without what a terminal would obey."""
+    text = content.decode("utf-8", "replace")
+    return CONTROL_CHARACTERS.sub(lambda found: "\\x{:02x}".format(ord(found.group())), text).encode()
 
 
-class Amount(NamedTuple):
-    """So much memory (MiB) or so many CPUs, and where that comes from."""
-    value: int
-    source: str
+def last_line(said: bytes) -> str:
+    lines = [line.strip() for line in said.decode("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "without a word"
 
 
-class Grants(NamedTuple):
-    """What this job may use. Of several amounts the smallest counts."""
-    systems: Tuple[str, ...]         # the batch systems whose job this is
-    mem: Tuple[Amount, ...]          # what they say
-    cpus: Tuple[Amount, ...]
-    machine: Amount                  # its memory
-    mem_limits: Tuple[Amount, ...]   # what the node enforces
-    cpu_limits: Tuple[Amount, ...]
-    notes: Tuple[str, ...]           # what was ignored
+def write_stderr(content: bytes) -> None:
+    try:
+        os.write(2, content)
+    except OSError:
+        pass                                      # nobody listens
 
 
-class Limit(NamedTuple):
-    """A resource limit of the caller."""
-    number: int                      # as of setrlimit(2)
-    soft: int                        # RLIM_INFINITY is -1
-    hard: int
+def warn(text: str) -> None:
+    write_stderr(b"apppot: warning: %s\n" % one_line(text))
 
 
-class Port(NamedTuple):
-    """A port of the guest that the host shows."""
-    protocol: str                    # tcp or udp
-    host: str                        # the host's address, IPv4
-    host_port: int
-    guest_port: int
+def report(fatal: Fatal) -> int:
+    write_stderr(b"apppot: error: %s\napppot: hint: %s\n" % (one_line(fatal.message), one_line(fatal.hint)))
+    return fatal.status
 
 
-class Lan(NamedTuple):
-    """The guest's place in a network of guests: a multicast group of the host carries it."""
-    address: str
-    prefix: int
-    group: str
-    port: int
+def write_stdout(text: str) -> None:
+    with blaming("cannot be written", "standard output", "is the disk full that it goes to, or its reader gone?"):
+        print(text, end="", flush=True)
 
 
-class Network(NamedTuple):
-    kind: str = ""                   # SLIRP4NETNS or SLIRP; empty: no way out
-    helper: str = ""                 # path of the program
-    published: Tuple[Port, ...] = ()
-    lan: Optional[Lan] = None
-    note: str = ""                   # for -v: why it is so
+@contextmanager
+def blaming(what: str, path: AnyPath, hint: str) -> Iterator[None]:
+    """Tell an OSError as a failure to do `what` with `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise Fatal("{}, {}: {}".format(what, error.strerror or error, os.fsdecode(path)), hint)
 
 
-class NodeView(NamedTuple):
-    """What the guest says where a program asks it about the node."""
-    host_names: bytes = b"apppot"    # its own, the last without a domain
-    hosts: bytes = b""               # lines of /etc/hosts
-    resolver: bytes = b""            # of resolv.conf
-    zone: bytes = b""                # /etc/localtime; empty: none
-    zone_name: bytes = b""           # empty: not known
+def describe_exception() -> bytes:
+    """The traceback of what is being handled, the end of a long one."""
+    import traceback
+
+    error = sys.exc_info()[1]
+    trace = error.trace if isinstance(error, Bug) else traceback.format_exc().encode("utf-8", "backslashreplace")
+    return trace[-TRACE_MAX:]
 
 
-class RunSpec(NamedTuple):
-    """One run, decided: nothing below parses options or looks at the environment again."""
-    command: Tuple[str, ...]
-    kernel: str
-    image: str
-    cow: Optional[str]               # of COW:BASE; None: a private one for this run
-    write: bool
-    root: RootDevice
-    disk_bytes: int                  # the root file system is to have so many; 0: as many as in the image
-    mem_mib: int
-    ram_directory: str
-    scratch: str                     # the run directory is made in it
-    umid: str
-    extra: Tuple[str, ...]
-    empty: Optional[str]             # this program is to carry the channel
-    empty_asked: bool                # and without it there is to be no run
-    environment: Dict[bytes, bytes]
-    job_directory: bytes             # empty: none
-    job_alias: bytes
-    binds: Tuple[Bind, ...]
-    cwd: bytes
-    as_root: bool
-    umask: int
-    ignored_signals: Tuple[int, ...]  # of the caller's, as under nohup: the command ignores them, too
-    terminal: Optional[bool]         # whether the command gets one; None: where the caller has one
-    timeout_s: Optional[float]
-    boot_timeout_s: float
-    kill_after_s: float
-    verbose: bool
-    cpus: int = 1
-    mode: str = ""                   # as choose_mode() has it
-    umid_link: Optional[str] = None  # ~/.uml/NAME, where uml_mconsole looks for a guest by its name
-    notes: Tuple[str, ...] = ()      # for -v: how it was decided
-    network: Network = Network()
-    node: NodeView = NodeView()
-    layers: Tuple[str, ...] = ()     # changes files to merge, in this order
-    force_changes: bool = False      # merge those of another base, too
-    saved_changes: Optional[str] = None   # where to write a changes file after the command
-    in_job: bool = False             # of a batch system
-    home: bytes = b""                # the caller's, if --bind shows it; empty: the command has one in the appliance
-    limits: Tuple[Limit, ...] = ()   # the caller's, for the command
-    limit_mib: int = 0               # of the job's cgroup, which is why the guest has no more memory; 0: not so
-
-    @property
-    def persistent(self) -> bool:
-        return self.write or self.cow is not None
-
-    @property
-    def is_mapped(self) -> bool:
-        """Whether the root file system is on two disks in a row."""
-        return self.disk_bytes > 0 and not self.write
-
-    @property
-    def disk_file(self) -> str:
-        """What of the host is written when the guest writes its disk; empty: files of this run in scratch."""
-        return self.image if self.write else self.cow or ""
-
-    @property
-    def disk_directory(self) -> str:
-        return os.path.dirname(self.disk_file) if self.disk_file else self.scratch
+def explain_bug(where: str, trace: bytes) -> Fatal:
+    """What to say of an exception that nobody foresaw, below its traceback."""
+    what = trace.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    return Fatal("bug in {}: {}".format(where, what), "please report it, with the lines above")
 
 
-class PrivateDirectory(NamedTuple):
-    """A directory of a run that no other user can enter."""
-    path: str
-    fd: int                          # holds the lock, and leads there whatever happens to the path
+def explain_exception(error: Exception) -> Fatal:
+    if isinstance(error, OSError) and error.filename:
+        return Fatal("{}: {}".format(error.strerror, os.fsdecode(error.filename)), "look at that file or directory")
+    trace = describe_exception()
+    write_stderr(trace)
+    return explain_bug("the runner", trace)
 
 
-class Directories(NamedTuple):
-    """The private ones of a run."""
-    run: PrivateDirectory            # with the COW file, the hostfs root and the mconsole
-    ram: PrivateDirectory            # for the file that is the guest's memory; may be the same
-    save: PrivateDirectory           # beside the changes file that is to be, until it is complete; may be the same
-    saved_name: str = ""             # of the changes file in save/GIVEN: one that no program of the guest foresees
+# --- Frames and fields --------------------------------------------------------------------------------------
 
-    def list_distinct(self) -> List[PrivateDirectory]:
-        return list({directory.fd: directory for directory in (self.run, self.ram, self.save)}.values())
+TEXT_MAX = 4096                      # characters of a text from the guest that are shown
+BYTE, COUNT, STREAM_COUNT = (struct.Struct(text) for text in ("<B", "<I", "<BI"))        # payloads of frames
 
-
-class Machine(NamedTuple):
-    """A started guest, as the runner sees it."""
-    supervisor: int                  # pid
-    from_guest: int                  # the channel: read end
-    to_guest: int                    # and write end, non-blocking
-    console: int                     # read end: what the kernel prints
-    lifeline: int                    # write end: closing it ends the guest
-    report: int                      # read end: at the guest's end "ended STATUS", "empty", "helper",
-                                     # "fatal MESSAGE\0HINT" or "bug TRACEBACK"; LOST when the network is gone
-    directories: Directories
-    spool: int                       # descriptor of the directory for what is too long for the channel
-
-
-class Stdio(NamedTuple):
-    """What the command's standard descriptors are to be."""
-    kinds: bytes                     # of 0, 1, 2 each "n"ull, "p"ipe or "t"erminal; "s": 2 is the same as 1
-    terminal: Optional["Terminal"]
-    at_once: bool                    # the command gets the terminal at its start, not when it first reads from it
-
-
-# --- Pure functions -----------------------------------------------------------------------------------------
 
 def encode_frame(kind: int, payload: bytes = b"") -> bytes:
     return FRAME.pack(kind, len(payload)) + payload
@@ -520,6 +246,23 @@ def number_field(fields: Dict[bytes, List[bytes]], name: bytes, least: int, most
     return check_range(int(text), least, most)
 
 
+# --- Sizes, times and names ---------------------------------------------------------------------------------
+
+UNSET_HINT = "is a variable in the script unset? leave the option out, or give a value"
+
+
+def is_blank(text: str) -> bool:
+    return not text.strip()
+
+
+def read_variable(name: str) -> Optional[str]:
+    """A default from the environment. There, unlike in an option, an empty value is the usual way to give none."""
+    text = os.environ.get(name) or None
+    if text is not None and is_blank(text):
+        raise Fatal("{} has no value: {!r}".format(name, text), "unset the variable, or give it a value")
+    return text
+
+
 def parse_size_mib(text: str, what: str) -> int:
     """MiB in "512", "512M", "1.5G", "2TiB"; a bare number is MiB, as original AppPot's users write it."""
     match = re.match(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?$", text.strip(), re.IGNORECASE | re.ASCII)
@@ -544,336 +287,310 @@ def format_mib(mib: float) -> str:
     return "{:.1f} GiB".format(mib / 1024) if mib >= 1024 else "{:.0f} MiB".format(mib)
 
 
-def one_line(text: str) -> bytes:
-    """A text of anybody's as one line that a terminal only shows: no control or escape sequence in it works."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
-                   for char in text).encode()
-
-
-def show_console(content: bytes) -> bytes:
-    """What the guest's console says, line by line, without what a terminal would obey."""
-    text = content.decode("utf-8", "replace")
-    return CONTROL_CHARACTERS.sub(lambda found: "\\x{:02x}".format(ord(found.group())), text).encode()
-
-
-def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: bool) -> Dict[bytes, bytes]:
-    """What of the caller's environment goes into the guest: the batch system's variables and what --env names."""
-    chosen = {} if clean else {name: value for name, value in caller.items() if BATCH_VARIABLES.fullmatch(name)}
-    for text in asked:
-        name, equals, value = os.fsencode(text).partition(b"=")
-        if not name:
-            raise Fatal("--env without a name: {!r}".format(text), "write --env NAME or --env NAME=VALUE")
-        if equals:
-            chosen[name] = value
-        elif name in caller:
-            chosen[name] = caller[name]
-    return chosen
-
-
-def limit_threads(environment: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
-    """Variables for one thread in each process: threads do not run in parallel here, and those of OpenBLAS spin.
-
-    Whoever has set the first variable means all libraries.
-    An empty one is not set, as for the libraries: $SLURM_CPUS_PER_TASK, often, in a job that did not ask for any.
-    """
-    if environment.get(THREAD_VARIABLES[0]):
-        return {}
-    return {name: b"1" for name in THREAD_VARIABLES if not environment.get(name)}
-
-
-def find_home(home: str, binds: Iterable[Bind]) -> bytes:
-    """A home directory that is bound to its own path, by itself or with what it is in."""
-    home = os.path.normpath(home)
-    for bind in binds:
-        target = os.fsdecode(bind.target)
-        if os.path.isabs(home) and bind.is_directory and is_below(home, target):
-            shown = os.path.join(os.fsdecode(bind.source), os.path.relpath(home, target))
-            if os.path.realpath(home) == os.path.realpath(shown):
-                return os.fsencode(home)
-    return b""
-
-
-def describe_keeping(spec: RunSpec, home_stays: bool) -> Tuple[str, str]:
-    """What to tell the user of an interactive shell at its start and at its end, which may be nothing."""
-    places = [os.fsdecode(bind.target) for bind in spec.binds if not bind.read_only]
-    job = os.fsdecode(spec.job_alias)
-    if job and not any(is_below(job, place) for place in places):
-        places.insert(0, job)
-
-    kept = " and ".join(places)
-    rest = ("{} stays; all else{} " if kept else "{}{} ").format(kept, "" if home_stays else ", in HOME too,")
-    write = "what you write in " if kept else "what you write"
-    if spec.persistent:
-        where = "the COW file " + spec.cow if spec.cow else "the image " + spec.image
-        return write + rest + "goes into " + where, ""
-    if spec.saved_changes:
-        return write + rest + "goes into {} at the end".format(spec.saved_changes), ""
-    return (write + rest + "is gone at the end (to keep it: --bind DIR, --save-changes FILE, --write)",
-            "what you wrote{} is gone".format(" outside of " + kept if kept else ""))
-
-
-def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
-    """argv of the kernel. Paths are relative to the run directory: no length, blank or comma of a path can hurt."""
-    return [
-        spec.kernel, disk, *build_root_args(spec), "rw", "mem={}M".format(spec.mem_mib), "con=null", "con0=null,fd:1",
-        "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD), "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT,
-        "init=" + AGENT, SAYS_ALL, *SKIPPED_AT_BOOT,
-        *build_cpu_args(spec), *build_network_args(spec.network), *spec.extra]
-
-
-def build_root_args(spec: RunSpec) -> List[str]:
-    """A root file system larger than its image has it goes on in a second disk, both in a row by device mapper.
-
-    Documentation/admin-guide/device-mapper/dm-init.rst, in sectors; ubd devices have major 98 and 16 minors each.
-    """
-    if not spec.is_mapped:
-        return ["root=/dev/ubda{}".format(spec.root.partition or "")]
-    first, rest = (size // COW_SECTOR for size in (spec.root.length, spec.disk_bytes - spec.root.length))
-    table = "0 {0} linear 98:{1} 0,{0} {2} linear 98:16 0".format(first, spec.root.partition, rest)
-    return ["ubd1c=disk", "root=/dev/dm-0", 'dm-mod.create="root,,,rw,{}"'.format(table)]
-
-
-def choose_mode(kernel: str, ptrace: bool, extra: Sequence[str]) -> str:
-    """How the kernel is to trap system calls: "on", by seccomp, "off", by ptrace, "auto"; "" where it has no choice."""
-    if not kernel_holds(kernel, HAS_SECCOMP):
-        return ""
-    chosen = [word.partition("=")[2] for word in extra if word.startswith("seccomp=")]
-    return chosen[-1] if chosen else "off" if ptrace else "auto"
-
-
-def build_cpu_args(spec: RunSpec) -> List[str]:
-    """How system calls are trapped, where the kernel has a choice, and how many CPUs; several need its seccomp mode."""
-    chosen = any(word.startswith("seccomp=") for word in spec.extra)
-    mode = [] if chosen or not spec.mode else ["seccomp=" + spec.mode]
-    return mode + (["ncpus={}".format(spec.cpus)] if spec.cpus > 1 else [])
-
-
-def encode_modes(attributes: List[Any]) -> bytes:
-    """What termios.tcgetattr() returns, as bytes; characters of c_cc may be numbers there."""
-    *flags, characters = attributes
-    return TERMINAL_MODES.pack(*flags, b"".join(c if isinstance(c, bytes) else bytes([c]) for c in characters))
-
-
-def decode_modes(modes: bytes) -> List[Any]:
-    *flags, characters = TERMINAL_MODES.unpack(modes)
-    return [*flags, [bytes([c]) for c in characters]]
-
-
-def build_command_line(spec: RunSpec, disk: str) -> List[str]:
-    """What is started: the kernel, or `empty` with the kernel."""
-    return ([spec.empty] + EMPTY_ARGS if spec.empty else []) + build_kernel_args(spec, disk)
-
-
-def build_job(spec: RunSpec, stdio: Stdio, saved_name: str = "") -> bytes:
-    uid, gid = os.getuid(), os.getgid()
-    fields = [
-        (b"job", spec.job_directory), (b"alias", spec.job_alias), (b"cwd", spec.cwd), (b"user", user_name(uid)),
-        (b"uid", b"%d" % uid), (b"root", b"%d" % spec.as_root), (b"umask", b"%d" % spec.umask),
-        (b"stdio", stdio.kinds), (b"confined", b"%d" % is_confined(spec.empty)),
-        (b"persistent", b"%d" % spec.persistent), (b"force", b"%d" % spec.force_changes),
-        (b"disk", b"%d" % spec.disk_bytes), (b"home", spec.home),
-        (b"pid", b"%d" % choose_first_pid()), *describe_node(spec.node)]
-    if stdio.terminal:
-        # In hexadecimal, as values hold no NUL.
-        fields += [(b"modes", stdio.terminal.modes.hex().encode()), (b"window", stdio.terminal.window.hex().encode()),
-                   (b"foreground", b"%d" % stdio.at_once)]
-    fields += [(b"group", b"%d=%s" % (group, group_name(group)))
-               for group in [gid] + [group for group in os.getgroups() if group != gid]]
-    fields += [(b"layer", os.fsencode(layer)) for layer in spec.layers]
-    if spec.layers:
-        fields += [(b"room", b"%d" % find_room(spec)), (b"scratch", os.fsencode(spec.disk_directory))]
-    if spec.saved_changes:
-        fields += [(b"save", os.fsencode(spec.saved_changes)), (b"save-name", saved_name.encode())]
-    # A name holds no slash, and a target begins with one.
-    fields += [(b"bind", (b"r" if bind.read_only else b"w") + bind.name + bind.target) for bind in spec.binds]
-    fields += [(b"ignore", b"%d" % number) for number in spec.ignored_signals]
-    fields += [(b"limit", b"%d %d %d" % limit) for limit in spec.limits]
-    fields += [(b"env", name + b"=" + value) for name, value in spec.environment.items()]
-    fields += describe_network(spec.network)
-    fields += [(b"arg", os.fsencode(word)) for word in spec.command]
-    return encode_fields(fields)
-
-
-def describe_node(node: NodeView) -> List[Tuple[bytes, bytes]]:
-    # The zone in hexadecimal, as values hold no NUL.
-    return [(b"name", node.host_names), (b"hosts", node.hosts), (b"resolver", node.resolver),
-            (b"zone", node.zone.hex().encode()), (b"zone-name", node.zone_name)]
-
-
-def choose_first_pid() -> int:
-    """Where the process numbers of a guest begin: files of several runs may have them in their names."""
-    return FIRST_PIDS.start + int.from_bytes(os.urandom(8), "big") % len(FIRST_PIDS)
-
-
-def name_guest(host: str, job_id: str, mark: str) -> str:
-    """The host names of a run: NODE-JOB-MARK, and the same with the node's domain before it.
-
-    Not the node's own: HOST:PID in a lock file would lead others to a process of the node.
-    """
-    def clean(text: str, length: int) -> str:
-        return re.sub("[^A-Za-z0-9]+", "-", text).strip("-")[:length].rstrip("-")
-
-    node, _, domain = host.partition(".")
-    job = clean(job_id.partition(".")[0], JOB_ID_MAX)
-    tail = job + "-" + mark if job else mark
-    name = "{}-{}".format(clean(node, HOST_NAME_MAX - 1 - len(tail)) or "apppot", tail)
-    return "{0}.{1} {0}".format(name, domain) if re.fullmatch("[A-Za-z0-9.-]+", domain) else name
-
-
-def select_hosts(text: bytes) -> bytes:
-    """The lines of a hosts file that are true in the guest, too: all but those of the loopback."""
-    return b"".join(line.rstrip() + b"\n" for line in HOST_LINE.findall(text))
-
-
-def select_resolver(text: bytes, host: str) -> bytes:
-    """What resolv.conf says besides name servers. Without a search list the host's domain is that."""
-    lines = [line.strip() for line in RESOLVER_LINE.findall(text)]
-    domain = host.partition(".")[2]
-    if domain and not any(line.startswith((b"search", b"domain")) for line in lines):
-        lines.append(b"search " + os.fsencode(domain))
-    return b"".join(line + b"\n" for line in lines)
-
-
-def user_name(uid: int) -> bytes:
-    try:
-        return os.fsencode(pwd.getpwuid(uid).pw_name)
-    except KeyError:                              # a node without the account: batch systems do run such jobs
-        return b"u%d" % uid
-
-
-def group_name(gid: int) -> bytes:
-    try:
-        return os.fsencode(grp.getgrgid(gid).gr_name)
-    except KeyError:
-        return b"g%d" % gid
-
-
-def build_network_args(network: Network) -> List[str]:
-    """Words of the kernel command line; slirp is a link in the run directory."""
-    words = []
-    if network.kind == SLIRP4NETNS:
-        words = ["vec0:transport=fd,fd={}".format(KERNEL_NETWORK_FD)]
-    elif network.kind == SLIRP:
-        # "_" is a blank. From any other control address slirp lets the guest run programs of the host.
-        words = ["eth0=slirp,,./slirp,control_addr_255.255.255.255"]
-    if network.lan:
-        # A MAC of our own: kernels of old make the same one in every guest.
-        mac = ":".join("{:02x}".format(byte) for byte in b"\2\0" + socket.inet_aton(network.lan.address))
-        words.append("eth1=mcast,{},{},{}".format(mac, network.lan.group, network.lan.port))
-    return words
-
-
-def describe_network(network: Network) -> List[Tuple[bytes, bytes]]:
-    """What the agent configures, as fields of the job."""
-    fields = []
-    if network.kind:
-        name = "vec0" if network.kind == SLIRP4NETNS else "eth0"
-        fields = [("interface", "{}={}/24".format(name, GUEST_ADDRESS)), ("gateway", GATEWAY),
-                  ("nameserver", NAMESERVER)]
-    if network.lan:
-        fields += [("interface", "eth1={}/{}".format(network.lan.address, network.lan.prefix)),
-                   ("lan", network.lan.address)]
-    return [(name.encode(), value.encode()) for name, value in fields]
-
-
-def describe(network: Network) -> str:
-    lan = ", LAN {} in {}:{}".format(network.lan.address, network.lan.group, network.lan.port) if network.lan else ""
-    return (network.note or "network by " + network.helper) + lan
-
-
-def is_ipv4(text: str) -> bool:
-    try:
-        return bool(socket.inet_pton(socket.AF_INET, text))
-    except (OSError, ValueError):                 # ValueError: a NUL
-        return False
-
-
-def parse_port(text: str) -> Port:
-    """[HOSTIP:]HOSTPORT:GUESTPORT[/PROTOCOL]"""
-    match = re.match(r"(?:(.*):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?$", text, re.ASCII)
-    if not match or not all(0 < int(number) < 65536 for number in match.group(2, 3)):
-        raise Fatal("--publish is not [HOSTIP:]HOSTPORT:GUESTPORT[/udp]: {!r}".format(text),
-                    "--publish 8080:80 shows port 80 of the guest as port 8080 of 127.0.0.1")
-    host = "127.0.0.1" if match.group(1) is None else match.group(1)
-    if not is_ipv4(host):
-        raise Fatal("--publish for what is no IPv4 address: {!r}".format(host),
-                    "no helper forwards IPv6; give an IPv4 address of this host, or 0.0.0.0 for all of them")
-    return Port(match.group(4) or "tcp", host, int(match.group(2)), int(match.group(3)))
-
-
-def parse_lan(group: str, address: str, job_id: str) -> Lan:
-    """From GROUP:PORT, or "" for the batch job's own, and ADDRESS[/PREFIX], or "" for one that nobody else has."""
-    if group:
-        match = LAN_GROUP.match(group)
-        if not match or not is_ipv4(match.group(1)) or socket.inet_aton(match.group(1))[0] & 0xF0 != 0xE0 \
-                or not 0 < int(match.group(2)) < 65536:
-            raise Fatal("--lan is not a multicast group and port: {!r}".format(group), "such as --lan 239.255.7.7:5000")
-        where, port = match.group(1), int(match.group(2))
-    else:
-        number = binascii.crc32(job_id.encode("utf-8", "surrogateescape"))
-        where, port = "239.255.{}.{}".format(number >> 24, number >> 16 & 255), 20000 + number % (1 << 13)
-    if not address:
-        net, prefix = LAN_NET
-        host = 1 + int.from_bytes(os.urandom(8), "big") % ((1 << 32 - prefix) - 2)
-        return Lan(socket.inet_ntoa(struct.pack(">I", net + host)), prefix, where, port)
-    own, slash, prefix_text = address.partition("/")
-    if not is_ipv4(own) or slash and not re.match(r"([89]|[12]\d|30)$", prefix_text, re.ASCII):
-        raise Fatal("--lan-address is not an IPv4 address: {!r}".format(address), "such as 10.9.0.1 or 10.9.0.1/24")
-    return Lan(own, int(prefix_text or 16), where, port)
-
-
-# --- Messages -----------------------------------------------------------------------------------------------
-
-def write_stderr(content: bytes) -> None:
-    try:
-        os.write(2, content)
-    except OSError:
-        pass                                      # nobody listens
-
-
-def write_stdout(text: str) -> None:
-    with blaming("cannot be written", "standard output", "is the disk full that it goes to, or its reader gone?"):
-        print(text, end="", flush=True)
-
-
-def warn(text: str) -> None:
-    write_stderr(b"apppot: warning: %s\n" % one_line(text))
-
-
-def describe_exception() -> bytes:
-    """The traceback of what is being handled, the end of a long one."""
-    import traceback
-
-    error = sys.exc_info()[1]
-    trace = error.trace if isinstance(error, Bug) else traceback.format_exc().encode("utf-8", "backslashreplace")
-    return trace[-TRACE_MAX:]
-
-
-def explain_bug(where: str, trace: bytes) -> Fatal:
-    """What to say of an exception that nobody foresaw, below its traceback."""
-    what = trace.decode("utf-8", "replace").strip().rpartition("\n")[2]
-    return Fatal("bug in {}: {}".format(where, what), "please report it, with the lines above")
-
-
-def explain_exception(error: Exception) -> Fatal:
-    if isinstance(error, OSError) and error.filename:
-        return Fatal("{}: {}".format(error.strerror, os.fsdecode(error.filename)), "look at that file or directory")
-    trace = describe_exception()
-    write_stderr(trace)
-    return explain_bug("the runner", trace)
+def is_below(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def unique_name(prefix: str) -> str:
+    return "{}{}-{}".format(prefix, os.getuid(), os.urandom(6).hex())
+
+
+# --- Processes ----------------------------------------------------------------------------------------------
+
+# include/uapi/linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
+FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
+    "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"))
+IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+# Programs that leave SIGPIPE to their children as they have it themselves; from /proc/PID/status.
+SHELLS = re.compile(r"Name:\t(?:[a-z]*sh\d*|busybox|timeout|time|strace|make|xargs|perl)\n")
+# A batch system may signal every process of a job. Blocked at exec these reach neither the kernel, which would die
+# of them, nor the guest's processes, whose tracer would panic: SIGCONT, too, is reported to a tracer unless blocked.
+KEPT_FROM_KERNEL = FORWARDED_SIGNALS + (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT, signal.SIGXFSZ)
+PROCESSES_HINT = "raise the limit of processes (ulimit -u, or pids.max of the cgroup), or of memory"
+MORE_CPU_TIME = "ask the batch system for more CPU time, or raise the limit"
+# What a process of the guest has as one of the host would. Not the numbers of processes and of signals: the host counts
+# all of the caller's.
+PASSED_LIMITS = tuple(getattr(resource, "RLIMIT_" + name) for name in (
+    "CPU", "FSIZE", "DATA", "STACK", "CORE", "NOFILE", "MEMLOCK", "AS"))
+PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
+F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
+HELPER_ANSWER_S = 10.0               # a helper that takes longer to start, or to say what it is, hangs
+
+
+class Limit(NamedTuple):
+    """A resource limit of the caller."""
+    number: int                      # as of setrlimit(2)
+    soft: int                        # RLIM_INFINITY is -1
+    hard: int
 
 
 @contextmanager
-def blaming(what: str, path: AnyPath, hint: str) -> Iterator[None]:
-    """Tell an OSError as a failure to do `what` with `path`."""
+def signals_held() -> Iterator[Set[int]]:
+    """Keep signals from ending this process while there is something that it must remove; yields the mask before.
+
+    Those that come are dealt with at the end of the context, or when Session.run() lets them in.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_KERNEL)
+    handlers = {number: signal.getsignal(number) for number in KEPT_FROM_KERNEL}
     try:
-        yield
+        yield {int(number) for number in mask}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def call_libc(name: str, *arguments: Union[int, bytes, None]) -> int:
+    """What the standard library does not offer; -1 if it fails or this Python has no ctypes."""
+    try:
+        import ctypes
+        return int(getattr(ctypes.CDLL(None), name)(*arguments))
+    except (ImportError, OSError):
+        return -1
+
+
+def fork(what: str) -> int:
+    try:
+        return os.fork()
     except OSError as error:
-        raise Fatal("{}, {}: {}".format(what, error.strerror or error, os.fsdecode(path)), hint)
+        raise Fatal("process for {} cannot be started: {}".format(what, error.strerror), PROCESSES_HINT)
 
 
-# --- Images -------------------------------------------------------------------------------------------------
+def try_in_child(attempt: Callable[[], int]) -> str:
+    """Why `attempt`, which returns 0 or an errno, fails in a process of its own; empty if it does not."""
+    pid = fork("a trial")
+    if pid == 0:
+        result = errno.EPERM
+        try:
+            result = attempt()
+        except OSError as error:
+            result = error.errno or result
+        except ImportError:                       # a Python without ctypes cannot try
+            result = 0
+        finally:
+            os._exit(result)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        return "signal {}".format(os.WTERMSIG(status))
+    return os.strerror(status >> 8) if status else ""
 
+
+def execute(argv: Sequence[str], keep: Dict[int, int], environment: Dict[str, str]) -> NoReturn:
+    """In a forked child: execute a program with the descriptors `keep` (there to here); 2 hears why if it cannot."""
+    try:
+        for there, here in keep.items():
+            os.dup2(here, there)
+        os.execve(argv[0], list(argv), environment)
+    except OSError as error:
+        os.write(2, "{}\n".format(error.strerror).encode())
+    finally:
+        os._exit(EXIT_FAILED)
+
+
+def ask_program(argv: Sequence[str]) -> Tuple[int, bytes]:
+    """Wait status of a program and what it wrote. (subprocess costs 15 ms to import.)"""
+    reader, writer = os.pipe()
+    pid = fork("a look at " + argv[0])
+    if pid == 0:
+        execute(argv, {0: os.open(os.devnull, os.O_RDWR), 1: writer, 2: writer}, dict(os.environ, HOME="/"))
+    os.close(writer)
+    said = b""
+    deadline = time.monotonic() + HELPER_ANSWER_S
+    while len(said) < FRAME_MAX and select.select([reader], [], [], max(0, deadline - time.monotonic()))[0]:
+        piece = os.read(reader, 65536)
+        if not piece:
+            break
+        said += piece
+    os.close(reader)
+    os.kill(pid, signal.SIGKILL)                  # it has said all, or hangs, or does not stop
+    return os.waitpid(pid, 0)[1], said
+
+
+def read_node_file(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read(1 << 20)
+    except (OSError, ValueError):                 # ValueError: a NUL in a path of somebody's making
+        return ""
+
+
+def list_children(pid: int, thread: int = 0) -> List[int]:
+    """The children of a process that one of its threads has started, by default the first."""
+    try:
+        with open("/proc/{}/task/{}/children".format(pid, thread or pid)) as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:                               # a kernel without CONFIG_PROC_CHILDREN, or it has ended
+        every = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [child for child in every if read_process(child)[1] == pid]
+
+
+def read_process(pid: int) -> Tuple[str, int]:
+    """State letter and parent of a process; ("", 0) when there is none."""
+    try:
+        with open("/proc/{}/stat".format(pid), "rb") as file:
+            state, parent = file.read().rpartition(b")")[2].split()[:2]
+    except (OSError, ValueError):
+        return "", 0
+    return state.decode(), int(parent)
+
+
+def read_start(pid: int) -> int:
+    """When a process started, in ticks after the boot (proc(5)); -1 when there is none, or a dead one."""
+    try:
+        with open("/proc/{}/stat".format(pid), "rb") as file:
+            words = file.read().rpartition(b")")[2].split()
+        return -1 if words[0] in b"ZX" else int(words[19])
+    except (OSError, IndexError):
+        return -1
+
+
+def read_name(pid: int) -> bytes:
+    try:
+        with open("/proc/{}/comm".format(pid), "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def read_processor(pid: int) -> int:
+    """The CPU that a process was on last (proc(5)); -1 when there is none."""
+    try:
+        with open("/proc/{}/stat".format(pid), "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[36])
+    except (OSError, IndexError):
+        return -1
+
+
+def read_times(task: int) -> Tuple[float, float]:
+    """Seconds that a thread has run, and that it has waited for a CPU; 0 if the host does not count."""
+    try:
+        with open("/proc/{}/schedstat".format(task), "rb") as file:
+            ran, waited = file.read().split()[:2]
+    except (OSError, ValueError):
+        return 0.0, 0.0
+    return int(ran) / 1e9, int(waited) / 1e9
+
+
+def read_idle_times() -> Dict[int, float]:
+    """Seconds that each CPU of the host had nothing to run."""
+    with open("/proc/stat", "rb") as file:
+        lines = [line.split() for line in file if line.startswith(b"cpu")][1:]
+    tick = os.sysconf("SC_CLK_TCK")
+    return {int(words[0][3:]): (int(words[4]) + int(words[5])) / tick for words in lines}
+
+
+def list_tasks(kernel: int) -> Iterator[int]:
+    """Threads of the kernel, and then what these have started by that time: a process for each of the guest."""
+    try:
+        threads = [int(name) for name in os.listdir("/proc/{}/task".format(kernel))]
+    except OSError:
+        return
+    yield from threads
+    for thread in threads:
+        yield from list_children(kernel, thread)
+
+
+def kill_children(spared: int = 0) -> None:
+    """Kill and reap until no other child is left; orphans of those killed come to us, the subreaper, in turn."""
+    pids = [0]
+    while pids:
+        pids = [pid for pid in list_children(os.getpid()) if pid != spared]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            os.waitpid(pid, 0)
+
+
+def tie_to_us(leash: int, owner: int) -> None:
+    """Have the host's kernel kill a process, or the process group -owner, when we are gone.
+
+    That is for whom PR_SET_PDEATHSIG cannot reach: grandchildren, such as the processes of the guest, which go on to
+    compute when nobody traces them any more. `leash` is the read end of a pipe that they hold open, too, and nobody
+    but us has the write end of.
+    """
+    fcntl.fcntl(leash, fcntl.F_SETOWN, owner)
+    fcntl.fcntl(leash, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(leash, fcntl.F_SETFL, os.O_ASYNC)
+    os.close(leash)
+
+
+def close_all_but(keep: Set[int]) -> None:
+    """Close the rest, the caller's own descriptors too: who waits for their end must not wait for the guest."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass
+
+
+def make_wide_pipe() -> Tuple[int, int]:
+    reader, writer = os.pipe()
+    widen_pipe(writer)
+    return reader, writer
+
+
+def widen_pipe(descriptor: int) -> None:
+    try:
+        fcntl.fcntl(descriptor, F_SETPIPE_SZ, PIPE_SIZE)
+    except OSError:
+        pass                                      # the user's share of pipe pages is used up: slower, no worse
+
+
+def take_limits() -> Tuple[Limit, ...]:
+    """Return the caller's limits, which are for the command, and raise the soft ones for AppPot itself.
+
+    UML would die of some. Of the CPU time the last second is kept: SIGXCPU then tells the runner what is to come.
+    """
+    limits = tuple(Limit(number, *resource.getrlimit(number)) for number in PASSED_LIMITS)
+    for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE,
+                  resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_SIGPENDING):
+        hard = resource.getrlimit(which)[1]
+        has_rest = which == resource.RLIMIT_CPU and hard > 1
+        resource.setrlimit(which, (hard - 1 if has_rest else hard, hard))
+    return limits
+
+
+def count_own_threads() -> int:
+    count = 0
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdigit():
+                tasks = os.stat("/proc/{}/task".format(name))
+                count += tasks.st_nlink - 2 if tasks.st_uid == os.getuid() else 0
+        except OSError:
+            pass                                  # it has ended meanwhile
+    return count
+
+
+def blame_cpu_limit(pid: int, who: str) -> Optional[Fatal]:
+    """What to say if a process has come near its limit of CPU time; a dead one that nobody has reaped still tells.
+
+    Linux ends a process for the ticks that it has met; on a busy machine that can be far more than it has used.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    try:
+        with open("/proc/{}/stat".format(pid), "rb") as file:
+            ticks = sum(int(word) for word in file.read().rpartition(b")")[2].split()[11:13])
+    except OSError:
+        return None
+    used_s = ticks / os.sysconf("SC_CLK_TCK")
+    if soft == resource.RLIM_INFINITY or used_s < soft / 2:
+        return None
+    return Fatal("{} has ended with {:.1f} s of CPU time used; the limit (ulimit -t) is {} s".format(who, used_s, hard),
+                 MORE_CPU_TIME)
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+PROBE_BYTES = 1 << 20                # to see whether a directory has room
+# include/uapi/asm-generic/fcntl.h: struct flock, whose pid is 0 for a lock of an open file description.
+F_OFD_SETLK, FLOCK = 37, struct.Struct("@hhqqi4x")
+SCRATCH_HINT = "is the directory of --tmpdir full or gone?"
+PT_INTERP = 3                                                  # include/uapi/linux/elf.h
 FILE_KINDS = (
     (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"),
     (stat.S_ISBLK, "a block device"), (stat.S_ISCHR, "a character device"))
@@ -907,6 +624,458 @@ def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
     except OSError:                               # the same, for a file system with smaller files
         return b""
     return file.read(size)
+
+
+def make_executable(path: str) -> bool:
+    if not os.access(path, os.X_OK):
+        try:
+            os.chmod(path, os.stat(path).st_mode | 0o100)
+        except OSError:
+            pass
+    return os.access(path, os.X_OK)
+
+
+def read_loader(kernel: str) -> str:
+    """The dynamic loader that an executable asks for (elf(5), PT_INTERP); empty if it is linked statically."""
+    with open(kernel, "rb") as file:
+        header = read_at(file, 0, 64)
+        start, = struct.unpack_from("<Q", header, 32)
+        size, count = struct.unpack_from("<HH", header, 54)
+        for index in range(count):
+            kind, offset, length = struct.unpack_from("<I4xQ16xQ", read_at(file, start + index * size, 56))
+            if kind == PT_INTERP:
+                return os.fsdecode(read_at(file, offset, min(length, 4096)).rstrip(b"\0"))
+    return ""
+
+
+def list_libraries(program: str) -> List[str]:
+    """The dynamic loader of a program and the files that it opens."""
+    loader = read_loader(program)
+    if not loader:
+        return []                                 # linked statically
+    reader, writer = os.pipe()
+    pid = fork("a look at libraries")
+    if pid == 0:
+        try:
+            os.dup2(writer, 1)
+            os.execve(program, [program], dict(os.environ, LD_TRACE_LOADED_OBJECTS="1"))
+        finally:
+            os._exit(EXIT_FAILED)
+    os.close(writer)
+    with os.fdopen(reader, encoding="utf-8", errors="surrogateescape") as output:
+        text = output.read()
+    os.waitpid(pid, 0)
+    return [loader] + re.findall(r"(/\S.*) \(0x", text)
+
+
+def open_own(name: str, directory: int, uid: Optional[int] = None) -> int:
+    """Open a file of `uid`, or of the directory's owner, for reading.
+
+    Somebody may have put something else there that leads away, or waits.
+    """
+    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    status = os.fstat(descriptor)
+    owner = os.fstat(directory).st_uid if uid is None else uid
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != owner:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", name)
+    return descriptor
+
+
+def open_fifo(name: str, flags: int, directory: int) -> int:
+    """Open what `empty` has made, and nothing that the guest has put in its place."""
+    descriptor = os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no FIFO", name)
+    return descriptor
+
+
+def remove_entry(name: str, directory: int) -> bool:
+    """Remove a file or an empty directory; whether it is gone."""
+    for remove in (os.unlink, os.rmdir):
+        try:
+            remove(name, dir_fd=directory)
+            return True
+        except FileNotFoundError:
+            return True
+        except OSError:
+            pass
+    return False
+
+
+def open_place(path: bytes) -> int:
+    """Go to a directory by its absolute path, in which there is to be no link."""
+    place = os.open("/", os.O_PATH | DIRECTORY)
+    for name in filter(None, path.split(b"/")):
+        place = go_below(name, place)
+    return place
+
+
+def go_below(name: bytes, place: int) -> int:
+    """From one directory, which is closed, to one in it."""
+    try:
+        return os.open(name, os.O_PATH | DIRECTORY, dir_fd=place)
+    finally:
+        os.close(place)
+
+
+def spool(directory: int, content: bytes) -> bytes:
+    """Write a file for the guest, which is not trusted with that directory: its name is new and cannot be foreseen."""
+    name = os.urandom(8).hex()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(name, flags, 0o600, dir_fd=directory), "wb", buffering=0) as file:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[file.write(rest) or 0:]
+    return name.encode()
+
+
+def lock_directory(directory: int) -> Optional[bool]:
+    """Whether the lock was to be had; None on a file system that has none, as Lustre without `-o flock`."""
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:                               # ENOSYS, ENOLCK, EOPNOTSUPP
+        return None
+    return True
+
+
+def lock_for(directory: int, seconds: float) -> None:
+    """Wait for the lock of a directory, but not for ever: whoever can read it can lock it, too."""
+    deadline = time.monotonic() + seconds
+    while lock_directory(directory) is False and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def free_mib(directory: str) -> float:
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize / 1048576
+
+
+def find_fault_for_files(directory: str) -> int:
+    """ENOSPC or EDQUOT where a directory takes no further MiB; 0 if it does, or nobody can tell."""
+    path = os.path.join(directory, unique_name(".apppot-probe-"))
+    fault = 0
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.unlink(path)
+            os.posix_fallocate(descriptor, 0, PROBE_BYTES)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        fault = error.errno or 0
+    if fault in (errno.ENOSPC, errno.EDQUOT):
+        return fault
+    try:
+        return errno.ENOSPC if free_mib(directory) < 1 else 0
+    except OSError:
+        return 0
+
+
+def explain_full(what: str, directory: str, hint: str) -> Optional[Fatal]:
+    """The error of a directory in which nothing more can be written; None if it has room."""
+    fault = find_fault_for_files(directory)
+    if not fault:
+        return None
+    how = "is full" if fault == errno.ENOSPC else "has used up its quota"
+    return Fatal("{} {}: {}, which has {} free".format(what, how, directory, format_mib(free_mib(directory))), hint)
+
+
+def explain_full_scratch(directory: str) -> Optional[Fatal]:
+    return explain_full("scratch", directory, "it takes what the guest writes to its disk and what waits on stdin; "
+                        "--tmpdir names another directory")
+
+
+def open_nameless(directory: str) -> int:
+    """A new file without a name, of which a kill leaves nothing where the file system can make one so."""
+    try:
+        return os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+            raise
+    path = os.path.join(directory, unique_name(".apppot-probe-"))
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    os.unlink(path)
+    return descriptor
+
+
+def lock_file(descriptor: int, exclusive: bool, what: str, path: str) -> None:
+    """Lock a file against runs that write it, or against all others.
+
+    By an open file description lock, as the exclusive one wants write permission: with flock(2) anybody who can read
+    an image could keep everybody from running it.
+    """
+    kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
+    try:
+        fcntl.fcntl(descriptor, F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            return                                # a file system without locks: nothing can be promised there
+        holder = find_lock_holder(os.fstat(descriptor))
+        os.close(descriptor)
+        raise Fatal("{} is in use by {}: {}".format(what, holder, path),
+                    "--write and a COW file given by name want it for themselves: wait, or use a copy" if exclusive
+                    else "a run is writing it: wait, or use a copy")
+
+
+def find_lock_holder(locked: os.stat_result) -> str:
+    """In /proc/locks these locks have no process; a process shows its own in /proc/PID/fdinfo, but to its user only."""
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        place = "/proc/{}/fd".format(pid)
+        try:
+            for name in os.listdir(place):
+                if os.path.samestat(os.stat(os.path.join(place, name)), locked) \
+                        and "lock:" in read_node_file("{}info/{}".format(place, name)):
+                    return "process {}".format(pid)
+        except OSError:                           # another user's, or it has ended
+            pass
+    return "another run"
+
+
+def user_name(uid: int) -> bytes:
+    try:
+        return os.fsencode(pwd.getpwuid(uid).pw_name)
+    except KeyError:                              # a node without the account: batch systems do run such jobs
+        return b"u%d" % uid
+
+
+def group_name(gid: int) -> bytes:
+    try:
+        return os.fsencode(grp.getgrgid(gid).gr_name)
+    except KeyError:
+        return b"g%d" % gid
+
+
+# --- Landlock -----------------------------------------------------------------------------------------------
+
+# include/uapi/linux/landlock.h; the numbers of the system calls are the same on every machine.
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
+LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
+LANDLOCK_ABI_MIN, LANDLOCK_ABI_TRUNCATE = 2, 3                 # ABI 1 forbids every rename to another directory
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
+READ_ONLY, READ_WRITE = READ_FILE | READ_DIR, (1 << 15) - 1 - EXECUTE
+OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE         # the rights that a rule for a file may have
+
+
+def find_landlock() -> int:
+    """The version of Landlock's interface that this machine has; 0: none that will do."""
+    abi = call_libc("syscall", LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    return abi if abi >= LANDLOCK_ABI_MIN else 0
+
+
+def is_confined(empty: Optional[str]) -> bool:
+    """Whether Landlock is to be had and will do: an `empty` that is a script has an interpreter that opens anything."""
+    if empty:
+        with open(empty, "rb") as file:
+            if file.read(4) != b"\x7fELF":
+                return False
+    return find_landlock() > 0
+
+
+def describe_confinement(empty: Optional[str]) -> str:
+    return "confined by " + ("Landlock" if is_confined(empty) else "the guest's agent, as Landlock is not to be had")
+
+
+def confine(rules: Iterable[Tuple[AnyPath, int]]) -> None:
+    """Open to this process, and to what it starts, no files but those of `rules` and below, with these rights."""
+    abi = find_landlock()
+    known = EXECUTE | READ_WRITE if abi >= LANDLOCK_ABI_TRUNCATE else (EXECUTE | READ_WRITE) & ~TRUNCATE
+    ruleset = call_libc("syscall", LANDLOCK_CREATE_RULESET, struct.pack("Q", known), 8, 0)
+    for path, rights in rules:
+        try:
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except FileNotFoundError:                 # nothing to open, then
+            continue
+        meant = known if stat.S_ISDIR(os.fstat(descriptor).st_mode) else known & OF_FILES
+        call_libc("syscall", LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH,
+                  struct.pack("=Qi", rights & meant, descriptor), 0)
+        os.close(descriptor)
+    call_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if call_libc("syscall", LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
+        raise OSError(errno.EPERM, "Landlock")
+
+
+# --- The terminal -------------------------------------------------------------------------------------------
+
+WINDOW_SIZE = struct.Struct("4H")    # struct winsize: rows, columns, width and height in pixels
+
+
+class Stdio(NamedTuple):
+    """What the command's standard descriptors are to be."""
+    kinds: bytes                     # of 0, 1, 2 each "n"ull, "p"ipe or "t"erminal; "s": 2 is the same as 1
+    terminal: Optional["Terminal"]
+    at_once: bool                    # the command gets the terminal at its start, not when it first reads from it
+
+
+def encode_modes(attributes: List[Any]) -> bytes:
+    """What termios.tcgetattr() returns, as bytes; characters of c_cc may be numbers there."""
+    *flags, characters = attributes
+    return TERMINAL_MODES.pack(*flags, b"".join(c if isinstance(c, bytes) else bytes([c]) for c in characters))
+
+
+def decode_modes(modes: bytes) -> List[Any]:
+    *flags, characters = TERMINAL_MODES.unpack(modes)
+    return [*flags, [bytes([c]) for c in characters]]
+
+
+def is_null(descriptor: int) -> bool:
+    status = os.fstat(descriptor)
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev
+
+
+class Terminal:
+    """The caller's terminal: raw while the command has it, and at all other times as it was.
+
+    With -t and no terminal there, whatever stdin and stdout are takes its place.
+    """
+
+    def __init__(self, input_fd: int, output_fd: int, shares_output: bool = False) -> None:
+        self._shares_output = shares_output       # with other programs of a pipeline
+        # Not the caller's own numbers, which lead elsewhere in the supervisor.
+        self.input, self.output = (fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3) for number in (input_fd, output_fd))
+        self.is_real = os.isatty(input_fd)
+        # Shared with the supervisor, which puts the terminal in order if the runner is killed: is it raw, and what
+        # was it before?
+        self._state = mmap.mmap(-1, 1 + TERMINAL_MODES.size)
+
+    @property
+    def is_raw(self) -> bool:
+        return self._state[:1] == b"r"
+
+    @property
+    def ends_lines(self) -> bool:
+        """Whether it makes carriage return and line feed of a line feed itself."""
+        return self.is_real and (self._shares_output or not self.is_raw)
+
+    @property
+    def modes(self) -> bytes:
+        try:
+            return encode_modes(termios.tcgetattr(self.input)) if self.is_real else b""
+        except termios.error:                     # it was hung up
+            return b""
+
+    @property
+    def window(self) -> bytes:
+        try:
+            if self.is_real:
+                return fcntl.ioctl(self.input, termios.TIOCGWINSZ, bytes(WINDOW_SIZE.size))
+        except OSError:                           # it was hung up
+            pass
+        return WINDOW_SIZE.pack(24, 80, 0, 0)
+
+    def is_ours(self) -> bool:
+        """Whether this process is in the foreground of the terminal, or no shell has a say in that."""
+        try:
+            return os.tcgetpgrp(self.input) == os.getpgrp()
+        except OSError:
+            return True
+
+    def acquire(self) -> None:
+        """Make it raw; in the background this stops the process until the user brings it to the foreground."""
+        if self.is_real:
+            if not self.is_raw:
+                self._state[1:] = encode_modes(termios.tcgetattr(self.input))
+            tty.setraw(self.input, termios.TCSANOW)
+            if self._shares_output:
+                raw = termios.tcgetattr(self.input)
+                raw[1] |= termios.OPOST
+                termios.tcsetattr(self.input, termios.TCSANOW, raw)
+            self._state[:1] = b"r"
+
+    def release(self) -> None:
+        if self.is_raw:
+            try:
+                termios.tcsetattr(self.input, termios.TCSANOW, decode_modes(self._state[1:]))
+            except termios.error:                 # it is gone
+                pass
+            self._state[:1] = b"-"
+
+
+def find_open_for(not_only: int, on_terminal: Sequence[bool]) -> int:
+    """Which of 0, 1, 2 is the terminal, and not open only for the other direction, as `> /dev/tty` makes it."""
+    for number in (0, 1, 2):
+        if on_terminal[number] and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != not_only:
+            return number
+    with blaming("terminal cannot be opened", "/dev/tty", "-T runs the command without one"):
+        return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+
+
+def find_controlling_terminal() -> Optional[Terminal]:
+    """The one that a program can open as /dev/tty, to ask for a password, though all of 0, 1, 2 lead elsewhere."""
+    try:
+        descriptor = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+    except OSError:
+        return None
+    return Terminal(descriptor, descriptor, True)
+
+
+@contextmanager
+def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
+    """Decide what 0, 1 and 2 of the command are; leave the terminal as it was found."""
+    on_terminal = [choice is not False and os.isatty(descriptor) for descriptor in (0, 1, 2)]
+    if choice:
+        terminal: Optional[Terminal] = Terminal(0, 1)
+        kinds = b"ttt"
+    elif any(on_terminal):
+        terminal = Terminal(find_open_for(os.O_WRONLY, on_terminal), find_open_for(os.O_RDONLY, on_terminal),
+                            not on_terminal[1])
+        kinds = b"".join(b"t" if yes else b"p" for yes in on_terminal)
+    else:
+        terminal = None if choice is False else find_controlling_terminal()
+        kinds = b"ppp"
+    if kinds[:1] == b"p" and is_null(0):
+        kinds = b"n" + kinds[1:]
+    if kinds[1:] == b"pp" and os.path.sameopenfile(1, 2):
+        kinds = kinds[:2] + b"s"
+    # Where stdout goes elsewhere, another program of the pipeline may want the keyboard: less, say.
+    at_once = bool(choice) or (on_terminal[1] and terminal is not None and terminal.is_ours())
+    try:
+        yield Stdio(kinds, terminal, at_once)
+    finally:
+        if terminal:
+            terminal.release()
+
+
+# --- Images -------------------------------------------------------------------------------------------------
+
+AGENT, AGENT_MODULE = "/sbin/apppot-init", "/usr/lib/apppot/apppot_init.py"
+IMAGE_NAMES = ("apppot.img",)
+IMAGE_HINT = "--image names a file that is a disk image and that you may read; dd makes one of a device"
+EXT_MAGIC, EXT_64BIT = 0xEF53, 0x80                            # fs/ext4/ext4.h
+EXT_EXTENTS, EXTENT_MAGIC = 0x80000, 0xF30A
+EXT_UNREADABLE = 0x4 | 0x10 | 0x8000 | 0x10000                 # journal to replay, meta_bg, inline data, encryption
+LINUX_TYPE, EXTENDED_TYPES = 0x83, (0x05, 0x0F, 0x85)
+GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")   # Discoverable Partitions Specification
+# arch/um/drivers/cow_user.c, version 3, big-endian: magic, version, mtime and size of the base image, bytes of a
+# sector, alignment, format, path of the base. A bitmap of the sectors follows, then, aligned, the sectors.
+COW_MAGIC, COW_HEADER = b"OOOM", struct.Struct(">4sIIQIII4096s")
+COW_SECTOR, COW_ALIGNMENT = 512, 4096
+COW_RESERVED = 16 << 20              # bytes of header and bitmap that are allocated: of an image of 64 GiB all
+OTHER_IMAGES = (                     # offset, magic, what it is, what to do
+    (0, b"\x7fELF", "a program", "are image and kernel exchanged?"),
+    (0, b"\x1f\x8b", "compressed with gzip", "unpack it: gunzip FILE"),
+    (0, b"\xfd7zXZ", "compressed with xz", "unpack it: unxz FILE"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it: unzstd FILE"),
+    (0, b"BZh", "compressed with bzip2", "unpack it: bunzip2 FILE"),
+    (0, b"QFI\xfb", "a qcow2 image", "convert it: qemu-img convert -O raw FILE apppot.img"),
+    (0, b"KDMV", "a VMDK image", "convert it: qemu-img convert -O raw FILE apppot.img"),
+    (0, COW_MAGIC, "a COW file", "give it with its base image: --image COW:BASE"),
+    (0, b"XFSB", "an XFS file system", "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"),
+    (0, b"hsqs", "a squashfs file system", "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"),
+    (0x10040, b"_BHRfS_M", "a btrfs file system", "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"),
+    (32769, b"CD001", "a CD-ROM image", "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"),
+)
+
+
+class RootDevice(NamedTuple):
+    """Where an image holds the root file system."""
+    partition: int                   # 0: the image is the file system itself
+    base_id: str                     # UUID of the file system
+    start: int                       # bytes
+    length: int
 
 
 def read_ext_superblock(file: BinaryIO, offset: int) -> Optional[Tuple[str, int]]:
@@ -982,6 +1151,16 @@ def find_root_device(path: str) -> RootDevice:
         raise Fatal("image is truncated: {} has {} of {} bytes".format(path, size, root.start + root.length),
                     "was the transfer cut off? Copy it again")
     return root
+
+
+def explain_no_root(file: BinaryIO, path: str, has_partitions: bool) -> Fatal:
+    if has_partitions:
+        return Fatal("image has no Linux partition with ext4: " + path, "list its partitions: fdisk -l FILE")
+    for offset, magic, what, hint in OTHER_IMAGES:
+        if read_at(file, offset, len(magic)) == magic:
+            return Fatal("image is {}: {}".format(what, path), hint.replace("FILE", shlex.quote(path)))
+    return Fatal("image holds no ext4 file system and no partition table: " + path,
+                 "is it a disk image? `make image` builds one")
 
 
 class ExtReader:
@@ -1099,16 +1278,6 @@ def no_agent(what: str, image: str) -> Fatal:
     return Fatal("image has no agent ({}): {}".format(what, image), "`make image` builds one with it")
 
 
-def explain_no_root(file: BinaryIO, path: str, has_partitions: bool) -> Fatal:
-    if has_partitions:
-        return Fatal("image has no Linux partition with ext4: " + path, "list its partitions: fdisk -l FILE")
-    for offset, magic, what, hint in OTHER_IMAGES:
-        if read_at(file, offset, len(magic)) == magic:
-            return Fatal("image is {}: {}".format(what, path), hint.replace("FILE", shlex.quote(path)))
-    return Fatal("image holds no ext4 file system and no partition table: " + path,
-                 "is it a disk image? `make image` builds one")
-
-
 def check_cow(cow: str, base: str) -> None:
     """Refuse a COW file that was made for another base image, as the kernel would, but before the boot."""
     hint = "--image COW:BASE names the COW file first; is the order right?"
@@ -1179,47 +1348,16 @@ def open_image(path: str, exclusive: bool) -> int:
     return descriptor
 
 
-def lock_file(descriptor: int, exclusive: bool, what: str, path: str) -> None:
-    """Lock a file against runs that write it, or against all others.
+# --- Kernel files -------------------------------------------------------------------------------------------
 
-    By an open file description lock, as the exclusive one wants write permission: with flock(2) anybody who can read
-    an image could keep everybody from running it.
-    """
-    kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
-    try:
-        fcntl.fcntl(descriptor, F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            return                                # a file system without locks: nothing can be promised there
-        holder = find_lock_holder(os.fstat(descriptor))
-        os.close(descriptor)
-        raise Fatal("{} is in use by {}: {}".format(what, holder, path),
-                    "--write and a COW file given by name want it for themselves: wait, or use a copy" if exclusive
-                    else "a run is writing it: wait, or use a copy")
-
-
-def find_lock_holder(locked: os.stat_result) -> str:
-    """In /proc/locks these locks have no process; a process shows its own in /proc/PID/fdinfo, but to its user only."""
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
-        place = "/proc/{}/fd".format(pid)
-        try:
-            for name in os.listdir(place):
-                if os.path.samestat(os.stat(os.path.join(place, name)), locked) \
-                        and "lock:" in read_node_file("{}info/{}".format(place, name)):
-                    return "process {}".format(pid)
-        except OSError:                           # another user's, or it has ended
-            pass
-    return "another run"
-
-
-# --- The node -----------------------------------------------------------------------------------------------
-
-def read_variable(name: str) -> Optional[str]:
-    """A default from the environment. There, unlike in an option, an empty value is the usual way to give none."""
-    text = os.environ.get(name) or None
-    if text is not None and is_blank(text):
-        raise Fatal("{} has no value: {!r}".format(name, text), "unset the variable, or give it a value")
-    return text
+KERNEL_NAMES = ("linux", "linux.uml")
+KERNEL_ANSWER_S = 10.0               # for `linux --version`
+HAS_SMP, HAS_SECCOMP = b"CONFIG_SMP=y", b"seccomp=<on"         # the latter from the text of `linux --help`
+HAS_MAPPER = b"CONFIG_DM_INIT=y"     # device mapper, by the kernel command line
+KERNEL_FEATURES = (
+    ("SMP", HAS_SMP), ("seccomp mode", HAS_SECCOMP), ("hostfs", b"CONFIG_HOSTFS=y"), ("mconsole", b"CONFIG_MCONSOLE=y"),
+    ("vector network", b"CONFIG_UML_NET_VECTOR=y"), ("slirp network", b"CONFIG_UML_NET_SLIRP=y"),
+    ("--disk", HAS_MAPPER))
 
 
 def find_part(option: Optional[str], variable: str, names: Sequence[str], what: str, on_path: bool) -> str:
@@ -1262,41 +1400,24 @@ def check_kernel(path: str) -> str:
     return os.path.abspath(path)
 
 
-def make_executable(path: str) -> bool:
-    if not os.access(path, os.X_OK):
-        try:
-            os.chmod(path, os.stat(path).st_mode | 0o100)
-        except OSError:
-            pass
-    return os.access(path, os.X_OK)
+def kernel_holds(kernel: str, text: bytes) -> bool:
+    """Whether a text is in the kernel: a message, or one of the settings that `linux --showconfig` would print.
+
+    Unlike the kernel's own answer this takes no process, and is there when a library of the kernel is not; but the
+    search takes 5 ms.
+    """
+    with blaming("kernel cannot be read", kernel, "is it complete?"), open(kernel, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with content:
+        return content.find(text) >= 0
 
 
-def find_empty(io: str, option: Optional[str]) -> Tuple[Optional[str], bool]:
-    """The `empty` that is to carry the channel, if any, and whether it was asked for, not just found beside us."""
-    asked = bool(io == "empty" or option or read_variable("APPPOT_EMPTY"))
-    if io == "builtin":
-        if option:
-            raise Fatal("--empty with --io builtin: " + option, "leave out one of the two")
-        return None, False
-    if asked:
-        path = find_part(option, "APPPOT_EMPTY", EMPTY_NAMES, "empty", True)
-        check_is_empty(path)
-    else:
-        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), EMPTY_NAMES[0])
-        try:
-            check_is_empty(path)
-        except Fatal:                             # any file may have that name
-            return None, False
-    return os.path.abspath(path), asked
-
-
-def check_is_empty(path: str) -> None:
-    with open_regular(path, "`empty`", "--empty names the program, --io builtin does without it") as file:
-        is_empty = EMPTY_MARK in file.read(1 << 20)
-    if not is_empty:
-        raise Fatal("not the program `empty`: " + path, "build it from github.com/mezantrop/empty, or use --io builtin")
-    if not make_executable(path):
-        raise Fatal("`empty` is not executable: " + path, "chmod +x it; a file system mounted noexec cannot hold it")
+def choose_mode(kernel: str, ptrace: bool, extra: Sequence[str]) -> str:
+    """How the kernel is to trap system calls: "on", by seccomp, "off", by ptrace, "auto"; "" where it has no choice."""
+    if not kernel_holds(kernel, HAS_SECCOMP):
+        return ""
+    chosen = [word.partition("=")[2] for word in extra if word.startswith("seccomp=")]
+    return chosen[-1] if chosen else "off" if ptrace else "auto"
 
 
 def ask_version(kernel: str) -> str:
@@ -1312,19 +1433,6 @@ def ask_version(kernel: str) -> str:
         return "nothing within {:g} s".format(KERNEL_ANSWER_S)
     died = "died of signal {}".format(-answer.returncode) if answer.returncode < 0 else ""
     return answer.stdout.decode("utf-8", "replace").strip() + died
-
-
-def read_loader(kernel: str) -> str:
-    """The dynamic loader that an executable asks for (elf(5), PT_INTERP); empty if it is linked statically."""
-    with open(kernel, "rb") as file:
-        header = read_at(file, 0, 64)
-        start, = struct.unpack_from("<Q", header, 32)
-        size, count = struct.unpack_from("<HH", header, 54)
-        for index in range(count):
-            kind, offset, length = struct.unpack_from("<I4xQ16xQ", read_at(file, start + index * size, 56))
-            if kind == PT_INTERP:
-                return os.fsdecode(read_at(file, offset, min(length, 4096)).rstrip(b"\0"))
-    return ""
 
 
 def explain_exec_failure(number: int, kernel: str) -> Fatal:
@@ -1362,107 +1470,9 @@ def not_uml(kernel: str, how: str) -> Fatal:
                      shlex.quote(kernel)))
 
 
-def free_mib(directory: str) -> float:
-    status = os.statvfs(directory)
-    return status.f_bavail * status.f_frsize / 1048576
-
-
-def find_fault_for_files(directory: str) -> int:
-    """ENOSPC or EDQUOT where a directory takes no further MiB; 0 if it does, or nobody can tell."""
-    path = os.path.join(directory, unique_name(".apppot-probe-"))
-    fault = 0
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.unlink(path)
-            os.posix_fallocate(descriptor, 0, PROBE_BYTES)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        fault = error.errno or 0
-    if fault in (errno.ENOSPC, errno.EDQUOT):
-        return fault
-    try:
-        return errno.ENOSPC if free_mib(directory) < 1 else 0
-    except OSError:
-        return 0
-
-
-def explain_full(what: str, directory: str, hint: str) -> Optional[Fatal]:
-    """The error of a directory in which nothing more can be written; None if it has room."""
-    fault = find_fault_for_files(directory)
-    if not fault:
-        return None
-    how = "is full" if fault == errno.ENOSPC else "has used up its quota"
-    return Fatal("{} {}: {}, which has {} free".format(what, how, directory, format_mib(free_mib(directory))), hint)
-
-
-def explain_full_scratch(directory: str) -> Optional[Fatal]:
-    return explain_full("scratch", directory, "it takes what the guest writes to its disk and what waits on stdin; "
-                        "--tmpdir names another directory")
-
-
-def find_room(spec: RunSpec) -> int:
-    """Bytes that the guest's disk can take at most: what is free beside its file, and what that has already."""
-    status = os.statvfs(spec.disk_directory)
-    room = status.f_bavail * status.f_frsize
-    return room + (os.stat(spec.disk_file).st_blocks * 512 if spec.disk_file else 0)
-
-
-def unique_name(prefix: str) -> str:
-    return "{}{}-{}".format(prefix, os.getuid(), os.urandom(6).hex())
-
-
-def open_nameless(directory: str) -> int:
-    """A new file without a name, of which a kill leaves nothing where the file system can make one so."""
-    try:
-        return os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-            raise
-    path = os.path.join(directory, unique_name(".apppot-probe-"))
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    os.unlink(path)
-    return descriptor
-
-
-def find_fault_for_ram(directory: str, mem_mib: int) -> str:
-    """Why the guest's memory cannot be a file in `directory`; empty if it can. UML maps that file executable."""
-    try:
-        with signals_held():
-            descriptor = open_nameless(directory)
-    except OSError as error:
-        return "cannot be written ({})".format(error.strerror)
-    try:
-        os.ftruncate(descriptor, mmap.PAGESIZE)
-        mmap.mmap(descriptor, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_EXEC).close()
-        room = free_mib(directory)
-    except OSError as error:
-        if error.errno == errno.EFBIG:
-            return "takes no file of a page (ulimit -f)"
-        return "is mounted noexec" if error.errno == errno.EPERM else "is unusable ({})".format(error.strerror)
-    finally:
-        os.close(descriptor)
-    return "" if room >= mem_mib else "has {} free".format(format_mib(room))
-
-
-def try_in_child(attempt: Callable[[], int]) -> str:
-    """Why `attempt`, which returns 0 or an errno, fails in a process of its own; empty if it does not."""
-    pid = fork("a trial")
-    if pid == 0:
-        result = errno.EPERM
-        try:
-            result = attempt()
-        except OSError as error:
-            result = error.errno or result
-        except ImportError:                       # a Python without ctypes cannot try
-            result = 0
-        finally:
-            os._exit(result)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
-        return "signal {}".format(os.WTERMSIG(status))
-    return os.strerror(status >> 8) if status else ""
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+BPF_RET, SECCOMP_RET_ALLOW = 0x06, 0x7FFF0000                  # include/uapi/linux/bpf_common.h, seccomp.h
+PTRACE_TRACEME, PTRACE_SETOPTIONS, PTRACE_O_TRACESYSGOOD, PTRACE_SYSEMU = 0, 0x4200, 1, 31     # linux/ptrace.h, x86
 
 
 def try_ptrace() -> int:
@@ -1532,207 +1542,33 @@ def explain_ptrace(kernel: Optional[str], has_seccomp_mode: bool) -> Optional[Fa
                  "ask for it to be allowed, or use a kernel with a seccomp mode, as `make kernel` builds")
 
 
-def scratch_candidates(tmpdir: Optional[str]) -> List[str]:
-    given = tmpdir or read_variable("APPPOT_TMPDIR")
-    if given:
-        return [given]
-    named = [os.environ.get(name) for name in ("_CONDOR_SCRATCH_DIR", "SLURM_TMPDIR", "PBS_JOBFS", "TMPDIR")]
-    return [path for path in named if path] + ["/tmp", "/var/tmp"]
-
-
-def choose_ram_directory(candidates: Sequence[str], mem_mib: int) -> str:
-    faults = []
-    for directory in [SHARED_MEMORY] + list(candidates):
-        fault = find_fault_for_ram(directory, mem_mib)
-        if not fault:
-            return os.path.abspath(directory)
-        faults.append("{} {}".format(directory, fault))
-    raise Fatal("no room for the guest's memory of {}: {}".format(format_mib(mem_mib), "; ".join(faults)),
-                "name a directory that has it and is not noexec with --tmpdir, or ask for less with --mem")
-
-
-def kernel_holds(kernel: str, text: bytes) -> bool:
-    """Whether a text is in the kernel: a message, or one of the settings that `linux --showconfig` would print.
-
-    Unlike the kernel's own answer this takes no process, and is there when a library of the kernel is not; but the
-    search takes 5 ms.
-    """
-    with blaming("kernel cannot be read", kernel, "is it complete?"), open(kernel, "rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    with content:
-        return content.find(text) >= 0
-
-
-def choose_scratch(candidates: Sequence[str]) -> str:
-    faults = []
-    for directory in candidates:
-        if not os.path.isdir(directory):
-            faults.append(directory + " is not a directory")
-        elif not os.access(directory, os.W_OK | os.X_OK):
-            faults.append(directory + " is not writable")
-        elif free_mib(directory) < SCRATCH_MIN_MIB:
-            faults.append("{} has {} free, {} are needed".format(
-                directory, format_mib(free_mib(directory)), format_mib(SCRATCH_MIN_MIB)))
-        else:
-            return os.path.abspath(directory)
-    raise Fatal("no directory for temporary files: " + "; ".join(faults), "name one with --tmpdir")
-
-
-def check_limits(mem_mib: int, disk_bytes: int, cpus: int) -> None:
-    """Hard limits of the node that the kernel would die of; take_limits() raises the soft ones to them."""
-    needs = (
-        (resource.RLIMIT_AS, (mem_mib + ADDRESS_SPACE_EXTRA_MIB) << 20, "address space (ulimit -v)"),
-        (resource.RLIMIT_FSIZE, max(mem_mib << 20, start_of_cow(disk_bytes) + disk_bytes), "file size (ulimit -f)"),
-    )
-    for which, need, what in needs:
-        hard = resource.getrlimit(which)[1]
-        if hard != resource.RLIM_INFINITY and hard < need:
-            raise Fatal("limit of {} is {}, {} are needed".format(what, format_mib(hard >> 20), format_mib(need >> 20)),
-                        "raise the limit, or ask for less memory with --mem")
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    needed = len(os.listdir("/proc/self/fd")) + DESCRIPTORS_MIN
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise Fatal("limit of open files (ulimit -n) is {}, {} are needed with those of the caller".format(
-            hard, needed), "raise the limit")
-    check_processes()
-    check_timers(cpus)
-
-
-def check_processes() -> None:
-    """The limits count threads, too; the guest has a process of the host for each of its own."""
-    for room in read_process_room(read_node_file):
-        if room.value < PROCESSES_MIN:
-            raise Fatal("limit of processes ({}) leaves room for {}, {} are needed".format(
-                room.source, max(0, room.value), PROCESSES_MIN), "raise the limit, or end other processes of the job")
-    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-    if hard != resource.RLIM_INFINITY and os.getuid() != 0 and hard < count_own_threads() + PROCESSES_MIN:
-        raise Fatal("limit of processes (ulimit -u) is {}, {} are needed beside those that you have".format(
-            hard, PROCESSES_MIN), "raise the limit, or end some of your processes")
-
-
-def take_limits() -> Tuple[Limit, ...]:
-    """Return the caller's limits, which are for the command, and raise the soft ones for AppPot itself.
-
-    UML would die of some. Of the CPU time the last second is kept: SIGXCPU then tells the runner what is to come.
-    """
-    limits = tuple(Limit(number, *resource.getrlimit(number)) for number in PASSED_LIMITS)
-    for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE,
-                  resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_SIGPENDING):
-        hard = resource.getrlimit(which)[1]
-        has_rest = which == resource.RLIMIT_CPU and hard > 1
-        resource.setrlimit(which, (hard - 1 if has_rest else hard, hard))
-    return limits
-
-
-def count_own_threads() -> int:
-    count = 0
-    for name in os.listdir("/proc"):
-        try:
-            if name.isdigit():
-                tasks = os.stat("/proc/{}/task".format(name))
-                count += tasks.st_nlink - 2 if tasks.st_uid == os.getuid() else 0
-        except OSError:
-            pass                                  # it has ended meanwhile
-    return count
-
-
-def check_timers(cpus: int) -> None:
-    """Each CPU of the guest has a timer, which takes one of the user's pending signals (timer_create(2))."""
-    hard = resource.getrlimit(resource.RLIMIT_SIGPENDING)[1]
-    queued = re.search(r"(?m)^SigQ:\s*(\d+)/", read_node_file("/proc/self/status"))
-    used = int(queued.group(1)) if queued else 0
-    if hard != resource.RLIM_INFINITY and hard < used + cpus:
-        raise Fatal("limit of pending signals (ulimit -i) is {}, {} are needed".format(hard, used + cpus),
-                    "raise the limit; without them the guest's clock stands still")
-
-
-def total_memory_mib() -> int:
-    with open("/proc/meminfo") as file:
-        return int(file.readline().split()[1]) // 1024
-
-
-def find_job_directory() -> Tuple[bytes, bytes]:
-    """The current directory, links resolved, and as $PWD names it: scripts use the name that the user knows."""
-    hint = "cd to another one, or run without a job directory: --no-job-dir"
-    with blaming("current directory cannot be used as job directory", ".", hint):
-        directory = os.getcwdb()
-    if not is_current(directory):                 # the guest opens it by its path
-        parents = [directory[:index] or b"/" for index, byte in enumerate(directory) if byte == ord("/")]
-        closed = next((os.fsdecode(path) for path in parents if not os.access(path, os.X_OK)), "")
-        raise Fatal("current directory cannot be reached by its path{}: {}".format(
-            ", {} cannot be searched".format(closed) if closed else "", os.fsdecode(directory)), hint)
-
-    alias = os.environb.get(b"PWD", b"")
-    known = alias.startswith(b"/") and b".." not in alias.split(b"/") and is_current(alias)
-    return directory, os.path.normpath(alias) if known else directory
-
-
-def is_current(path: bytes) -> bool:
-    try:
-        return os.path.samefile(path, b".")
-    except OSError:
-        return False
-
-
-def read_short(path: str, notes: List[str]) -> bytes:
-    """A file of the node, if there is one that can be read and is not too large to pass on."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(NODE_FILE_MAX + 1)
-    except OSError:
-        return b""
-    if len(content) > NODE_FILE_MAX:
-        notes.append("{} has more than {} MiB, the guest does without it".format(path, NODE_FILE_MAX >> 20))
-        return b""
-    return content
-
-
-def find_job_id() -> str:
-    """The batch system's name of this job; empty outside of one."""
-    return next(filter(None, (os.environ.get(name) for name in JOB_IDS)), "")
-
-
-def view_node(notes: List[str]) -> NodeView:
-    host = socket.gethostname()
-    zone = read_short("/etc/localtime", notes)
-    zone_name = os.path.realpath("/etc/localtime").partition(ZONES)[2]
-    return NodeView(
-        name_guest(host, find_job_id(), os.urandom(3).hex()).encode(),
-        select_hosts(read_short("/etc/hosts", notes)),
-        select_resolver(read_short("/etc/resolv.conf", notes), host),
-        zone if zone.startswith(b"TZif") else b"",
-        os.fsencode(zone_name))
-
-
-def parse_bind(text: str) -> Bind:
-    """SRC[:DST[:ro]]; colons may be part of a name that exists."""
-    words = text.split(":")
-    for count in range(len(words), 0, -1):
-        source = ":".join(words[:count])
-        if os.path.lexists(source):
-            break
-    else:
-        raise Fatal("--bind names no file or directory: " + (words[0] or repr(text)),
-                    "write --bind SRC[:DST[:ro]], with SRC on this machine")
-    target, mode = words[count:], "rw"
-    if target and "/" not in target[-1]:
-        mode = target.pop()
-    place = os.path.normpath(target[0] if target else os.path.abspath(source))
-    if len(target) > 1 or mode not in ("ro", "rw") or not place.strip("/") or not place.startswith("/"):
-        raise Fatal("--bind has no such place or mode in the guest: " + text,
-                    "write --bind SRC[:DST[:ro]], with DST an absolute path below /")
-    with blaming("--bind cannot be used", source, "is it a link that leads nowhere?"):
-        kind = name_kind(source)
-    if kind not in ("", "a directory"):
-        raise Fatal("--bind is {}: {}".format(kind, source), "bind files and directories; it may be in one of these")
-    if not os.access(source, os.R_OK | (os.X_OK if os.path.isdir(source) else 0)):
-        raise Fatal("--bind cannot be read: " + source, "check its permissions")
-    return Bind(os.fsencode(os.path.realpath(source)), os.fsencode("/" + place.strip("/")), mode == "ro",
-                os.path.isdir(source))
-
-
 # --- What the job was granted -------------------------------------------------------------------------------
 # Functions of the environment and of `read`, which returns the text of a file, "" of one that cannot be read.
+
+DEFAULT_MEM_MIB, SMALL_MEM_MIB = 1024, 256
+MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
+ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
+OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32  # the guest gets 64 MiB and a 32nd less than the job; 40 and a 100th are used
+SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
+JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "JOB_ID", "LSB_JOBID")
+
+
+class Amount(NamedTuple):
+    """So much memory (MiB) or so many CPUs, and where that comes from."""
+    value: int
+    source: str
+
+
+class Grants(NamedTuple):
+    """What this job may use. Of several amounts the smallest counts."""
+    systems: Tuple[str, ...]         # the batch systems whose job this is
+    mem: Tuple[Amount, ...]          # what they say
+    cpus: Tuple[Amount, ...]
+    machine: Amount                  # its memory
+    mem_limits: Tuple[Amount, ...]   # what the node enforces
+    cpu_limits: Tuple[Amount, ...]
+    notes: Tuple[str, ...]           # what was ignored
+
 
 def read_amount(values: Mapping[str, str], name: str, parse: Callable[[str], int], notes: List[str],
                 owner: str = "") -> List[Amount]:
@@ -1854,10 +1690,6 @@ def list_cgroups(membership: str, mounts: str, controller: str) -> List[str]:
     return []
 
 
-def is_below(path: str, directory: str) -> bool:
-    return path == directory or path.startswith(directory.rstrip("/") + "/")
-
-
 def read_cgroup_limits(read: Callable[[str], str], names: Sequence[Tuple[str, str]],
                        parse: Callable[[str, str], int]) -> List[Amount]:
     """What `parse` makes of the limit files of this cgroup and of all above it; ValueError for no limit."""
@@ -1901,6 +1733,11 @@ def read_process_room(read: Callable[[str], str]) -> List[Amount]:
     return read_cgroup_limits(read, (("", "pids.max"), ("pids", "pids.max")), room)
 
 
+def total_memory_mib() -> int:
+    with open("/proc/meminfo") as file:
+        return int(file.readline().split()[1]) // 1024
+
+
 def find_grants(environment: Mapping[str, str], read: Callable[[str], str], machine_mib: int) -> Grants:
     notes: List[str] = []
     systems, mem, cpus = [], [], []
@@ -1912,14 +1749,6 @@ def find_grants(environment: Mapping[str, str], read: Callable[[str], str], mach
         cpus += its_cpus
     return Grants(tuple(systems), tuple(mem), tuple(cpus), Amount(machine_mib, "memory of this machine"),
                   tuple(read_mem_limits(read, machine_mib)), tuple(read_cpu_limits(read)), tuple(notes))
-
-
-def read_node_file(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read(1 << 20)
-    except (OSError, ValueError):                 # ValueError: a NUL in a path of somebody's making
-        return ""
 
 
 def find_own_grants() -> Grants:
@@ -1947,6 +1776,16 @@ def default_mem(grants: Grants) -> Amount:
     return rest if stated else min(plain, rest)
 
 
+def check_memory(text: str, name: str) -> int:
+    mem_mib = parse_size_mib(text, name)
+    total = total_memory_mib()
+    if mem_mib < MEM_MIN_MIB:
+        raise Fatal("{} is too small: {}".format(name, text), "a guest needs at least {} MiB".format(MEM_MIN_MIB))
+    if mem_mib > total:
+        raise Fatal("{} is more than this machine has: {}".format(name, text), "it has {}".format(format_mib(total)))
+    return mem_mib
+
+
 def choose_memory(asked: Optional[str], grants: Grants) -> Tuple[Amount, Tuple[int, ...]]:
     """The guest's memory, and to what it may be lowered where there is no room for so much.
 
@@ -1969,6 +1808,37 @@ def find_job_limit(grants: Grants) -> int:
     if not grants.mem or not limits or smallest(limits).value > 1.25 * smallest(grants.mem).value:
         return 0
     return smallest(limits).value
+
+
+def find_fault_for_ram(directory: str, mem_mib: int) -> str:
+    """Why the guest's memory cannot be a file in `directory`; empty if it can. UML maps that file executable."""
+    try:
+        with signals_held():
+            descriptor = open_nameless(directory)
+    except OSError as error:
+        return "cannot be written ({})".format(error.strerror)
+    try:
+        os.ftruncate(descriptor, mmap.PAGESIZE)
+        mmap.mmap(descriptor, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_EXEC).close()
+        room = free_mib(directory)
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            return "takes no file of a page (ulimit -f)"
+        return "is mounted noexec" if error.errno == errno.EPERM else "is unusable ({})".format(error.strerror)
+    finally:
+        os.close(descriptor)
+    return "" if room >= mem_mib else "has {} free".format(format_mib(room))
+
+
+def choose_ram_directory(candidates: Sequence[str], mem_mib: int) -> str:
+    faults = []
+    for directory in [SHARED_MEMORY] + list(candidates):
+        fault = find_fault_for_ram(directory, mem_mib)
+        if not fault:
+            return os.path.abspath(directory)
+        faults.append("{} {}".format(directory, fault))
+    raise Fatal("no room for the guest's memory of {}: {}".format(format_mib(mem_mib), "; ".join(faults)),
+                "name a directory that has it and is not noexec with --tmpdir, or ask for less with --mem")
 
 
 def place_memory(mem: Amount, floors: Sequence[int], candidates: Sequence[str]) -> Tuple[Amount, str]:
@@ -2021,190 +1891,73 @@ def describe_cpus(cpus: Amount) -> str:
     return "{} CPU{}: {}".format(cpus.value, "s" if cpus.value > 1 else "", cpus.source)
 
 
-# --- Processes ----------------------------------------------------------------------------------------------
+# --- The node -----------------------------------------------------------------------------------------------
 
-@contextmanager
-def signals_held() -> Iterator[Set[int]]:
-    """Keep signals from ending this process while there is something that it must remove; yields the mask before.
-
-    Those that come are dealt with at the end of the context, or when Session.run() lets them in.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM_KERNEL)
-    handlers = {number: signal.getsignal(number) for number in KEPT_FROM_KERNEL}
-    try:
-        yield {int(number) for number in mask}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def fork(what: str) -> int:
-    try:
-        return os.fork()
-    except OSError as error:
-        raise Fatal("process for {} cannot be started: {}".format(what, error.strerror), PROCESSES_HINT)
+SCRATCH_MIN_MIB = 32                 # for the spool and the first blocks of the COW file
+DESCRIPTORS_MIN, PROCESSES_MIN = 40, 16
+FILE_MAX = (1 << 63) - 1             # loff_t
+HOST_NAME_MAX, JOB_ID_MAX = 63, 20   # the former of RFC 1123
+HOST_LINE = re.compile(
+    br"^[ \t]*(?!127\.|::1[ \t])([0-9a-fA-F:][^\s#\0]*[ \t]+[^\n#\0]+)", re.MULTILINE)
+RESOLVER_LINE = re.compile(br"^(?:search|domain|options)[ \t][^\n\0]+", re.MULTILINE)
+NODE_FILE_MAX = 4 << 20              # of a larger one nothing is passed on
+ZONES = "zoneinfo/"                  # after this a path names a time zone
+# Not those that lead a client of the batch system to its configuration: that is no file of the guest.
+BATCH_VARIABLES = re.compile(
+    br"(?!(?:SLURM_CONF|PBS_CONF_FILE|SGE_ROOT)\Z)"
+    br"(?:(SLURM_|SLURMD_|PBS_|SGE_|JOB_|_CONDOR_|OMP_|LSB_|LC_).*|"
+    br"NSLOTS|NHOSTS|NQUEUES|PE|QUEUE|RESTARTED|OPENBLAS_NUM_THREADS|MKL_NUM_THREADS|TERM|LANG|LANGUAGE|TZ)")
+# The libraries ask their own variable first, and then the first of these, which most others ask, too.
+THREAD_VARIABLES = (b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREADS")
 
 
-def call_libc(name: str, *arguments: Union[int, bytes, None]) -> int:
-    """What the standard library does not offer; -1 if it fails or this Python has no ctypes."""
-    try:
-        import ctypes
-        return int(getattr(ctypes.CDLL(None), name)(*arguments))
-    except (ImportError, OSError):
-        return -1
+class Bind(NamedTuple):
+    """A file or directory of the host that the guest sees."""
+    source: bytes                    # absolute path, links resolved
+    target: bytes                    # absolute path in the guest
+    read_only: bool
+    is_directory: bool
+
+    @property
+    def directory(self) -> bytes:
+        """What hostfs can mount of it: a directory."""
+        return self.source if self.is_directory else os.path.dirname(self.source)
+
+    @property
+    def name(self) -> bytes:
+        return b"" if self.is_directory else os.path.basename(self.source)
 
 
-def find_landlock() -> int:
-    """The version of Landlock's interface that this machine has; 0: none that will do."""
-    abi = call_libc("syscall", LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
-    return abi if abi >= LANDLOCK_ABI_MIN else 0
+class NodeView(NamedTuple):
+    """What the guest says where a program asks it about the node."""
+    host_names: bytes = b"apppot"    # its own, the last without a domain
+    hosts: bytes = b""               # lines of /etc/hosts
+    resolver: bytes = b""            # of resolv.conf
+    zone: bytes = b""                # /etc/localtime; empty: none
+    zone_name: bytes = b""           # empty: not known
 
 
-def is_confined(empty: Optional[str]) -> bool:
-    """Whether Landlock is to be had and will do: an `empty` that is a script has an interpreter that opens anything."""
-    if empty:
-        with open(empty, "rb") as file:
-            if file.read(4) != b"\x7fELF":
-                return False
-    return find_landlock() > 0
+def scratch_candidates(tmpdir: Optional[str]) -> List[str]:
+    given = tmpdir or read_variable("APPPOT_TMPDIR")
+    if given:
+        return [given]
+    named = [os.environ.get(name) for name in ("_CONDOR_SCRATCH_DIR", "SLURM_TMPDIR", "PBS_JOBFS", "TMPDIR")]
+    return [path for path in named if path] + ["/tmp", "/var/tmp"]
 
 
-def describe_confinement(empty: Optional[str]) -> str:
-    return "confined by " + ("Landlock" if is_confined(empty) else "the guest's agent, as Landlock is not to be had")
-
-
-def confine(rules: Iterable[Tuple[AnyPath, int]]) -> None:
-    """Open to this process, and to what it starts, no files but those of `rules` and below, with these rights."""
-    abi = find_landlock()
-    known = EXECUTE | READ_WRITE if abi >= LANDLOCK_ABI_TRUNCATE else (EXECUTE | READ_WRITE) & ~TRUNCATE
-    ruleset = call_libc("syscall", LANDLOCK_CREATE_RULESET, struct.pack("Q", known), 8, 0)
-    for path, rights in rules:
-        try:
-            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except FileNotFoundError:                 # nothing to open, then
-            continue
-        meant = known if stat.S_ISDIR(os.fstat(descriptor).st_mode) else known & OF_FILES
-        call_libc("syscall", LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH,
-                  struct.pack("=Qi", rights & meant, descriptor), 0)
-        os.close(descriptor)
-    call_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if call_libc("syscall", LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
-        raise OSError(errno.EPERM, "Landlock")
-
-
-def list_libraries(program: str) -> List[str]:
-    """The dynamic loader of a program and the files that it opens."""
-    loader = read_loader(program)
-    if not loader:
-        return []                                 # linked statically
-    reader, writer = os.pipe()
-    pid = fork("a look at libraries")
-    if pid == 0:
-        try:
-            os.dup2(writer, 1)
-            os.execve(program, [program], dict(os.environ, LD_TRACE_LOADED_OBJECTS="1"))
-        finally:
-            os._exit(EXIT_FAILED)
-    os.close(writer)
-    with os.fdopen(reader, encoding="utf-8", errors="surrogateescape") as output:
-        text = output.read()
-    os.waitpid(pid, 0)
-    return [loader] + re.findall(r"(/\S.*) \(0x", text)
-
-
-def list_children(pid: int, thread: int = 0) -> List[int]:
-    """The children of a process that one of its threads has started, by default the first."""
-    try:
-        with open("/proc/{}/task/{}/children".format(pid, thread or pid)) as file:
-            return [int(word) for word in file.read().split()]
-    except OSError:                               # a kernel without CONFIG_PROC_CHILDREN, or it has ended
-        every = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        return [child for child in every if read_process(child)[1] == pid]
-
-
-def read_process(pid: int) -> Tuple[str, int]:
-    """State letter and parent of a process; ("", 0) when there is none."""
-    try:
-        with open("/proc/{}/stat".format(pid), "rb") as file:
-            state, parent = file.read().rpartition(b")")[2].split()[:2]
-    except (OSError, ValueError):
-        return "", 0
-    return state.decode(), int(parent)
-
-
-def blame_cpu_limit(pid: int, who: str) -> Optional[Fatal]:
-    """What to say if a process has come near its limit of CPU time; a dead one that nobody has reaped still tells.
-
-    Linux ends a process for the ticks that it has met; on a busy machine that can be far more than it has used.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    try:
-        with open("/proc/{}/stat".format(pid), "rb") as file:
-            ticks = sum(int(word) for word in file.read().rpartition(b")")[2].split()[11:13])
-    except OSError:
-        return None
-    used_s = ticks / os.sysconf("SC_CLK_TCK")
-    if soft == resource.RLIM_INFINITY or used_s < soft / 2:
-        return None
-    return Fatal("{} has ended with {:.1f} s of CPU time used; the limit (ulimit -t) is {} s".format(who, used_s, hard),
-                 MORE_CPU_TIME)
-
-
-def read_processor(pid: int) -> int:
-    """The CPU that a process was on last (proc(5)); -1 when there is none."""
-    try:
-        with open("/proc/{}/stat".format(pid), "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[36])
-    except (OSError, IndexError):
-        return -1
-
-
-def read_times(task: int) -> Tuple[float, float]:
-    """Seconds that a thread has run, and that it has waited for a CPU; 0 if the host does not count."""
-    try:
-        with open("/proc/{}/schedstat".format(task), "rb") as file:
-            ran, waited = file.read().split()[:2]
-    except (OSError, ValueError):
-        return 0.0, 0.0
-    return int(ran) / 1e9, int(waited) / 1e9
-
-
-def read_idle_times() -> Dict[int, float]:
-    """Seconds that each CPU of the host had nothing to run."""
-    with open("/proc/stat", "rb") as file:
-        lines = [line.split() for line in file if line.startswith(b"cpu")][1:]
-    tick = os.sysconf("SC_CLK_TCK")
-    return {int(words[0][3:]): (int(words[4]) + int(words[5])) / tick for words in lines}
-
-
-def list_tasks(kernel: int) -> Iterator[int]:
-    """Threads of the kernel, and then what these have started by that time: a process for each of the guest."""
-    try:
-        threads = [int(name) for name in os.listdir("/proc/{}/task".format(kernel))]
-    except OSError:
-        return
-    yield from threads
-    for thread in threads:
-        yield from list_children(kernel, thread)
-
-
-def count_pages(pid: int) -> int:
-    """Of the address space of a process; 0 when there is none."""
-    try:
-        with open("/proc/{}/statm".format(pid), "rb") as file:
-            return int(file.read().split()[0])
-    except (OSError, IndexError):
-        return 0
-
-
-def count_areas(pid: int) -> int:
-    """Of the address space of a process, as vm.max_map_count counts them."""
-    try:
-        with open("/proc/{}/maps".format(pid), "rb") as file:
-            return sum(1 for _ in file)
-    except OSError:
-        return 0
+def choose_scratch(candidates: Sequence[str]) -> str:
+    faults = []
+    for directory in candidates:
+        if not os.path.isdir(directory):
+            faults.append(directory + " is not a directory")
+        elif not os.access(directory, os.W_OK | os.X_OK):
+            faults.append(directory + " is not writable")
+        elif free_mib(directory) < SCRATCH_MIN_MIB:
+            faults.append("{} has {} free, {} are needed".format(
+                directory, format_mib(free_mib(directory)), format_mib(SCRATCH_MIN_MIB)))
+        else:
+            return os.path.abspath(directory)
+    raise Fatal("no directory for temporary files: " + "; ".join(faults), "name one with --tmpdir")
 
 
 def read_max_areas() -> int:
@@ -2212,149 +1965,192 @@ def read_max_areas() -> int:
     return int(text) if text.isdigit() else 65530
 
 
-def explain_areas() -> Fatal:
-    return Fatal("a process of the guest has more separate memory areas than vm.max_map_count of this node allows: "
-                 "{}".format(read_max_areas()),
-                 "ask for a higher vm.max_map_count; a page that is used with none beside it is an area")
+def check_limits(mem_mib: int, disk_bytes: int, cpus: int) -> None:
+    """Hard limits of the node that the kernel would die of; take_limits() raises the soft ones to them."""
+    needs = (
+        (resource.RLIMIT_AS, (mem_mib + ADDRESS_SPACE_EXTRA_MIB) << 20, "address space (ulimit -v)"),
+        (resource.RLIMIT_FSIZE, max(mem_mib << 20, start_of_cow(disk_bytes) + disk_bytes), "file size (ulimit -f)"),
+    )
+    for which, need, what in needs:
+        hard = resource.getrlimit(which)[1]
+        if hard != resource.RLIM_INFINITY and hard < need:
+            raise Fatal("limit of {} is {}, {} are needed".format(what, format_mib(hard >> 20), format_mib(need >> 20)),
+                        "raise the limit, or ask for less memory with --mem")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    needed = len(os.listdir("/proc/self/fd")) + DESCRIPTORS_MIN
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise Fatal("limit of open files (ulimit -n) is {}, {} are needed with those of the caller".format(
+            hard, needed), "raise the limit")
+    check_processes()
+    check_timers(cpus)
 
 
-def read_name(pid: int) -> bytes:
+def check_processes() -> None:
+    """The limits count threads, too; the guest has a process of the host for each of its own."""
+    for room in read_process_room(read_node_file):
+        if room.value < PROCESSES_MIN:
+            raise Fatal("limit of processes ({}) leaves room for {}, {} are needed".format(
+                room.source, max(0, room.value), PROCESSES_MIN), "raise the limit, or end other processes of the job")
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    if hard != resource.RLIM_INFINITY and os.getuid() != 0 and hard < count_own_threads() + PROCESSES_MIN:
+        raise Fatal("limit of processes (ulimit -u) is {}, {} are needed beside those that you have".format(
+            hard, PROCESSES_MIN), "raise the limit, or end some of your processes")
+
+
+def check_timers(cpus: int) -> None:
+    """Each CPU of the guest has a timer, which takes one of the user's pending signals (timer_create(2))."""
+    hard = resource.getrlimit(resource.RLIMIT_SIGPENDING)[1]
+    queued = re.search(r"(?m)^SigQ:\s*(\d+)/", read_node_file("/proc/self/status"))
+    used = int(queued.group(1)) if queued else 0
+    if hard != resource.RLIM_INFINITY and hard < used + cpus:
+        raise Fatal("limit of pending signals (ulimit -i) is {}, {} are needed".format(hard, used + cpus),
+                    "raise the limit; without them the guest's clock stands still")
+
+
+def find_job_directory() -> Tuple[bytes, bytes]:
+    """The current directory, links resolved, and as $PWD names it: scripts use the name that the user knows."""
+    hint = "cd to another one, or run without a job directory: --no-job-dir"
+    with blaming("current directory cannot be used as job directory", ".", hint):
+        directory = os.getcwdb()
+    if not is_current(directory):                 # the guest opens it by its path
+        parents = [directory[:index] or b"/" for index, byte in enumerate(directory) if byte == ord("/")]
+        closed = next((os.fsdecode(path) for path in parents if not os.access(path, os.X_OK)), "")
+        raise Fatal("current directory cannot be reached by its path{}: {}".format(
+            ", {} cannot be searched".format(closed) if closed else "", os.fsdecode(directory)), hint)
+
+    alias = os.environb.get(b"PWD", b"")
+    known = alias.startswith(b"/") and b".." not in alias.split(b"/") and is_current(alias)
+    return directory, os.path.normpath(alias) if known else directory
+
+
+def is_current(path: bytes) -> bool:
     try:
-        with open("/proc/{}/comm".format(pid), "rb") as file:
-            return file.read()
+        return os.path.samefile(path, b".")
+    except OSError:
+        return False
+
+
+def parse_bind(text: str) -> Bind:
+    """SRC[:DST[:ro]]; colons may be part of a name that exists."""
+    words = text.split(":")
+    for count in range(len(words), 0, -1):
+        source = ":".join(words[:count])
+        if os.path.lexists(source):
+            break
+    else:
+        raise Fatal("--bind names no file or directory: " + (words[0] or repr(text)),
+                    "write --bind SRC[:DST[:ro]], with SRC on this machine")
+    target, mode = words[count:], "rw"
+    if target and "/" not in target[-1]:
+        mode = target.pop()
+    place = os.path.normpath(target[0] if target else os.path.abspath(source))
+    if len(target) > 1 or mode not in ("ro", "rw") or not place.strip("/") or not place.startswith("/"):
+        raise Fatal("--bind has no such place or mode in the guest: " + text,
+                    "write --bind SRC[:DST[:ro]], with DST an absolute path below /")
+    with blaming("--bind cannot be used", source, "is it a link that leads nowhere?"):
+        kind = name_kind(source)
+    if kind not in ("", "a directory"):
+        raise Fatal("--bind is {}: {}".format(kind, source), "bind files and directories; it may be in one of these")
+    if not os.access(source, os.R_OK | (os.X_OK if os.path.isdir(source) else 0)):
+        raise Fatal("--bind cannot be read: " + source, "check its permissions")
+    return Bind(os.fsencode(os.path.realpath(source)), os.fsencode("/" + place.strip("/")), mode == "ro",
+                os.path.isdir(source))
+
+
+def find_home(home: str, binds: Iterable[Bind]) -> bytes:
+    """A home directory that is bound to its own path, by itself or with what it is in."""
+    home = os.path.normpath(home)
+    for bind in binds:
+        target = os.fsdecode(bind.target)
+        if os.path.isabs(home) and bind.is_directory and is_below(home, target):
+            shown = os.path.join(os.fsdecode(bind.source), os.path.relpath(home, target))
+            if os.path.realpath(home) == os.path.realpath(shown):
+                return os.fsencode(home)
+    return b""
+
+
+def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: bool) -> Dict[bytes, bytes]:
+    """What of the caller's environment goes into the guest: the batch system's variables and what --env names."""
+    chosen = {} if clean else {name: value for name, value in caller.items() if BATCH_VARIABLES.fullmatch(name)}
+    for text in asked:
+        name, equals, value = os.fsencode(text).partition(b"=")
+        if not name:
+            raise Fatal("--env without a name: {!r}".format(text), "write --env NAME or --env NAME=VALUE")
+        if equals:
+            chosen[name] = value
+        elif name in caller:
+            chosen[name] = caller[name]
+    return chosen
+
+
+def limit_threads(environment: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
+    """Variables for one thread in each process: threads do not run in parallel here, and those of OpenBLAS spin.
+
+    Whoever has set the first variable means all libraries.
+    An empty one is not set, as for the libraries: $SLURM_CPUS_PER_TASK, often, in a job that did not ask for any.
+    """
+    if environment.get(THREAD_VARIABLES[0]):
+        return {}
+    return {name: b"1" for name in THREAD_VARIABLES if not environment.get(name)}
+
+
+def find_job_id() -> str:
+    """The batch system's name of this job; empty outside of one."""
+    return next(filter(None, (os.environ.get(name) for name in JOB_IDS)), "")
+
+
+def read_short(path: str, notes: List[str]) -> bytes:
+    """A file of the node, if there is one that can be read and is not too large to pass on."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(NODE_FILE_MAX + 1)
     except OSError:
         return b""
+    if len(content) > NODE_FILE_MAX:
+        notes.append("{} has more than {} MiB, the guest does without it".format(path, NODE_FILE_MAX >> 20))
+        return b""
+    return content
 
 
-def kill_children(spared: int = 0) -> None:
-    """Kill and reap until no other child is left; orphans of those killed come to us, the subreaper, in turn."""
-    pids = [0]
-    while pids:
-        pids = [pid for pid in list_children(os.getpid()) if pid != spared]
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        for pid in pids:
-            os.waitpid(pid, 0)
+def select_hosts(text: bytes) -> bytes:
+    """The lines of a hosts file that are true in the guest, too: all but those of the loopback."""
+    return b"".join(line.rstrip() + b"\n" for line in HOST_LINE.findall(text))
 
 
-# --- The terminal -------------------------------------------------------------------------------------------
+def select_resolver(text: bytes, host: str) -> bytes:
+    """What resolv.conf says besides name servers. Without a search list the host's domain is that."""
+    lines = [line.strip() for line in RESOLVER_LINE.findall(text)]
+    domain = host.partition(".")[2]
+    if domain and not any(line.startswith((b"search", b"domain")) for line in lines):
+        lines.append(b"search " + os.fsencode(domain))
+    return b"".join(line + b"\n" for line in lines)
 
-def is_null(descriptor: int) -> bool:
-    status = os.fstat(descriptor)
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev
 
+def name_guest(host: str, job_id: str, mark: str) -> str:
+    """The host names of a run: NODE-JOB-MARK, and the same with the node's domain before it.
 
-class Terminal:
-    """The caller's terminal: raw while the command has it, and at all other times as it was.
-
-    With -t and no terminal there, whatever stdin and stdout are takes its place.
+    Not the node's own: HOST:PID in a lock file would lead others to a process of the node.
     """
+    def clean(text: str, length: int) -> str:
+        return re.sub("[^A-Za-z0-9]+", "-", text).strip("-")[:length].rstrip("-")
 
-    def __init__(self, input_fd: int, output_fd: int, shares_output: bool = False) -> None:
-        self._shares_output = shares_output       # with other programs of a pipeline
-        # Not the caller's own numbers, which lead elsewhere in the supervisor.
-        self.input, self.output = (fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3) for number in (input_fd, output_fd))
-        self.is_real = os.isatty(input_fd)
-        # Shared with the supervisor, which puts the terminal in order if the runner is killed: is it raw, and what
-        # was it before?
-        self._state = mmap.mmap(-1, 1 + TERMINAL_MODES.size)
-
-    @property
-    def is_raw(self) -> bool:
-        return self._state[:1] == b"r"
-
-    @property
-    def ends_lines(self) -> bool:
-        """Whether it makes carriage return and line feed of a line feed itself."""
-        return self.is_real and (self._shares_output or not self.is_raw)
-
-    @property
-    def modes(self) -> bytes:
-        try:
-            return encode_modes(termios.tcgetattr(self.input)) if self.is_real else b""
-        except termios.error:                     # it was hung up
-            return b""
-
-    @property
-    def window(self) -> bytes:
-        try:
-            if self.is_real:
-                return fcntl.ioctl(self.input, termios.TIOCGWINSZ, bytes(WINDOW_SIZE.size))
-        except OSError:                           # it was hung up
-            pass
-        return WINDOW_SIZE.pack(24, 80, 0, 0)
-
-    def is_ours(self) -> bool:
-        """Whether this process is in the foreground of the terminal, or no shell has a say in that."""
-        try:
-            return os.tcgetpgrp(self.input) == os.getpgrp()
-        except OSError:
-            return True
-
-    def acquire(self) -> None:
-        """Make it raw; in the background this stops the process until the user brings it to the foreground."""
-        if self.is_real:
-            if not self.is_raw:
-                self._state[1:] = encode_modes(termios.tcgetattr(self.input))
-            tty.setraw(self.input, termios.TCSANOW)
-            if self._shares_output:
-                raw = termios.tcgetattr(self.input)
-                raw[1] |= termios.OPOST
-                termios.tcsetattr(self.input, termios.TCSANOW, raw)
-            self._state[:1] = b"r"
-
-    def release(self) -> None:
-        if self.is_raw:
-            try:
-                termios.tcsetattr(self.input, termios.TCSANOW, decode_modes(self._state[1:]))
-            except termios.error:                 # it is gone
-                pass
-            self._state[:1] = b"-"
+    node, _, domain = host.partition(".")
+    job = clean(job_id.partition(".")[0], JOB_ID_MAX)
+    tail = job + "-" + mark if job else mark
+    name = "{}-{}".format(clean(node, HOST_NAME_MAX - 1 - len(tail)) or "apppot", tail)
+    return "{0}.{1} {0}".format(name, domain) if re.fullmatch("[A-Za-z0-9.-]+", domain) else name
 
 
-def find_open_for(not_only: int, on_terminal: Sequence[bool]) -> int:
-    """Which of 0, 1, 2 is the terminal, and not open only for the other direction, as `> /dev/tty` makes it."""
-    for number in (0, 1, 2):
-        if on_terminal[number] and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != not_only:
-            return number
-    with blaming("terminal cannot be opened", "/dev/tty", "-T runs the command without one"):
-        return os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
-
-
-def find_controlling_terminal() -> Optional[Terminal]:
-    """The one that a program can open as /dev/tty, to ask for a password, though all of 0, 1, 2 lead elsewhere."""
-    try:
-        descriptor = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
-    except OSError:
-        return None
-    return Terminal(descriptor, descriptor, True)
-
-
-@contextmanager
-def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
-    """Decide what 0, 1 and 2 of the command are; leave the terminal as it was found."""
-    on_terminal = [choice is not False and os.isatty(descriptor) for descriptor in (0, 1, 2)]
-    if choice:
-        terminal: Optional[Terminal] = Terminal(0, 1)
-        kinds = b"ttt"
-    elif any(on_terminal):
-        terminal = Terminal(find_open_for(os.O_WRONLY, on_terminal), find_open_for(os.O_RDONLY, on_terminal),
-                            not on_terminal[1])
-        kinds = b"".join(b"t" if yes else b"p" for yes in on_terminal)
-    else:
-        terminal = None if choice is False else find_controlling_terminal()
-        kinds = b"ppp"
-    if kinds[:1] == b"p" and is_null(0):
-        kinds = b"n" + kinds[1:]
-    if kinds[1:] == b"pp" and os.path.sameopenfile(1, 2):
-        kinds = kinds[:2] + b"s"
-    # Where stdout goes elsewhere, another program of the pipeline may want the keyboard: less, say.
-    at_once = bool(choice) or (on_terminal[1] and terminal is not None and terminal.is_ours())
-    try:
-        yield Stdio(kinds, terminal, at_once)
-    finally:
-        if terminal:
-            terminal.release()
+def view_node(notes: List[str]) -> NodeView:
+    host = socket.gethostname()
+    zone = read_short("/etc/localtime", notes)
+    zone_name = os.path.realpath("/etc/localtime").partition(ZONES)[2]
+    return NodeView(
+        name_guest(host, find_job_id(), os.urandom(3).hex()).encode(),
+        select_hosts(read_short("/etc/hosts", notes)),
+        select_resolver(read_short("/etc/resolv.conf", notes), host),
+        zone if zone.startswith(b"TZif") else b"",
+        os.fsencode(zone_name))
 
 
 # --- Private directories ------------------------------------------------------------------------------------
@@ -2363,10 +2159,15 @@ def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
 # rename a directory on the way, or the guest that fills one, leads no further than to what lies in it.
 
 RUN_PREFIX = "apppot-"
-DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MARK = re.compile(r"of-\d+-\d+-\d+-[01]-[0-9a-f]*-[\w.-]*", re.ASCII)
 RECORD = ".made"                     # ends the name of the list of mount points that a run has made on the host
 PRIVATE_TRIES = 20                   # another run may take a new directory for one that was left
+
+
+class PrivateDirectory(NamedTuple):
+    """A directory of a run that no other user can enter."""
+    path: str
+    fd: int                          # holds the lock, and leads there whatever happens to the path
 
 
 class Owner(NamedTuple):
@@ -2391,16 +2192,6 @@ class Level(NamedTuple):
     name: str                        # in the one above
     inode: int
     names: List[str]                 # of what is still in it
-
-
-def read_start(pid: int) -> int:
-    """When a process started, in ticks after the boot (proc(5)); -1 when there is none, or a dead one."""
-    try:
-        with open("/proc/{}/stat".format(pid), "rb") as file:
-            words = file.read().rpartition(b")")[2].split()
-        return -1 if words[0] in b"ZX" else int(words[19])
-    except (OSError, IndexError):
-        return -1
 
 
 def find_own_identity(has_lock: int) -> Owner:
@@ -2435,17 +2226,6 @@ def read_mark(directory: int) -> Optional[Owner]:
     return None
 
 
-def lock_directory(directory: int) -> Optional[bool]:
-    """Whether the lock was to be had; None on a file system that has none, as Lustre without `-o flock`."""
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:                               # ENOSYS, ENOLCK, EOPNOTSUPP
-        return None
-    return True
-
-
 def has_ended(owner: Owner, was_unlocked: bool) -> bool:
     """Whether a run is over; False where this node cannot tell.
 
@@ -2474,20 +2254,6 @@ def is_in_use(path: str) -> bool:
         os.close(directory)
 
 
-def open_own(name: str, directory: int, uid: Optional[int] = None) -> int:
-    """Open a file of `uid`, or of the directory's owner, for reading.
-
-    Somebody may have put something else there that leads away, or waits.
-    """
-    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    status = os.fstat(descriptor)
-    owner = os.fstat(directory).st_uid if uid is None else uid
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != owner:
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file", name)
-    return descriptor
-
-
 def find_realm(directory: int) -> Realm:
     status = os.fstat(directory)
     with open("/proc/self/fdinfo/{}".format(directory), "rb", 0) as file:
@@ -2506,19 +2272,6 @@ def open_directory(name: str, above: int, realm: Realm) -> int:
         return os.open(".", DIRECTORY, dir_fd=place)
     finally:
         os.close(place)
-
-
-def remove_entry(name: str, directory: int) -> bool:
-    """Remove a file or an empty directory; whether it is gone."""
-    for remove in (os.unlink, os.rmdir):
-        try:
-            remove(name, dir_fd=directory)
-            return True
-        except FileNotFoundError:
-            return True
-        except OSError:
-            pass
-    return False
 
 
 def empty_directory(directory: int, marks: Sequence[str]) -> None:
@@ -2561,22 +2314,6 @@ def enter(name: str, above: int, realm: Realm) -> int:
         return open_directory(name, above, realm)
     except OSError:
         return -1
-
-
-def open_place(path: bytes) -> int:
-    """Go to a directory by its absolute path, in which there is to be no link."""
-    place = os.open("/", os.O_PATH | DIRECTORY)
-    for name in filter(None, path.split(b"/")):
-        place = go_below(name, place)
-    return place
-
-
-def go_below(name: bytes, place: int) -> int:
-    """From one directory, which is closed, to one in it."""
-    try:
-        return os.open(name, os.O_PATH | DIRECTORY, dir_fd=place)
-    finally:
-        os.close(place)
 
 
 def remove_mount_points(record: str, directory: int, uid: int) -> None:
@@ -2714,285 +2451,88 @@ def private_directory(parent: str) -> Iterator[PrivateDirectory]:
         os.close(directory.fd)
 
 
-# --- The run directory --------------------------------------------------------------------------------------
-
-RESERVED_NAMES = (".", "..", "hostfs", "cow", "disk", "base", "image", "net", "net-api", "slirp")
-SPOOL = "hostfs/spool"
-GIVEN = "given"                      # in the directory of --save-changes: what the guest gets of it
-
-
-def fill_run_directory(spec: RunSpec, directories: Directories) -> None:
-    """What the guest finds under its hostfs root, and the COW file."""
-    os.makedirs(os.path.join(directories.run.path, SPOOL))
-    hostfs = os.path.join(os.fsencode(directories.run.path), b"hostfs")
-    if spec.saved_changes:
-        os.mkdir(GIVEN, 0o700, dir_fd=directories.save.fd)
-        os.symlink(os.path.join(os.fsencode(directories.save.path), GIVEN.encode()), os.path.join(hostfs, b"save"))
-    for number, layer in enumerate(spec.layers):
-        os.symlink(os.path.dirname(os.fsencode(layer)), os.path.join(hostfs, b"layer%d" % number))
-    if spec.job_directory:
-        os.symlink(spec.job_directory, os.path.join(hostfs, b"job"))
-    for number, bind in enumerate(spec.binds):
-        os.symlink(bind.directory, os.path.join(hostfs, b"bind%d" % number))
-    if not spec.write and not spec.cow:
-        os.close(open_cow(os.path.join(directories.run.path, "cow"), spec.image))
-    if spec.disk_bytes:
-        enlarge_disk(spec, directories.run.path)
-
-
-def enlarge_disk(spec: RunSpec, directory: str) -> None:
-    """Make the image itself larger, or the second disk behind it; sparse in either case."""
-    path = spec.image if spec.write else os.path.join(directory, "disk")
-    size = max(spec.disk_bytes, os.path.getsize(path)) if spec.write else spec.disk_bytes - spec.root.length
-    try:
-        with open(path, "ab") as file:
-            file.truncate(size)
-    except OSError as error:
-        raise Fatal("file of --disk cannot be made, {}: {}".format(error.strerror, path),
-                    "ask for less, or name another directory with --tmpdir")
-
-
-def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, int]]:
-    """Which files of the host the kernel may open, and with which rights: what confines a guest's root."""
-    rules: List[Tuple[AnyPath, int]] = [(directories.run.path, READ_WRITE), (directories.ram.path, READ_WRITE)]
-    if spec.saved_changes:
-        rules.append((os.path.join(directories.save.path, GIVEN), READ_WRITE))
-    rules += [(path, READ_FILE) for path in ("/etc/ld.so.cache", "/proc/cpuinfo")]
-    rules += [("/dev/" + name, READ_FILE | WRITE_FILE) for name in ("null", "zero", "ptmx", "pts", "tty")]
-    rules.append((spec.image, READ_FILE | (WRITE_FILE if spec.write else 0)))
-    if spec.cow:
-        rules.append((spec.cow, READ_FILE | WRITE_FILE))
-    programs = [spec.kernel]
-    if spec.empty:
-        programs += [spec.empty, "/bin/sh"]
-    if spec.network.kind == SLIRP:                # the kernel executes it
-        programs.append(spec.network.helper)
-        rules += [("/etc/" + name, READ_FILE) for name in ("host.conf", "resolv.conf", "nsswitch.conf", "hosts")]
-    if spec.job_directory:
-        rules.append((spec.job_directory, READ_WRITE))
-    rules += [(layer, READ_FILE) for layer in spec.layers]
-    rules += [(bind.source, READ_ONLY if bind.read_only else READ_WRITE) for bind in spec.binds]
-    rules += [(path, READ_FILE | EXECUTE) for program in programs for path in [program, *list_libraries(program)]]
-    # A disk or a socket that the user gives to the kernel.
-    words = [word for argument in spec.extra for word in re.split("[=,]", argument) if word.startswith("/")]
-    return rules + [(word, READ_WRITE) for word in words]
-
-
-class MountPoints:
-    """Makes on the host what the guest mounts on where that is the host's: in the job directory or another bind.
-
-    Only the guest knows where its links lead, so it asks. What is made is removed at the end, by whoever lives, from a
-    list. This lies beside the run directory, in which the guest could change it.
-    """
-
-    def __init__(self, spec: RunSpec, run: PrivateDirectory) -> None:
-        self._spec, self._run = spec, run
-        self._once = os.O_EXCL                    # when the list is made
-
-    def make(self, request: bytes) -> int:
-        """Make the directory (d) or file (f) and what is missing above it; return 0 or the errno.
-
-        The request names what hostfs has mounted, and the rest of the path.
-        """
-        match = re.fullmatch(br"([df])(job|bind\d{1,4})((?:/[^/\0]+)+)", request)
-        names = match.group(3).split(b"/")[1:] if match else []
-        if not match or {b".", b".."} & set(names):
-            raise Misfit("no mount point")
-        try:
-            self._make_all(self._find_source(match.group(2)), names, match.group(1) == b"d")
-        except OSError as error:
-            return error.errno or errno.EIO
-        return 0
-
-    def _make_all(self, path: bytes, names: List[bytes], is_directory: bool) -> None:
-        place = open_place(path)
-        try:
-            for name in names[:-1]:
-                path = os.path.join(path, name)
-                self._make_missing(path, place, True)
-                below = os.open(name, os.O_PATH | DIRECTORY, dir_fd=place)
-                os.close(place)
-                place = below
-            self._make_missing(os.path.join(path, names[-1]), place, is_directory)
-        finally:
-            os.close(place)
-
-    def _find_source(self, name: bytes) -> bytes:
-        """The directory of the host that hostfs shows under this name, if the guest may write there."""
-        if name == b"job" and self._spec.job_directory:
-            return self._spec.job_directory
-        number = int(name[4:] or len(self._spec.binds))
-        if number >= len(self._spec.binds) or not self._spec.binds[number].is_directory:
-            raise Misfit("no such bind")
-        if self._spec.binds[number].read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return self._spec.binds[number].source
-
-    def _make_missing(self, path: bytes, place: int, is_directory: bool) -> None:
-        name = os.path.basename(path)
-        try:
-            os.stat(name, dir_fd=place, follow_symlinks=False)
-            return
-        except FileNotFoundError:
-            self._record(path)
-        inode = 0                                 # no file has it
-        try:
-            mode = 0o777 & ~self._spec.umask
-            if is_directory:
-                os.mkdir(name, dir_fd=place)
-                made = os.open(name, DIRECTORY, dir_fd=place)
-            else:
-                mode &= 0o666
-                made = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=place)
-            inode = os.fstat(made).st_ino
-            os.fchmod(made, mode)                 # not less the runner's own umask
-            os.close(made)
-        finally:
-            self._record(b"%d" % inode)
-
-    def _record(self, word: bytes) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(self._run.path + RECORD, flags | self._once, 0o600)
-        self._once = 0
-        with os.fdopen(descriptor, "ab", 0) as file:
-            file.write(word + b"\0")
-
-
-def find_umid_link(umid: str) -> Optional[str]:
-    """Where uml_mconsole and its users look for a guest's directory: the kernel's own default for uml_dir=."""
-    home = os.environ.get("HOME", "")
-    return os.path.join(home, ".uml", umid) if home.startswith("/") else None
-
-
-def claim_umid(link: str, target: str) -> None:
-    """Make ~/.uml/NAME lead to this run's directory of the kernel, in place of what a run left that was killed.
-
-    Whether one still runs is seen on its own node only; where nodes share a home, the last to start has the name.
-    """
-    place_name = os.path.dirname(link)
-    if not os.path.isdir(place_name):
-        os.mkdir(place_name, 0o700)               # but no home directory that does not exist
-    place = os.open(place_name, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        lock_for(place, UMID_LOCK_S)
-        if os.path.lexists(link):
-            is_ours = os.path.islink(link)        # else of a kernel that was started without AppPot
-            holder = os.path.dirname(os.readlink(link)) if is_ours else link
-            if not is_ours or is_in_use(holder):
-                raise Fatal("--id is in use by the run in {}: {}".format(holder, os.path.basename(link)),
-                            "give each run a name of its own; remove {} if none of yours runs".format(link))
-            os.unlink(link)
-        os.symlink(target, link)
-    finally:
-        os.close(place)
-
-
-def lock_for(directory: int, seconds: float) -> None:
-    """Wait for the lock of a directory, but not for ever: whoever can read it can lock it, too."""
-    deadline = time.monotonic() + seconds
-    while lock_directory(directory) is False and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def release_umid(link: Optional[str], target: str) -> None:
-    try:
-        if link and os.readlink(link) == target:
-            os.unlink(link)
-    except OSError:
-        pass                                      # another run's, or none
-
-
-@contextmanager
-def mconsole_name(spec: RunSpec, directory: str) -> Iterator[str]:
-    """What to give to uml_mconsole: the name, where there is a home directory for the link, else the socket."""
-    target = os.path.join(directory, spec.umid)
-    name = os.path.join(target, "mconsole")
-    try:
-        if spec.umid_link:
-            claim_umid(spec.umid_link, target)
-            name = spec.umid
-    except OSError:
-        pass                                      # a home directory that cannot be written
-    try:
-        yield name
-    finally:
-        release_umid(spec.umid_link, target)
-
-
-def place_changes(save: PrivateDirectory, name: str, path: str) -> None:
-    """Give a complete changes file, safe on its disk, its name. The guest has made it and still lives."""
-    try:
-        given = os.open(GIVEN, DIRECTORY, dir_fd=save.fd)
-        try:                                      # out of the reach of the guest, before it is looked at
-            os.rename(name, name, src_dir_fd=given, dst_dir_fd=save.fd)
-        finally:
-            os.close(given)
-        descriptor = open_own(name, save.fd)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.rename(name, path, src_dir_fd=save.fd)
-    except FileNotFoundError:
-        raise Fatal("changes were not saved, as the run was killed: " + path, "--kill-after gives the command longer")
-    except OSError as error:
-        raise Fatal("changes were not saved, {}: {}".format(error.strerror, path),
-                    "is the directory of the file still there, and did no program of the guest touch what it made?")
-
-
-def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
-    """The kernel's ubd argument. A path that the kernel would cut in pieces is given as a link in the run directory."""
-    def kernel_path(link: str, path: str) -> str:
-        path = os.path.abspath(path)
-        if re.match(r"[\w./+@%~-]+$", path, re.ASCII) and len(path) < 256:
-            return path
-        if directory:
-            os.symlink(path, os.path.join(directory, link))
-        return link
-
-    # c: no lock of the kernel's own, which would meet ours.
-    if spec.write:
-        return "ubd0c=" + kernel_path("image", spec.image)
-    cow = kernel_path("cow", spec.cow) if spec.cow else "cow"
-    return "ubd0c={},{}".format(cow, kernel_path("base", spec.image))
-
-
 # --- The network --------------------------------------------------------------------------------------------
 
-def execute(argv: Sequence[str], keep: Dict[int, int], environment: Dict[str, str]) -> NoReturn:
-    """In a forked child: execute a program with the descriptors `keep` (there to here); 2 hears why if it cannot."""
+# The network. Addresses are those of slirp and of libslirp, on which slirp4netns is built.
+SLIRP4NETNS, SLIRP = "slirp4netns", "slirp"
+LOST = b"network-lost\n"
+HELPERS = {"slirp4netns": SLIRP4NETNS, "slirp-fullbolt": SLIRP, "slirp": SLIRP}     # by name, the best first
+GUEST_ADDRESS, GATEWAY, NAMESERVER = "10.0.2.15", "10.0.2.2", "10.0.2.3"
+SLIRP4NETNS_MIN = (1, 2)             # the first with --target-type=bess
+KERNEL_OPTION = {SLIRP4NETNS: b"CONFIG_UML_NET_VECTOR=y", SLIRP: b"CONFIG_UML_NET_SLIRP=y",
+                 "lan": b"CONFIG_UML_NET_MCAST=y"}             # in every kernel, for --showconfig
+LAN_NET = (100 << 24 | 64 << 16, 10)  # 100.64.0.0/10 (RFC 6598): clusters use 10/8 and 172.16/12, which stay reachable
+LAN_GROUP = re.compile(r"(\d+\.\d+\.\d+\.\d+):(\d+)$", re.ASCII)
+
+
+class Port(NamedTuple):
+    """A port of the guest that the host shows."""
+    protocol: str                    # tcp or udp
+    host: str                        # the host's address, IPv4
+    host_port: int
+    guest_port: int
+
+
+class Lan(NamedTuple):
+    """The guest's place in a network of guests: a multicast group of the host carries it."""
+    address: str
+    prefix: int
+    group: str
+    port: int
+
+
+class Network(NamedTuple):
+    kind: str = ""                   # SLIRP4NETNS or SLIRP; empty: no way out
+    helper: str = ""                 # path of the program
+    published: Tuple[Port, ...] = ()
+    lan: Optional[Lan] = None
+    note: str = ""                   # for -v: why it is so
+
+
+def is_ipv4(text: str) -> bool:
     try:
-        for there, here in keep.items():
-            os.dup2(here, there)
-        os.execve(argv[0], list(argv), environment)
-    except OSError as error:
-        os.write(2, "{}\n".format(error.strerror).encode())
-    finally:
-        os._exit(EXIT_FAILED)
+        return bool(socket.inet_pton(socket.AF_INET, text))
+    except (OSError, ValueError):                 # ValueError: a NUL
+        return False
 
 
-def last_line(said: bytes) -> str:
-    lines = [line.strip() for line in said.decode("utf-8", "replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "without a word"
+def parse_port(text: str) -> Port:
+    """[HOSTIP:]HOSTPORT:GUESTPORT[/PROTOCOL]"""
+    match = re.match(r"(?:(.*):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?$", text, re.ASCII)
+    if not match or not all(0 < int(number) < 65536 for number in match.group(2, 3)):
+        raise Fatal("--publish is not [HOSTIP:]HOSTPORT:GUESTPORT[/udp]: {!r}".format(text),
+                    "--publish 8080:80 shows port 80 of the guest as port 8080 of 127.0.0.1")
+    host = "127.0.0.1" if match.group(1) is None else match.group(1)
+    if not is_ipv4(host):
+        raise Fatal("--publish for what is no IPv4 address: {!r}".format(host),
+                    "no helper forwards IPv6; give an IPv4 address of this host, or 0.0.0.0 for all of them")
+    return Port(match.group(4) or "tcp", host, int(match.group(2)), int(match.group(3)))
 
 
-def ask_program(argv: Sequence[str]) -> Tuple[int, bytes]:
-    """Wait status of a program and what it wrote. (subprocess costs 15 ms to import.)"""
-    reader, writer = os.pipe()
-    pid = fork("a look at " + argv[0])
-    if pid == 0:
-        execute(argv, {0: os.open(os.devnull, os.O_RDWR), 1: writer, 2: writer}, dict(os.environ, HOME="/"))
-    os.close(writer)
-    said = b""
-    deadline = time.monotonic() + HELPER_ANSWER_S
-    while len(said) < FRAME_MAX and select.select([reader], [], [], max(0, deadline - time.monotonic()))[0]:
-        piece = os.read(reader, 65536)
-        if not piece:
-            break
-        said += piece
-    os.close(reader)
-    os.kill(pid, signal.SIGKILL)                  # it has said all, or hangs, or does not stop
-    return os.waitpid(pid, 0)[1], said
+def parse_lan(group: str, address: str, job_id: str) -> Lan:
+    """From GROUP:PORT, or "" for the batch job's own, and ADDRESS[/PREFIX], or "" for one that nobody else has."""
+    if group:
+        match = LAN_GROUP.match(group)
+        if not match or not is_ipv4(match.group(1)) or socket.inet_aton(match.group(1))[0] & 0xF0 != 0xE0 \
+                or not 0 < int(match.group(2)) < 65536:
+            raise Fatal("--lan is not a multicast group and port: {!r}".format(group), "such as --lan 239.255.7.7:5000")
+        where, port = match.group(1), int(match.group(2))
+    else:
+        number = binascii.crc32(job_id.encode("utf-8", "surrogateescape"))
+        where, port = "239.255.{}.{}".format(number >> 24, number >> 16 & 255), 20000 + number % (1 << 13)
+    if not address:
+        net, prefix = LAN_NET
+        host = 1 + int.from_bytes(os.urandom(8), "big") % ((1 << 32 - prefix) - 2)
+        return Lan(socket.inet_ntoa(struct.pack(">I", net + host)), prefix, where, port)
+    own, slash, prefix_text = address.partition("/")
+    if not is_ipv4(own) or slash and not re.match(r"([89]|[12]\d|30)$", prefix_text, re.ASCII):
+        raise Fatal("--lan-address is not an IPv4 address: {!r}".format(address), "such as 10.9.0.1 or 10.9.0.1/24")
+    return Lan(own, int(prefix_text or 16), where, port)
+
+
+def describe(network: Network) -> str:
+    lan = ", LAN {} in {}:{}".format(network.lan.address, network.lan.group, network.lan.port) if network.lan else ""
+    return (network.note or "network by " + network.helper) + lan
 
 
 def ask_helper(path: str) -> Tuple[str, str]:
@@ -3143,7 +2683,80 @@ def start_slirp4netns(network: Network, lifeline: int) -> Tuple[int, int]:
     return pid, guest.detach()
 
 
-# --- The supervisor -----------------------------------------------------------------------------------------
+# --- A run --------------------------------------------------------------------------------------------------
+
+class RunSpec(NamedTuple):
+    """One run, decided: nothing below parses options or looks at the environment again."""
+    command: Tuple[str, ...]
+    kernel: str
+    image: str
+    cow: Optional[str]               # of COW:BASE; None: a private one for this run
+    write: bool
+    root: RootDevice
+    disk_bytes: int                  # the root file system is to have so many; 0: as many as in the image
+    mem_mib: int
+    ram_directory: str
+    scratch: str                     # the run directory is made in it
+    umid: str
+    extra: Tuple[str, ...]
+    empty: Optional[str]             # this program is to carry the channel
+    empty_asked: bool                # and without it there is to be no run
+    environment: Dict[bytes, bytes]
+    job_directory: bytes             # empty: none
+    job_alias: bytes
+    binds: Tuple[Bind, ...]
+    cwd: bytes
+    as_root: bool
+    umask: int
+    ignored_signals: Tuple[int, ...]  # of the caller's, as under nohup: the command ignores them, too
+    terminal: Optional[bool]         # whether the command gets one; None: where the caller has one
+    timeout_s: Optional[float]
+    boot_timeout_s: float
+    kill_after_s: float
+    verbose: bool
+    cpus: int = 1
+    mode: str = ""                   # as choose_mode() has it
+    umid_link: Optional[str] = None  # ~/.uml/NAME, where uml_mconsole looks for a guest by its name
+    notes: Tuple[str, ...] = ()      # for -v: how it was decided
+    network: Network = Network()
+    node: NodeView = NodeView()
+    layers: Tuple[str, ...] = ()     # changes files to merge, in this order
+    force_changes: bool = False      # merge those of another base, too
+    saved_changes: Optional[str] = None   # where to write a changes file after the command
+    in_job: bool = False             # of a batch system
+    home: bytes = b""                # the caller's, if --bind shows it; empty: the command has one in the appliance
+    limits: Tuple[Limit, ...] = ()   # the caller's, for the command
+    limit_mib: int = 0               # of the job's cgroup, which is why the guest has no more memory; 0: not so
+
+    @property
+    def persistent(self) -> bool:
+        return self.write or self.cow is not None
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the root file system is on two disks in a row."""
+        return self.disk_bytes > 0 and not self.write
+
+    @property
+    def disk_file(self) -> str:
+        """What of the host is written when the guest writes its disk; empty: files of this run in scratch."""
+        return self.image if self.write else self.cow or ""
+
+    @property
+    def disk_directory(self) -> str:
+        return os.path.dirname(self.disk_file) if self.disk_file else self.scratch
+
+
+class Directories(NamedTuple):
+    """The private ones of a run."""
+    run: PrivateDirectory            # with the COW file, the hostfs root and the mconsole
+    ram: PrivateDirectory            # for the file that is the guest's memory; may be the same
+    save: PrivateDirectory           # beside the changes file that is to be, until it is complete; may be the same
+    saved_name: str = ""             # of the changes file in save/GIVEN: one that no program of the guest foresees
+
+    def list_distinct(self) -> List[PrivateDirectory]:
+        return list({directory.fd: directory for directory in (self.run, self.ram, self.save)}.values())
+
 
 class Launch(NamedTuple):
     """What a kernel is started with."""
@@ -3152,6 +2765,289 @@ class Launch(NamedTuple):
     keep: Dict[int, int]             # its descriptors: number there to number here
     lifeline: int
     helper: int                      # pid of the network helper, a child like the kernel; 0: none
+
+
+class Machine(NamedTuple):
+    """A started guest, as the runner sees it."""
+    supervisor: int                  # pid
+    from_guest: int                  # the channel: read end
+    to_guest: int                    # and write end, non-blocking
+    console: int                     # read end: what the kernel prints
+    lifeline: int                    # write end: closing it ends the guest
+    report: int                      # read end: at the guest's end "ended STATUS", "empty", "helper",
+                                     # "fatal MESSAGE\0HINT" or "bug TRACEBACK"; LOST when the network is gone
+    directories: Directories
+    spool: int                       # descriptor of the directory for what is too long for the channel
+
+
+def find_room(spec: RunSpec) -> int:
+    """Bytes that the guest's disk can take at most: what is free beside its file, and what that has already."""
+    status = os.statvfs(spec.disk_directory)
+    room = status.f_bavail * status.f_frsize
+    return room + (os.stat(spec.disk_file).st_blocks * 512 if spec.disk_file else 0)
+
+
+def describe_keeping(spec: RunSpec, home_stays: bool) -> Tuple[str, str]:
+    """What to tell the user of an interactive shell at its start and at its end, which may be nothing."""
+    places = [os.fsdecode(bind.target) for bind in spec.binds if not bind.read_only]
+    job = os.fsdecode(spec.job_alias)
+    if job and not any(is_below(job, place) for place in places):
+        places.insert(0, job)
+
+    kept = " and ".join(places)
+    rest = ("{} stays; all else{} " if kept else "{}{} ").format(kept, "" if home_stays else ", in HOME too,")
+    write = "what you write in " if kept else "what you write"
+    if spec.persistent:
+        where = "the COW file " + spec.cow if spec.cow else "the image " + spec.image
+        return write + rest + "goes into " + where, ""
+    if spec.saved_changes:
+        return write + rest + "goes into {} at the end".format(spec.saved_changes), ""
+    return (write + rest + "is gone at the end (to keep it: --bind DIR, --save-changes FILE, --write)",
+            "what you wrote{} is gone".format(" outside of " + kept if kept else ""))
+
+
+# --- User-Mode Linux ----------------------------------------------------------------------------------------
+
+KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD, KERNEL_NETWORK_FD = 3, 4, 5, 30
+KERNEL_LEASH_FDS = 28, 29            # spawn_kernel() uses the numbers from 32 on
+HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run directory; 6.12 and later want it absolute
+# Debian's kernels time every algorithm of RAID 5 and 6 at each boot, for 0.5 s; who has an array in a guest?
+# And all kernels count for 0.05 s how many loops make a tick, for drivers that wait so; a guest has none.
+SKIPPED_AT_BOOT = ["initcall_blacklist=raid6_select_algo,calibrate_xor_blocks", "lpj=25000000"]
+SAYS_ALL = "ignore_loglevel"         # errors of the guest's disk come to the console, whatever `dmesg -n` says
+KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
+WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
+QUIET_ROUNDS = 4                     # with little to do, before a guest with several CPUs is kept on one again
+UMID_LOCK_S = 2.0                    # for another run to make or remove its link in ~/.uml
+# block/blk-core.c, fs/buffer.c, fs/ext4/super.c and fs/jbd2/journal.c, of the disks {} that are ours.
+DISK_FAILURE = (r"(?:critical space allocation|I/O) error(?:,| on) dev (?:{0})|"
+                r"EXT4-fs error \(device (?:{0})|Aborting journal on device (?:{0})")
+OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
+MEMORY_LOST = "Kernel mode signal 7"                           # SIGBUS: relay_signal() in arch/um/kernel/trap.c
+# arch/um/os-Linux/skas/process.c before 6.16: ESRCH, or the wait status after a SIGKILL
+KILLED_PROCESS = re.compile(br"(userspace - |Failed to get registers|wait_stub_done : ).{0,120}"
+                            br"(errno = 3|status = 0x9)\s")
+# arch/um/os-Linux/skas/mem.c, and arch/um/kernel/tlb.c before 6.10: an area of a process cannot be mapped on the host
+AREAS_LOST = re.compile(br"ran out of memory on the host side|Failed to flush page for|fix_range_common: failed")
+AREAS_S = 1.0                        # how often to look how many areas the processes have
+AREAS_MARGIN = 8                     # of vm.max_map_count: the kernel needs some itself, and maps some together
+LOST_PROCESS = b"Unexpectedly lost MM child!"                  # arch/um/kernel/skas/mmu.c, 6.16 and later
+CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
+MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
+MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
+RESERVED_NAMES = (".", "..", "hostfs", "cow", "disk", "base", "image", "net", "net-api", "slirp")
+SPOOL = "hostfs/spool"
+GIVEN = "given"                      # in the directory of --save-changes: what the guest gets of it
+
+
+def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
+    """argv of the kernel. Paths are relative to the run directory: no length, blank or comma of a path can hurt."""
+    return [
+        spec.kernel, disk, *build_root_args(spec), "rw", "mem={}M".format(spec.mem_mib), "con=null", "con0=null,fd:1",
+        "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD), "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT,
+        "init=" + AGENT, SAYS_ALL, *SKIPPED_AT_BOOT,
+        *build_cpu_args(spec), *build_network_args(spec.network), *spec.extra]
+
+
+def build_root_args(spec: RunSpec) -> List[str]:
+    """A root file system larger than its image has it goes on in a second disk, both in a row by device mapper.
+
+    Documentation/admin-guide/device-mapper/dm-init.rst, in sectors; ubd devices have major 98 and 16 minors each.
+    """
+    if not spec.is_mapped:
+        return ["root=/dev/ubda{}".format(spec.root.partition or "")]
+    first, rest = (size // COW_SECTOR for size in (spec.root.length, spec.disk_bytes - spec.root.length))
+    table = "0 {0} linear 98:{1} 0,{0} {2} linear 98:16 0".format(first, spec.root.partition, rest)
+    return ["ubd1c=disk", "root=/dev/dm-0", 'dm-mod.create="root,,,rw,{}"'.format(table)]
+
+
+def build_cpu_args(spec: RunSpec) -> List[str]:
+    """How system calls are trapped, where the kernel has a choice, and how many CPUs; several need its seccomp mode."""
+    chosen = any(word.startswith("seccomp=") for word in spec.extra)
+    mode = [] if chosen or not spec.mode else ["seccomp=" + spec.mode]
+    return mode + (["ncpus={}".format(spec.cpus)] if spec.cpus > 1 else [])
+
+
+def build_network_args(network: Network) -> List[str]:
+    """Words of the kernel command line; slirp is a link in the run directory."""
+    words = []
+    if network.kind == SLIRP4NETNS:
+        words = ["vec0:transport=fd,fd={}".format(KERNEL_NETWORK_FD)]
+    elif network.kind == SLIRP:
+        # "_" is a blank. From any other control address slirp lets the guest run programs of the host.
+        words = ["eth0=slirp,,./slirp,control_addr_255.255.255.255"]
+    if network.lan:
+        # A MAC of our own: kernels of old make the same one in every guest.
+        mac = ":".join("{:02x}".format(byte) for byte in b"\2\0" + socket.inet_aton(network.lan.address))
+        words.append("eth1=mcast,{},{},{}".format(mac, network.lan.group, network.lan.port))
+    return words
+
+
+def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
+    """The kernel's ubd argument. A path that the kernel would cut in pieces is given as a link in the run directory."""
+    def kernel_path(link: str, path: str) -> str:
+        path = os.path.abspath(path)
+        if re.match(r"[\w./+@%~-]+$", path, re.ASCII) and len(path) < 256:
+            return path
+        if directory:
+            os.symlink(path, os.path.join(directory, link))
+        return link
+
+    # c: no lock of the kernel's own, which would meet ours.
+    if spec.write:
+        return "ubd0c=" + kernel_path("image", spec.image)
+    cow = kernel_path("cow", spec.cow) if spec.cow else "cow"
+    return "ubd0c={},{}".format(cow, kernel_path("base", spec.image))
+
+
+def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, int]]:
+    """Which files of the host the kernel may open, and with which rights: what confines a guest's root."""
+    rules: List[Tuple[AnyPath, int]] = [(directories.run.path, READ_WRITE), (directories.ram.path, READ_WRITE)]
+    if spec.saved_changes:
+        rules.append((os.path.join(directories.save.path, GIVEN), READ_WRITE))
+    rules += [(path, READ_FILE) for path in ("/etc/ld.so.cache", "/proc/cpuinfo")]
+    rules += [("/dev/" + name, READ_FILE | WRITE_FILE) for name in ("null", "zero", "ptmx", "pts", "tty")]
+    rules.append((spec.image, READ_FILE | (WRITE_FILE if spec.write else 0)))
+    if spec.cow:
+        rules.append((spec.cow, READ_FILE | WRITE_FILE))
+    programs = [spec.kernel]
+    if spec.empty:
+        programs += [spec.empty, "/bin/sh"]
+    if spec.network.kind == SLIRP:                # the kernel executes it
+        programs.append(spec.network.helper)
+        rules += [("/etc/" + name, READ_FILE) for name in ("host.conf", "resolv.conf", "nsswitch.conf", "hosts")]
+    if spec.job_directory:
+        rules.append((spec.job_directory, READ_WRITE))
+    rules += [(layer, READ_FILE) for layer in spec.layers]
+    rules += [(bind.source, READ_ONLY if bind.read_only else READ_WRITE) for bind in spec.binds]
+    rules += [(path, READ_FILE | EXECUTE) for program in programs for path in [program, *list_libraries(program)]]
+    # A disk or a socket that the user gives to the kernel.
+    words = [word for argument in spec.extra for word in re.split("[=,]", argument) if word.startswith("/")]
+    return rules + [(word, READ_WRITE) for word in words]
+
+
+def fill_run_directory(spec: RunSpec, directories: Directories) -> None:
+    """What the guest finds under its hostfs root, and the COW file."""
+    os.makedirs(os.path.join(directories.run.path, SPOOL))
+    hostfs = os.path.join(os.fsencode(directories.run.path), b"hostfs")
+    if spec.saved_changes:
+        os.mkdir(GIVEN, 0o700, dir_fd=directories.save.fd)
+        os.symlink(os.path.join(os.fsencode(directories.save.path), GIVEN.encode()), os.path.join(hostfs, b"save"))
+    for number, layer in enumerate(spec.layers):
+        os.symlink(os.path.dirname(os.fsencode(layer)), os.path.join(hostfs, b"layer%d" % number))
+    if spec.job_directory:
+        os.symlink(spec.job_directory, os.path.join(hostfs, b"job"))
+    for number, bind in enumerate(spec.binds):
+        os.symlink(bind.directory, os.path.join(hostfs, b"bind%d" % number))
+    if not spec.write and not spec.cow:
+        os.close(open_cow(os.path.join(directories.run.path, "cow"), spec.image))
+    if spec.disk_bytes:
+        enlarge_disk(spec, directories.run.path)
+
+
+def enlarge_disk(spec: RunSpec, directory: str) -> None:
+    """Make the image itself larger, or the second disk behind it; sparse in either case."""
+    path = spec.image if spec.write else os.path.join(directory, "disk")
+    size = max(spec.disk_bytes, os.path.getsize(path)) if spec.write else spec.disk_bytes - spec.root.length
+    try:
+        with open(path, "ab") as file:
+            file.truncate(size)
+    except OSError as error:
+        raise Fatal("file of --disk cannot be made, {}: {}".format(error.strerror, path),
+                    "ask for less, or name another directory with --tmpdir")
+
+
+def find_umid_link(umid: str) -> Optional[str]:
+    """Where uml_mconsole and its users look for a guest's directory: the kernel's own default for uml_dir=."""
+    home = os.environ.get("HOME", "")
+    return os.path.join(home, ".uml", umid) if home.startswith("/") else None
+
+
+def claim_umid(link: str, target: str) -> None:
+    """Make ~/.uml/NAME lead to this run's directory of the kernel, in place of what a run left that was killed.
+
+    Whether one still runs is seen on its own node only; where nodes share a home, the last to start has the name.
+    """
+    place_name = os.path.dirname(link)
+    if not os.path.isdir(place_name):
+        os.mkdir(place_name, 0o700)               # but no home directory that does not exist
+    place = os.open(place_name, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        lock_for(place, UMID_LOCK_S)
+        if os.path.lexists(link):
+            is_ours = os.path.islink(link)        # else of a kernel that was started without AppPot
+            holder = os.path.dirname(os.readlink(link)) if is_ours else link
+            if not is_ours or is_in_use(holder):
+                raise Fatal("--id is in use by the run in {}: {}".format(holder, os.path.basename(link)),
+                            "give each run a name of its own; remove {} if none of yours runs".format(link))
+            os.unlink(link)
+        os.symlink(target, link)
+    finally:
+        os.close(place)
+
+
+def release_umid(link: Optional[str], target: str) -> None:
+    try:
+        if link and os.readlink(link) == target:
+            os.unlink(link)
+    except OSError:
+        pass                                      # another run's, or none
+
+
+@contextmanager
+def mconsole_name(spec: RunSpec, directory: str) -> Iterator[str]:
+    """What to give to uml_mconsole: the name, where there is a home directory for the link, else the socket."""
+    target = os.path.join(directory, spec.umid)
+    name = os.path.join(target, "mconsole")
+    try:
+        if spec.umid_link:
+            claim_umid(spec.umid_link, target)
+            name = spec.umid
+    except OSError:
+        pass                                      # a home directory that cannot be written
+    try:
+        yield name
+    finally:
+        release_umid(spec.umid_link, target)
+
+
+def ask_mconsole(directory: int, umid: str, command: bytes) -> None:
+    """Send a command to the kernel's mconsole in a run directory; no answer within a second is no matter.
+
+    The guest may have put anything in its place: a link is not followed. The path of a socket has 107 bytes.
+    """
+    opened: List[int] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+        client.settimeout(1)
+        try:
+            opened.append(os.open(umid, os.O_PATH | DIRECTORY, dir_fd=directory))
+            opened.append(os.open("mconsole", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=opened[0]))
+            client.bind("")                       # an abstract address by autobind, for the answer
+            client.sendto(MCONSOLE.pack(MCONSOLE_MAGIC, MCONSOLE_VERSION, len(command), command),
+                          "/proc/self/fd/{}".format(opened[1]))
+            client.recv(1024)
+        except OSError:
+            pass
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+
+
+def resume_guest(supervisor: int, directory: int, umid: str) -> None:
+    """Let a suspended guest go on, when nothing of it can meet a SIGSTOP any more.
+
+    A batch system continues one process after the other. A traced process keeps its SIGSTOP pending until its own
+    SIGCONT; woken before that it would show the stop to its tracer, which panics. So this continues them all first.
+    """
+    pids = [supervisor]
+    for pid in pids:
+        pids += list_children(pid)
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:                # it has ended meanwhile
+            pass
+    ask_mconsole(directory, umid, b"go")
 
 
 def spawn_kernel(spec: RunSpec, argv: List[str], launch: Launch) -> int:
@@ -3196,153 +3092,38 @@ def spawn_kernel(spec: RunSpec, argv: List[str], launch: Launch) -> int:
     return pid
 
 
-def ask_mconsole(directory: int, umid: str, command: bytes) -> None:
-    """Send a command to the kernel's mconsole in a run directory; no answer within a second is no matter.
+def find_corpses(kernel: int) -> Set[int]:
+    """Threads that the kernel started for its own use and that are dead: it does not notice, and the guest hangs.
 
-    The guest may have put anything in its place: a link is not followed. The path of a socket has 107 bytes.
+    These are the first of its children; later ones are the guest's processes. Slirp is a child, too, but another
+    program, and one it can do without.
     """
-    opened: List[int] = []
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
-        client.settimeout(1)
-        try:
-            opened.append(os.open(umid, os.O_PATH | DIRECTORY, dir_fd=directory))
-            opened.append(os.open("mconsole", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=opened[0]))
-            client.bind("")                       # an abstract address by autobind, for the answer
-            client.sendto(MCONSOLE.pack(MCONSOLE_MAGIC, MCONSOLE_VERSION, len(command), command),
-                          "/proc/self/fd/{}".format(opened[1]))
-            client.recv(1024)
-        except OSError:
-            pass
-        finally:
-            for descriptor in opened:
-                os.close(descriptor)
+    return {child for child in list_children(kernel)[:KERNEL_HELPERS]
+            if read_process(child)[0] == "Z" and read_name(child) == read_name(kernel)}
 
 
-def resume_guest(supervisor: int, directory: int, umid: str) -> None:
-    """Let a suspended guest go on, when nothing of it can meet a SIGSTOP any more.
-
-    A batch system continues one process after the other. A traced process keeps its SIGSTOP pending until its own
-    SIGCONT; woken before that it would show the stop to its tracer, which panics. So this continues them all first.
-    """
-    pids = [supervisor]
-    for pid in pids:
-        pids += list_children(pid)
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGCONT)
-        except ProcessLookupError:                # it has ended meanwhile
-            pass
-    ask_mconsole(directory, umid, b"go")
-
-
-def start_by_empty(spec: RunSpec, argv: List[str], launch: Launch) -> Optional[Tuple[int, int]]:
-    """Start `empty` with the kernel; pids of the kernel and of `empty`, None if that cannot be had.
-
-    SIGCHLD is blocked in `empty`: it would reap the kernel and keep the status to itself. This way the dead kernel
-    is left for us; see find_end().
-    """
-    deadline = time.monotonic() + EMPTY_START_S
-    leashes = [os.pipe()[0], os.pipe()[0]]        # the write ends stay open until we end, however that be
-    launch = launch._replace(keep={**launch.keep, **dict(zip(KERNEL_LEASH_FDS, leashes))})
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+def count_pages(pid: int) -> int:
+    """Of the address space of a process; 0 when there is none."""
     try:
-        for _ in range(EMPTY_TRIES):
-            first = spawn_kernel(spec, argv, launch)
-            pids = find_carried_kernel(first, launch, deadline)
-            if pids:
-                for leash, owner in zip(leashes, (-pids[0], pids[1])):
-                    tie_to_us(leash, owner)
-                return pids
-            kill_children(launch.helper)
-            for name in (EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST):
-                remove_entry(name, launch.directories.run.fd)
-    except Fatal:                                 # it cannot be executed
-        pass
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-    return None
+        with open("/proc/{}/statm".format(pid), "rb") as file:
+            return int(file.read().split()[0])
+    except (OSError, IndexError):
+        return 0
 
 
-def find_carried_kernel(first: int, launch: Launch, deadline: float) -> Optional[Tuple[int, int]]:
-    """Wait for `empty` to be a daemon and have a child; None if it ends, takes too long, or nobody waits.
-
-    It leaves two dead processes behind: the first, and the first's child, which becomes ours when the first has ended.
-    """
-    is_daemon = False
-    while time.monotonic() < deadline and not select.select([launch.lifeline], [], [], 0.005)[0]:
-        children = []
-        try:
-            with os.fdopen(open_own(EMPTY_PID, launch.directories.run.fd)) as file:
-                empty = int(file.read(20))
-            if is_daemon and read_process(empty)[1] == os.getpid():
-                children = list_children(empty)
-        except (OSError, ValueError):
-            pass                                  # not yet
-        ours = [pid for pid in list_children(os.getpid()) if pid != launch.helper]
-        if not ours:
-            return None
-        dead = [pid for pid in ours if os.waitpid(pid, os.WNOHANG)[0]]
-        is_daemon = is_daemon or first in dead
-        if children:
-            return children[0], empty
-    return None
+def count_areas(pid: int) -> int:
+    """Of the address space of a process, as vm.max_map_count counts them."""
+    try:
+        with open("/proc/{}/maps".format(pid), "rb") as file:
+            return sum(1 for _ in file)
+    except OSError:
+        return 0
 
 
-def tie_to_us(leash: int, owner: int) -> None:
-    """Have the host's kernel kill a process, or the process group -owner, when we are gone.
-
-    That is for whom PR_SET_PDEATHSIG cannot reach: grandchildren, such as the processes of the guest, which go on to
-    compute when nobody traces them any more. `leash` is the read end of a pipe that they hold open, too, and nobody
-    but us has the write end of.
-    """
-    fcntl.fcntl(leash, fcntl.F_SETOWN, owner)
-    fcntl.fcntl(leash, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(leash, fcntl.F_SETFL, os.O_ASYNC)
-    os.close(leash)
-
-
-def start_kernel(spec: RunSpec, launch: Launch) -> Optional[Tuple[int, int]]:
-    """Start the kernel; its pid and that of the `empty` around it, 0 without; None if there is to be one and cannot."""
-    with blaming("run directory cannot be filled", launch.directories.run.path, SCRATCH_HINT):
-        disk = name_disk(spec, launch.directories.run.path)
-    if spec.empty:
-        # `empty` does not tell whether the kernel can be executed, so this does.
-        spawn_kernel(spec, [spec.kernel, "--version"], launch._replace(keep={}))
-        kill_children(launch.helper)
-        pids = start_by_empty(spec, build_command_line(spec, disk), launch)
-        if pids or spec.empty_asked:
-            os.write(launch.keep[KERNEL_OUTPUT_FD], CARRIED.pack(pids[0]) if pids else b"")
-            return pids
-        os.write(launch.keep[KERNEL_OUTPUT_FD], CARRIED.pack(0))
-    leash = os.pipe()[0]                          # the write end stays open until we end, however that be
-    keep = {**launch.keep, KERNEL_LEASH_FDS[0]: leash}
-    pid = spawn_kernel(spec, build_kernel_args(spec, disk), launch._replace(keep=keep))
-    tie_to_us(leash, -pid)                        # it makes itself the leader of a group
-    return pid, 0
-
-
-def find_end(kernel: int, empty: int) -> str:
-    """What to report of a kernel, or of the `empty` around it, that has ended; nothing if none has."""
-    if empty:
-        pid, status = os.waitpid(empty, os.WNOHANG)
-        if pid and os.WIFSIGNALED(status):
-            return "empty"
-        if pid:                                   # it ends by itself when the kernel closes the pty, as it does dying
-            try:
-                os.kill(kernel, signal.SIGKILL)
-                return "ended {}".format(os.waitpid(kernel, 0)[1])
-            except (ProcessLookupError, ChildProcessError):
-                return "ended 0"                  # `empty` has it reaped, and the status is lost
-    if read_process(kernel)[0] != "Z":
-        return ""
-    over_limit = blame_cpu_limit(kernel, "the guest's kernel, which makes the system calls of all its processes,")
-    if empty:
-        os.kill(empty, signal.SIGKILL)
-        os.waitpid(empty, 0)                      # the kernel is our child now
-    status = os.waitpid(kernel, 0)[1]             # it may have threads that are still to die
-    if over_limit and status == signal.SIGKILL:
-        raise over_limit
-    return "ended {}".format(status)
+def explain_areas() -> Fatal:
+    return Fatal("a process of the guest has more separate memory areas than vm.max_map_count of this node allows: "
+                 "{}".format(read_max_areas()),
+                 "ask for a higher vm.max_map_count; a page that is used with none beside it is an area")
 
 
 class Placement:
@@ -3412,6 +3193,263 @@ class Placement:
                 pass
 
 
+class AreaWatch:
+    """Finds a process of the guest that has as many separate memory areas as the host allows.
+
+    A kernel in its seccomp mode then tries for ever to map what the process wants to use next.
+    """
+
+    def __init__(self, kernel: int) -> None:
+        self._kernel = kernel
+        self._limit = read_max_areas() - AREAS_MARGIN
+        self._due = time.monotonic() + AREAS_S
+        self._later: Dict[int, Tuple[int, float]] = {}         # by pid: pages and time, from which to count again
+        self._full: Dict[int, float] = {}         # by pid: seconds that it had run
+
+    def review(self) -> None:
+        """To be called at each round of the supervisor; Fatal where a process had no area left twice and did run."""
+        started = time.monotonic()
+        if started < self._due:
+            return
+        before = self._full
+        self._full = {task: read_times(task)[0] for task in list_tasks(self._kernel)
+                      if self._may_be_full(task, started) and self._is_full(task, started)}
+        if any(ran > before.get(task, ran) + AREAS_S / 10 for task, ran in self._full.items()):
+            raise explain_areas()
+        self._due = started + max(AREAS_S, 0 if self._full else 10 * (time.monotonic() - started))
+
+    def _may_be_full(self, task: int, now: float) -> bool:
+        """An area has a page at least, so that its size tells where nothing needs to be counted."""
+        pages, moment = self._later.get(task, (self._limit, 0.0))
+        size = count_pages(task)
+        return size >= pages or size >= self._limit and now >= moment > 0
+
+    def _is_full(self, task: int, now: float) -> bool:
+        areas = count_areas(task)
+        cost_s = time.monotonic() - now
+        if areas < self._limit:
+            self._later[task] = (count_pages(task) + self._limit - areas, now + 100 * cost_s)
+        return areas >= self._limit
+
+
+def explain_disk_failure(spec: RunSpec, said: bytes) -> Fatal:
+    """Why the guest's disk cannot be written or read, of which the guest's kernel said so, as far as it can be seen."""
+    if not spec.disk_file:
+        full = explain_full_scratch(spec.scratch)
+    else:
+        full = explain_full("directory of the {}".format("image" if spec.write else "COW file"), spec.disk_directory,
+                            "free some; {} is as after a power failure and can be used again".format(spec.disk_file))
+    if full:
+        return full
+    if said.startswith(b"EXT4"):
+        return Fatal("root file system is damaged: " + (spec.disk_file or spec.image),
+                     "run with -v to see the guest's console; `e2fsck -fn` looks at an image")
+    return Fatal("disk of the guest had an I/O error, and its files are these: {}, {}".format(
+        spec.image, spec.disk_file or spec.scratch), "was one of them out of room, or its disk or server at fault?")
+
+
+def explain_panic(what: str, spec: RunSpec) -> Fatal:
+    if MEMORY_LOST in what:
+        return Fatal("directory for the guest's memory became full: {}, where it may have {}".format(
+            spec.ram_directory, format_mib(spec.mem_mib)), "other files took its room; --tmpdir names another one")
+    if "mount root" in what:
+        return Fatal("guest cannot mount its root file system: " + spec.image,
+                     "run with -v to see the guest's console; is the image damaged? `e2fsck -fn` tells")
+    return Fatal("guest panicked: " + what, "run with -v to see the guest's console")
+
+
+def explain_kernel_end(status: int, console: str, spec: RunSpec, was_up: bool) -> Fatal:
+    """Why a kernel ended without a result record, from its wait status and what it printed.
+
+    Once the agent has answered the guest was up: a command may end it before it is told that the command has started.
+    """
+    panic = re.search(r"Kernel panic - not syncing: (.*)", console)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return Fatal("guest was killed by signal 9", "was the memory that the job asked for used up?")
+    no_module = "No module named 'apppot_init'" in console
+    if panic and ("init failed" in panic.group(1) or no_module) or "No working init" in console:
+        return no_agent(AGENT_MODULE if no_module else AGENT, spec.image)
+    if panic:
+        return explain_panic(panic.group(1).strip(), spec)
+    if was_up:
+        return Fatal("guest ended before the command did",
+                     "it was powered off or rebooted from inside, or its kernel crashed; -v shows its console")
+    how = "signal {}".format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else "status {}".format(status >> 8)
+    return (explain_loader(console, spec.kernel) or explain_ptrace(spec.kernel, spec.mode in ("on", "auto"))
+            or not_uml(spec.kernel, "ended with {} before the guest was up ({})".format(
+                how, last_line(console.encode()))))
+
+
+# --- The carrier `empty` ------------------------------------------------------------------------------------
+
+EMPTY_NAMES = ("empty",)
+# `empty` (github.com/mezantrop/empty) makes these FIFOs in the run directory. Its program gets a pty as 0, 1 and 2; the
+# shell puts that where the kernel has the channel, has what the kernel prints go to the console as ever, and ignores
+# again what `empty` has handlers for.
+EMPTY_MARK = b"empty -f"             # in its usage text
+EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST = "empty.pid", "to-guest", "from-guest"
+EMPTY_ARGS = ["-f", "-i", EMPTY_TO_GUEST, "-o", EMPTY_FROM_GUEST, "-p", EMPTY_PID, "/bin/sh", "-c",
+              'trap "" HUP INT QUIT TERM; exec "$0" "$@" {}<&0 {}>&1 </dev/null >&{} 2>&1'.format(
+                  KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD)]
+EMPTY_TRIES = 3                      # its semaphore's key has 8 bits of a pid: two that start at once may meet there
+EMPTY_START_S = 10.0
+CARRIED = struct.Struct("=i")        # what the supervisor says first: pid of the kernel that `empty` runs, 0 if none
+
+
+def find_empty(io: str, option: Optional[str]) -> Tuple[Optional[str], bool]:
+    """The `empty` that is to carry the channel, if any, and whether it was asked for, not just found beside us."""
+    asked = bool(io == "empty" or option or read_variable("APPPOT_EMPTY"))
+    if io == "builtin":
+        if option:
+            raise Fatal("--empty with --io builtin: " + option, "leave out one of the two")
+        return None, False
+    if asked:
+        path = find_part(option, "APPPOT_EMPTY", EMPTY_NAMES, "empty", True)
+        check_is_empty(path)
+    else:
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), EMPTY_NAMES[0])
+        try:
+            check_is_empty(path)
+        except Fatal:                             # any file may have that name
+            return None, False
+    return os.path.abspath(path), asked
+
+
+def check_is_empty(path: str) -> None:
+    with open_regular(path, "`empty`", "--empty names the program, --io builtin does without it") as file:
+        is_empty = EMPTY_MARK in file.read(1 << 20)
+    if not is_empty:
+        raise Fatal("not the program `empty`: " + path, "build it from github.com/mezantrop/empty, or use --io builtin")
+    if not make_executable(path):
+        raise Fatal("`empty` is not executable: " + path, "chmod +x it; a file system mounted noexec cannot hold it")
+
+
+def build_command_line(spec: RunSpec, disk: str) -> List[str]:
+    """What is started: the kernel, or `empty` with the kernel."""
+    return ([spec.empty] + EMPTY_ARGS if spec.empty else []) + build_kernel_args(spec, disk)
+
+
+def start_by_empty(spec: RunSpec, argv: List[str], launch: Launch) -> Optional[Tuple[int, int]]:
+    """Start `empty` with the kernel; pids of the kernel and of `empty`, None if that cannot be had.
+
+    SIGCHLD is blocked in `empty`: it would reap the kernel and keep the status to itself. This way the dead kernel
+    is left for us; see find_end().
+    """
+    deadline = time.monotonic() + EMPTY_START_S
+    leashes = [os.pipe()[0], os.pipe()[0]]        # the write ends stay open until we end, however that be
+    launch = launch._replace(keep={**launch.keep, **dict(zip(KERNEL_LEASH_FDS, leashes))})
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    try:
+        for _ in range(EMPTY_TRIES):
+            first = spawn_kernel(spec, argv, launch)
+            pids = find_carried_kernel(first, launch, deadline)
+            if pids:
+                for leash, owner in zip(leashes, (-pids[0], pids[1])):
+                    tie_to_us(leash, owner)
+                return pids
+            kill_children(launch.helper)
+            for name in (EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST):
+                remove_entry(name, launch.directories.run.fd)
+    except Fatal:                                 # it cannot be executed
+        pass
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    return None
+
+
+def find_carried_kernel(first: int, launch: Launch, deadline: float) -> Optional[Tuple[int, int]]:
+    """Wait for `empty` to be a daemon and have a child; None if it ends, takes too long, or nobody waits.
+
+    It leaves two dead processes behind: the first, and the first's child, which becomes ours when the first has ended.
+    """
+    is_daemon = False
+    while time.monotonic() < deadline and not select.select([launch.lifeline], [], [], 0.005)[0]:
+        children = []
+        try:
+            with os.fdopen(open_own(EMPTY_PID, launch.directories.run.fd)) as file:
+                empty = int(file.read(20))
+            if is_daemon and read_process(empty)[1] == os.getpid():
+                children = list_children(empty)
+        except (OSError, ValueError):
+            pass                                  # not yet
+        ours = [pid for pid in list_children(os.getpid()) if pid != launch.helper]
+        if not ours:
+            return None
+        dead = [pid for pid in ours if os.waitpid(pid, os.WNOHANG)[0]]
+        is_daemon = is_daemon or first in dead
+        if children:
+            return children[0], empty
+    return None
+
+
+def exchange_channel(directory: int, from_guest: int, to_guest: int) -> int:
+    """Put the FIFOs of `empty` in the place of the pipes once they are made; pid of its kernel, 0 if it is no use."""
+    said = os.read(from_guest, CARRIED.size)
+    kernel: int = CARRIED.unpack(said)[0] if said else 0
+    if not kernel:
+        return 0
+    try:
+        # The second fails unless it has a reader: `empty` lives, so the first has a writer and will have an end.
+        fifos = [open_fifo(name, flags, directory)
+                 for name, flags in ((EMPTY_FROM_GUEST, os.O_RDONLY), (EMPTY_TO_GUEST, os.O_WRONLY))]
+    except OSError:
+        return kernel                             # `empty` is dead already, and the report tells
+    widen_pipe(fifos[0])
+    for fifo, descriptor in zip(fifos, (from_guest, to_guest)):
+        os.dup2(fifo, descriptor, False)
+        os.close(fifo)
+    return kernel
+
+
+# --- The supervisor -----------------------------------------------------------------------------------------
+
+CLEAN_S = 5.0                        # for the supervisor to end the guest and clean up
+
+
+def start_kernel(spec: RunSpec, launch: Launch) -> Optional[Tuple[int, int]]:
+    """Start the kernel; its pid and that of the `empty` around it, 0 without; None if there is to be one and cannot."""
+    with blaming("run directory cannot be filled", launch.directories.run.path, SCRATCH_HINT):
+        disk = name_disk(spec, launch.directories.run.path)
+    if spec.empty:
+        # `empty` does not tell whether the kernel can be executed, so this does.
+        spawn_kernel(spec, [spec.kernel, "--version"], launch._replace(keep={}))
+        kill_children(launch.helper)
+        pids = start_by_empty(spec, build_command_line(spec, disk), launch)
+        if pids or spec.empty_asked:
+            os.write(launch.keep[KERNEL_OUTPUT_FD], CARRIED.pack(pids[0]) if pids else b"")
+            return pids
+        os.write(launch.keep[KERNEL_OUTPUT_FD], CARRIED.pack(0))
+    leash = os.pipe()[0]                          # the write end stays open until we end, however that be
+    keep = {**launch.keep, KERNEL_LEASH_FDS[0]: leash}
+    pid = spawn_kernel(spec, build_kernel_args(spec, disk), launch._replace(keep=keep))
+    tie_to_us(leash, -pid)                        # it makes itself the leader of a group
+    return pid, 0
+
+
+def find_end(kernel: int, empty: int) -> str:
+    """What to report of a kernel, or of the `empty` around it, that has ended; nothing if none has."""
+    if empty:
+        pid, status = os.waitpid(empty, os.WNOHANG)
+        if pid and os.WIFSIGNALED(status):
+            return "empty"
+        if pid:                                   # it ends by itself when the kernel closes the pty, as it does dying
+            try:
+                os.kill(kernel, signal.SIGKILL)
+                return "ended {}".format(os.waitpid(kernel, 0)[1])
+            except (ProcessLookupError, ChildProcessError):
+                return "ended 0"                  # `empty` has it reaped, and the status is lost
+    if read_process(kernel)[0] != "Z":
+        return ""
+    over_limit = blame_cpu_limit(kernel, "the guest's kernel, which makes the system calls of all its processes,")
+    if empty:
+        os.kill(empty, signal.SIGKILL)
+        os.waitpid(empty, 0)                      # the kernel is our child now
+    status = os.waitpid(kernel, 0)[1]             # it may have threads that are still to die
+    if over_limit and status == signal.SIGKILL:
+        raise over_limit
+    return "ended {}".format(status)
+
+
 def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: int,
                  check_helper: Callable[[], None]) -> str:
     """Wait for the kernel's end or the runner's; return what to report. Stop the guest while the runner is stopped.
@@ -3457,55 +3495,6 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: i
                 if over_limit:
                     raise over_limit
             return "helper"
-
-
-class AreaWatch:
-    """Finds a process of the guest that has as many separate memory areas as the host allows.
-
-    A kernel in its seccomp mode then tries for ever to map what the process wants to use next.
-    """
-
-    def __init__(self, kernel: int) -> None:
-        self._kernel = kernel
-        self._limit = read_max_areas() - AREAS_MARGIN
-        self._due = time.monotonic() + AREAS_S
-        self._later: Dict[int, Tuple[int, float]] = {}         # by pid: pages and time, from which to count again
-        self._full: Dict[int, float] = {}         # by pid: seconds that it had run
-
-    def review(self) -> None:
-        """To be called at each round of the supervisor; Fatal where a process had no area left twice and did run."""
-        started = time.monotonic()
-        if started < self._due:
-            return
-        before = self._full
-        self._full = {task: read_times(task)[0] for task in list_tasks(self._kernel)
-                      if self._may_be_full(task, started) and self._is_full(task, started)}
-        if any(ran > before.get(task, ran) + AREAS_S / 10 for task, ran in self._full.items()):
-            raise explain_areas()
-        self._due = started + max(AREAS_S, 0 if self._full else 10 * (time.monotonic() - started))
-
-    def _may_be_full(self, task: int, now: float) -> bool:
-        """An area has a page at least, so that its size tells where nothing needs to be counted."""
-        pages, moment = self._later.get(task, (self._limit, 0.0))
-        size = count_pages(task)
-        return size >= pages or size >= self._limit and now >= moment > 0
-
-    def _is_full(self, task: int, now: float) -> bool:
-        areas = count_areas(task)
-        cost_s = time.monotonic() - now
-        if areas < self._limit:
-            self._later[task] = (count_pages(task) + self._limit - areas, now + 100 * cost_s)
-        return areas >= self._limit
-
-
-def find_corpses(kernel: int) -> Set[int]:
-    """Threads that the kernel started for its own use and that are dead: it does not notice, and the guest hangs.
-
-    These are the first of its children; later ones are the guest's processes. Slirp is a child, too, but another
-    program, and one it can do without.
-    """
-    return {child for child in list_children(kernel)[:KERNEL_HELPERS]
-            if read_process(child)[0] == "Z" and read_name(child) == read_name(kernel)}
 
 
 def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int, report: int) -> None:
@@ -3613,58 +3602,75 @@ def end_supervisor(pid: int, report: int) -> None:
     os.waitpid(pid, 0)
 
 
-def exchange_channel(directory: int, from_guest: int, to_guest: int) -> int:
-    """Put the FIFOs of `empty` in the place of the pipes once they are made; pid of its kernel, 0 if it is no use."""
-    said = os.read(from_guest, CARRIED.size)
-    kernel: int = CARRIED.unpack(said)[0] if said else 0
-    if not kernel:
-        return 0
-    try:
-        # The second fails unless it has a reader: `empty` lives, so the first has a writer and will have an end.
-        fifos = [open_fifo(name, flags, directory)
-                 for name, flags in ((EMPTY_FROM_GUEST, os.O_RDONLY), (EMPTY_TO_GUEST, os.O_WRONLY))]
-    except OSError:
-        return kernel                             # `empty` is dead already, and the report tells
-    widen_pipe(fifos[0])
-    for fifo, descriptor in zip(fifos, (from_guest, to_guest)):
-        os.dup2(fifo, descriptor, False)
-        os.close(fifo)
-    return kernel
+# --- The job record -----------------------------------------------------------------------------------------
+
+FIRST_PIDS = range(1000, 4000000)
 
 
-def open_fifo(name: str, flags: int, directory: int) -> int:
-    """Open what `empty` has made, and nothing that the guest has put in its place."""
-    descriptor = os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "no FIFO", name)
-    return descriptor
+def build_job(spec: RunSpec, stdio: Stdio, saved_name: str = "") -> bytes:
+    uid, gid = os.getuid(), os.getgid()
+    fields = [
+        (b"job", spec.job_directory), (b"alias", spec.job_alias), (b"cwd", spec.cwd), (b"user", user_name(uid)),
+        (b"uid", b"%d" % uid), (b"root", b"%d" % spec.as_root), (b"umask", b"%d" % spec.umask),
+        (b"stdio", stdio.kinds), (b"confined", b"%d" % is_confined(spec.empty)),
+        (b"persistent", b"%d" % spec.persistent), (b"force", b"%d" % spec.force_changes),
+        (b"disk", b"%d" % spec.disk_bytes), (b"home", spec.home),
+        (b"pid", b"%d" % choose_first_pid()), *describe_node(spec.node)]
+    if stdio.terminal:
+        # In hexadecimal, as values hold no NUL.
+        fields += [(b"modes", stdio.terminal.modes.hex().encode()), (b"window", stdio.terminal.window.hex().encode()),
+                   (b"foreground", b"%d" % stdio.at_once)]
+    fields += [(b"group", b"%d=%s" % (group, group_name(group)))
+               for group in [gid] + [group for group in os.getgroups() if group != gid]]
+    fields += [(b"layer", os.fsencode(layer)) for layer in spec.layers]
+    if spec.layers:
+        fields += [(b"room", b"%d" % find_room(spec)), (b"scratch", os.fsencode(spec.disk_directory))]
+    if spec.saved_changes:
+        fields += [(b"save", os.fsencode(spec.saved_changes)), (b"save-name", saved_name.encode())]
+    # A name holds no slash, and a target begins with one.
+    fields += [(b"bind", (b"r" if bind.read_only else b"w") + bind.name + bind.target) for bind in spec.binds]
+    fields += [(b"ignore", b"%d" % number) for number in spec.ignored_signals]
+    fields += [(b"limit", b"%d %d %d" % limit) for limit in spec.limits]
+    fields += [(b"env", name + b"=" + value) for name, value in spec.environment.items()]
+    fields += describe_network(spec.network)
+    fields += [(b"arg", os.fsencode(word)) for word in spec.command]
+    return encode_fields(fields)
 
 
-def make_wide_pipe() -> Tuple[int, int]:
-    reader, writer = os.pipe()
-    widen_pipe(writer)
-    return reader, writer
+def describe_node(node: NodeView) -> List[Tuple[bytes, bytes]]:
+    # The zone in hexadecimal, as values hold no NUL.
+    return [(b"name", node.host_names), (b"hosts", node.hosts), (b"resolver", node.resolver),
+            (b"zone", node.zone.hex().encode()), (b"zone-name", node.zone_name)]
 
 
-def widen_pipe(descriptor: int) -> None:
-    try:
-        fcntl.fcntl(descriptor, F_SETPIPE_SZ, PIPE_SIZE)
-    except OSError:
-        pass                                      # the user's share of pipe pages is used up: slower, no worse
+def choose_first_pid() -> int:
+    """Where the process numbers of a guest begin: files of several runs may have them in their names."""
+    return FIRST_PIDS.start + int.from_bytes(os.urandom(8), "big") % len(FIRST_PIDS)
 
 
-def close_all_but(keep: Set[int]) -> None:
-    """Close the rest, the caller's own descriptors too: who waits for their end must not wait for the guest."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in keep:
-            try:
-                os.close(int(name))
-            except OSError:
-                pass
+def describe_network(network: Network) -> List[Tuple[bytes, bytes]]:
+    """What the agent configures, as fields of the job."""
+    fields = []
+    if network.kind:
+        name = "vec0" if network.kind == SLIRP4NETNS else "eth0"
+        fields = [("interface", "{}={}/24".format(name, GUEST_ADDRESS)), ("gateway", GATEWAY),
+                  ("nameserver", NAMESERVER)]
+    if network.lan:
+        fields += [("interface", "eth1={}/{}".format(network.lan.address, network.lan.prefix)),
+                   ("lan", network.lan.address)]
+    return [(name.encode(), value.encode()) for name, value in fields]
 
 
-# --- Relaying -----------------------------------------------------------------------------------------------
+# --- Streams ------------------------------------------------------------------------------------------------
+
+INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
+# Bytes of stdin frames on their way. A pty holds 8 KiB and must not be full: `empty` moves bytes one way at a time,
+# so it and the agent would each wait for the other to read; and of a write that it is stopped in it forgets the rest.
+SPOOL_CHUNK = 1 << 20
+STDIN_WINDOW = 8 << 20
+KEYS_WINDOW = 64 << 10
+ACK_STEP = 512 << 10
+
 
 class Worker(threading.Thread):
     """A thread that does its work and then waits for the process to end.
@@ -3880,15 +3886,16 @@ def is_hung_up(descriptor: int, error: OSError) -> bool:
     return error.errno == errno.EIO and stat.S_ISCHR(os.fstat(descriptor).st_mode)
 
 
-def spool(directory: int, content: bytes) -> bytes:
-    """Write a file for the guest, which is not trusted with that directory: its name is new and cannot be foreseen."""
-    name = os.urandom(8).hex()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(name, flags, 0o600, dir_fd=directory), "wb", buffering=0) as file:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[file.write(rest) or 0:]
-    return name.encode()
+# --- The session --------------------------------------------------------------------------------------------
+
+LINE_WINDOW = 3072                   # bytes to the guest that it has not read: from 3968 on UML stops the line for good
+SIGNALS_MAX = 64                     # _NSIG, include/uapi/asm-generic/signal.h
+END_OF_FILE = b"\4"                  # Ctrl-D
+TYPED_AHEAD_MAX = 64                 # lines
+POLL_MAX_S = 3600.0                  # poll(2) takes no more than 24 days, and --timeout does
+SAME_SIGNAL_S = 0.1                  # a batch system's and that of a dead parent come at once, and mean one thing
+KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
+USE_UP_S = 60                        # for a job's memory to be used up
 
 
 class Result(NamedTuple):
@@ -3942,6 +3949,86 @@ def die_of(number: int) -> None:
         os.kill(os.getpid(), number)
     except (OSError, ValueError):                 # those that the C library keeps for itself
         pass
+
+
+class MountPoints:
+    """Makes on the host what the guest mounts on where that is the host's: in the job directory or another bind.
+
+    Only the guest knows where its links lead, so it asks. What is made is removed at the end, by whoever lives, from a
+    list. This lies beside the run directory, in which the guest could change it.
+    """
+
+    def __init__(self, spec: RunSpec, run: PrivateDirectory) -> None:
+        self._spec, self._run = spec, run
+        self._once = os.O_EXCL                    # when the list is made
+
+    def make(self, request: bytes) -> int:
+        """Make the directory (d) or file (f) and what is missing above it; return 0 or the errno.
+
+        The request names what hostfs has mounted, and the rest of the path.
+        """
+        match = re.fullmatch(br"([df])(job|bind\d{1,4})((?:/[^/\0]+)+)", request)
+        names = match.group(3).split(b"/")[1:] if match else []
+        if not match or {b".", b".."} & set(names):
+            raise Misfit("no mount point")
+        try:
+            self._make_all(self._find_source(match.group(2)), names, match.group(1) == b"d")
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    def _make_all(self, path: bytes, names: List[bytes], is_directory: bool) -> None:
+        place = open_place(path)
+        try:
+            for name in names[:-1]:
+                path = os.path.join(path, name)
+                self._make_missing(path, place, True)
+                below = os.open(name, os.O_PATH | DIRECTORY, dir_fd=place)
+                os.close(place)
+                place = below
+            self._make_missing(os.path.join(path, names[-1]), place, is_directory)
+        finally:
+            os.close(place)
+
+    def _find_source(self, name: bytes) -> bytes:
+        """The directory of the host that hostfs shows under this name, if the guest may write there."""
+        if name == b"job" and self._spec.job_directory:
+            return self._spec.job_directory
+        number = int(name[4:] or len(self._spec.binds))
+        if number >= len(self._spec.binds) or not self._spec.binds[number].is_directory:
+            raise Misfit("no such bind")
+        if self._spec.binds[number].read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return self._spec.binds[number].source
+
+    def _make_missing(self, path: bytes, place: int, is_directory: bool) -> None:
+        name = os.path.basename(path)
+        try:
+            os.stat(name, dir_fd=place, follow_symlinks=False)
+            return
+        except FileNotFoundError:
+            self._record(path)
+        inode = 0                                 # no file has it
+        try:
+            mode = 0o777 & ~self._spec.umask
+            if is_directory:
+                os.mkdir(name, dir_fd=place)
+                made = os.open(name, DIRECTORY, dir_fd=place)
+            else:
+                mode &= 0o666
+                made = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=place)
+            inode = os.fstat(made).st_ino
+            os.fchmod(made, mode)                 # not less the runner's own umask
+            os.close(made)
+        finally:
+            self._record(b"%d" % inode)
+
+    def _record(self, word: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(self._run.path + RECORD, flags | self._once, 0o600)
+        self._once = 0
+        with os.fdopen(descriptor, "ab", 0) as file:
+            file.write(word + b"\0")
 
 
 class Session:
@@ -4481,62 +4568,28 @@ class Session:
                 "walltime of {:g} s is over".format(self._spec.timeout_s or 0), "--timeout sets it"))
 
 
-def explain_disk_failure(spec: RunSpec, said: bytes) -> Fatal:
-    """Why the guest's disk cannot be written or read, of which the guest's kernel said so, as far as it can be seen."""
-    if not spec.disk_file:
-        full = explain_full_scratch(spec.scratch)
-    else:
-        full = explain_full("directory of the {}".format("image" if spec.write else "COW file"), spec.disk_directory,
-                            "free some; {} is as after a power failure and can be used again".format(spec.disk_file))
-    if full:
-        return full
-    if said.startswith(b"EXT4"):
-        return Fatal("root file system is damaged: " + (spec.disk_file or spec.image),
-                     "run with -v to see the guest's console; `e2fsck -fn` looks at an image")
-    return Fatal("disk of the guest had an I/O error, and its files are these: {}, {}".format(
-        spec.image, spec.disk_file or spec.scratch), "was one of them out of room, or its disk or server at fault?")
-
-
-def explain_panic(what: str, spec: RunSpec) -> Fatal:
-    if MEMORY_LOST in what:
-        return Fatal("directory for the guest's memory became full: {}, where it may have {}".format(
-            spec.ram_directory, format_mib(spec.mem_mib)), "other files took its room; --tmpdir names another one")
-    if "mount root" in what:
-        return Fatal("guest cannot mount its root file system: " + spec.image,
-                     "run with -v to see the guest's console; is the image damaged? `e2fsck -fn` tells")
-    return Fatal("guest panicked: " + what, "run with -v to see the guest's console")
-
-
-def explain_kernel_end(status: int, console: str, spec: RunSpec, was_up: bool) -> Fatal:
-    """Why a kernel ended without a result record, from its wait status and what it printed.
-
-    Once the agent has answered the guest was up: a command may end it before it is told that the command has started.
-    """
-    panic = re.search(r"Kernel panic - not syncing: (.*)", console)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return Fatal("guest was killed by signal 9", "was the memory that the job asked for used up?")
-    no_module = "No module named 'apppot_init'" in console
-    if panic and ("init failed" in panic.group(1) or no_module) or "No working init" in console:
-        return no_agent(AGENT_MODULE if no_module else AGENT, spec.image)
-    if panic:
-        return explain_panic(panic.group(1).strip(), spec)
-    if was_up:
-        return Fatal("guest ended before the command did",
-                     "it was powered off or rebooted from inside, or its kernel crashed; -v shows its console")
-    how = "signal {}".format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else "status {}".format(status >> 8)
-    return (explain_loader(console, spec.kernel) or explain_ptrace(spec.kernel, spec.mode in ("on", "auto"))
-            or not_uml(spec.kernel, "ended with {} before the guest was up ({})".format(
-                how, last_line(console.encode()))))
+def place_changes(save: PrivateDirectory, name: str, path: str) -> None:
+    """Give a complete changes file, safe on its disk, its name. The guest has made it and still lives."""
+    try:
+        given = os.open(GIVEN, DIRECTORY, dir_fd=save.fd)
+        try:                                      # out of the reach of the guest, before it is looked at
+            os.rename(name, name, src_dir_fd=given, dst_dir_fd=save.fd)
+        finally:
+            os.close(given)
+        descriptor = open_own(name, save.fd)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(name, path, src_dir_fd=save.fd)
+    except FileNotFoundError:
+        raise Fatal("changes were not saved, as the run was killed: " + path, "--kill-after gives the command longer")
+    except OSError as error:
+        raise Fatal("changes were not saved, {}: {}".format(error.strerror, path),
+                    "is the directory of the file still there, and did no program of the guest touch what it made?")
 
 
 # --- Options ------------------------------------------------------------------------------------------------
-
-UNSET_HINT = "is a variable in the script unset? leave the option out, or give a value"
-
-
-def is_blank(text: str) -> bool:
-    return not text.strip()
-
 
 class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -4685,6 +4738,29 @@ def build_parser() -> OptionParser:
     return parser
 
 
+# --- Deciding a run -----------------------------------------------------------------------------------------
+
+DISK_MIB = 2048                      # of an image that was shrunk, where the kernel can make its root larger
+
+
+def find_image(options: argparse.Namespace) -> Tuple[str, Optional[str]]:
+    return split_image(find_part(options.image, "APPPOT_IMAGE", IMAGE_NAMES, "image", False))
+
+
+def find_kernel(options: argparse.Namespace) -> str:
+    return check_kernel(find_part(options.kernel, "APPPOT_KERNEL", KERNEL_NAMES, "kernel", True))
+
+
+def split_image(text: str) -> Tuple[str, Optional[str]]:
+    """Image and, of COW:BASE, the COW file."""
+    if ":" not in text or os.path.exists(text):
+        return text, None
+    cow, _, base = text.partition(":")
+    if not cow or not base:
+        raise Fatal("--image is neither a file nor COW:BASE: {!r}".format(text), "name the image file")
+    return base, os.path.abspath(cow)
+
+
 def choose_image(options: argparse.Namespace) -> Tuple[str, Optional[str], RootDevice]:
     """The image, its COW file if one is given by name, and the root file system in it."""
     image, cow = find_image(options)
@@ -4707,57 +4783,6 @@ def choose_umid(options: argparse.Namespace) -> str:
         if not word or re.search(r"\s", word):
             raise Fatal("--extra is not one word: {!r}".format(word), "give --extra once for each argument")
     return umid
-
-
-def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: Tuple[int, ...] = ()) -> RunSpec:
-    """Decide everything and check all that can be checked before anything is started."""
-    limits = take_limits()
-    directory, alias = find_job_directory() if options.job_dir else (b"", b"")
-    image, cow, root = choose_image(options)
-    kernel = find_kernel(options)
-    candidates = scratch_candidates(options.tmpdir)
-    grants = find_own_grants()
-    mem, floors = choose_memory(options.mem, grants)
-    mem, ram_directory = place_memory(mem, floors, candidates)
-    check_map(image, options.write, mem.value)
-    cpus, notes = decide_cpus(options.cpus, grants, kernel, options.ptrace)
-    check_limits(mem.value, os.path.getsize(image), cpus.value)
-    umid = choose_umid(options)
-    timeout_s = None if options.timeout is None else parse_seconds(options.timeout, "--timeout")
-    network = choose_network(options, kernel)
-    binds = tuple(parse_bind(text) for text in options.bind)
-    home = b"" if options.root and os.getuid() else find_home(os.environ.get("HOME", ""), binds)
-    environment = select_environment(dict(os.environb), options.env, options.clean_env)
-    threads = limit_threads(environment)
-    environment.update(threads)
-    if threads:
-        notes += ("threads of a process do not run in parallel: {}".format(
-            " ".join(name.decode() + "=1" for name in threads)),)
-    if network.lan:
-        environment[b"APPPOT_LAN_ADDRESS"] = network.lan.address.encode()
-    empty, empty_asked = find_empty(options.io, options.empty)
-    node_notes: List[str] = []
-    layers = options.changes or [path for path in (read_variable("APPPOT_CHANGES") or "").split(":") if path]
-    return RunSpec(
-        command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
-        disk_bytes=choose_disk(options, root, cow, kernel),
-        mem_mib=mem.value, cpus=cpus.value, mode=choose_mode(kernel, options.ptrace, options.extra),
-        ram_directory=ram_directory, scratch=choose_scratch(candidates),
-        umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
-        environment=environment, network=network, node=view_node(node_notes), empty=empty, empty_asked=empty_asked,
-        job_directory=directory, job_alias=alias, binds=binds, home=home,
-        layers=tuple(check_layer_file(path) for path in layers), force_changes=options.force_changes,
-        saved_changes=check_saved_changes(options.save_changes) if options.save_changes else None,
-        cwd=os.fsencode(options.cwd or ""), as_root=options.root,
-        umask=os.umask(0o077),                    # what the runner makes is nobody else's
-        ignored_signals=ignored,
-        terminal=options.terminal, timeout_s=timeout_s,
-        boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
-        kill_after_s=parse_seconds(options.kill_after, "--kill-after", True), verbose=options.verbose,
-        in_job=bool(grants.systems), limits=limits,
-        limit_mib=0 if options.mem or read_variable("APPPOT_MEM") else find_job_limit(grants),
-        notes=(*grants.notes, *notes, *node_notes, "memory " + describe_memory(mem, ram_directory),
-               describe_cpus(cpus)))
 
 
 def check_layer_file(path: str) -> str:
@@ -4812,52 +4837,76 @@ def choose_disk(options: argparse.Namespace, root: RootDevice, cow: Optional[str
     return 0 if wanted == root.length else wanted
 
 
-def find_image(options: argparse.Namespace) -> Tuple[str, Optional[str]]:
-    return split_image(find_part(options.image, "APPPOT_IMAGE", IMAGE_NAMES, "image", False))
+def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: Tuple[int, ...] = ()) -> RunSpec:
+    """Decide everything and check all that can be checked before anything is started."""
+    limits = take_limits()
+    directory, alias = find_job_directory() if options.job_dir else (b"", b"")
+    image, cow, root = choose_image(options)
+    kernel = find_kernel(options)
+    candidates = scratch_candidates(options.tmpdir)
+    grants = find_own_grants()
+    mem, floors = choose_memory(options.mem, grants)
+    mem, ram_directory = place_memory(mem, floors, candidates)
+    check_map(image, options.write, mem.value)
+    cpus, notes = decide_cpus(options.cpus, grants, kernel, options.ptrace)
+    check_limits(mem.value, os.path.getsize(image), cpus.value)
+    umid = choose_umid(options)
+    timeout_s = None if options.timeout is None else parse_seconds(options.timeout, "--timeout")
+    network = choose_network(options, kernel)
+    binds = tuple(parse_bind(text) for text in options.bind)
+    home = b"" if options.root and os.getuid() else find_home(os.environ.get("HOME", ""), binds)
+    environment = select_environment(dict(os.environb), options.env, options.clean_env)
+    threads = limit_threads(environment)
+    environment.update(threads)
+    if threads:
+        notes += ("threads of a process do not run in parallel: {}".format(
+            " ".join(name.decode() + "=1" for name in threads)),)
+    if network.lan:
+        environment[b"APPPOT_LAN_ADDRESS"] = network.lan.address.encode()
+    empty, empty_asked = find_empty(options.io, options.empty)
+    node_notes: List[str] = []
+    layers = options.changes or [path for path in (read_variable("APPPOT_CHANGES") or "").split(":") if path]
+    return RunSpec(
+        command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
+        disk_bytes=choose_disk(options, root, cow, kernel),
+        mem_mib=mem.value, cpus=cpus.value, mode=choose_mode(kernel, options.ptrace, options.extra),
+        ram_directory=ram_directory, scratch=choose_scratch(candidates),
+        umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
+        environment=environment, network=network, node=view_node(node_notes), empty=empty, empty_asked=empty_asked,
+        job_directory=directory, job_alias=alias, binds=binds, home=home,
+        layers=tuple(check_layer_file(path) for path in layers), force_changes=options.force_changes,
+        saved_changes=check_saved_changes(options.save_changes) if options.save_changes else None,
+        cwd=os.fsencode(options.cwd or ""), as_root=options.root,
+        umask=os.umask(0o077),                    # what the runner makes is nobody else's
+        ignored_signals=ignored,
+        terminal=options.terminal, timeout_s=timeout_s,
+        boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
+        kill_after_s=parse_seconds(options.kill_after, "--kill-after", True), verbose=options.verbose,
+        in_job=bool(grants.systems), limits=limits,
+        limit_mib=0 if options.mem or read_variable("APPPOT_MEM") else find_job_limit(grants),
+        notes=(*grants.notes, *notes, *node_notes, "memory " + describe_memory(mem, ram_directory),
+               describe_cpus(cpus)))
 
 
-def find_kernel(options: argparse.Namespace) -> str:
-    return check_kernel(find_part(options.kernel, "APPPOT_KERNEL", KERNEL_NAMES, "kernel", True))
+# --- Running ------------------------------------------------------------------------------------------------
 
+def make_directories(spec: RunSpec, stack: ExitStack) -> Directories:
+    """Make and fill the private directories of a run."""
+    def make(parent: str) -> PrivateDirectory:
+        with blaming("private directory cannot be made", parent, SCRATCH_HINT):
+            return stack.enter_context(private_directory(parent))
 
-def split_image(text: str) -> Tuple[str, Optional[str]]:
-    """Image and, of COW:BASE, the COW file."""
-    if ":" not in text or os.path.exists(text):
-        return text, None
-    cow, _, base = text.partition(":")
-    if not cow or not base:
-        raise Fatal("--image is neither a file nor COW:BASE: {!r}".format(text), "name the image file")
-    return base, os.path.abspath(cow)
-
-
-def check_memory(text: str, name: str) -> int:
-    mem_mib = parse_size_mib(text, name)
-    total = total_memory_mib()
-    if mem_mib < MEM_MIN_MIB:
-        raise Fatal("{} is too small: {}".format(name, text), "a guest needs at least {} MiB".format(MEM_MIN_MIB))
-    if mem_mib > total:
-        raise Fatal("{} is more than this machine has: {}".format(name, text), "it has {}".format(format_mib(total)))
-    return mem_mib
-
-
-# --- Main ---------------------------------------------------------------------------------------------------
-
-def open_standard_descriptors() -> None:
-    """Put /dev/null where 0, 1 or 2 is closed, before another file takes its number."""
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(descriptor, True)
-    # Python has None for a stream that was closed.
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)     # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)     # noqa: SIM115
-
-
-def report(fatal: Fatal) -> int:
-    write_stderr(b"apppot: error: %s\napppot: hint: %s\n" % (one_line(fatal.message), one_line(fatal.hint)))
-    return fatal.status
+    run = make(spec.scratch)
+    directories = Directories(run, run, run)
+    if spec.ram_directory != spec.scratch:
+        directories = directories._replace(ram=make(spec.ram_directory))
+    if spec.saved_changes:
+        suffix = ".tar" if spec.saved_changes.endswith(".tar") else ".tar.gz"
+        directories = directories._replace(
+            save=make(os.path.dirname(spec.saved_changes)), saved_name=os.urandom(8).hex() + suffix)
+    with blaming("run directory cannot be filled", run.path, SCRATCH_HINT):
+        fill_run_directory(spec, directories)
+    return directories
 
 
 def run(spec: RunSpec, started: float) -> Result:
@@ -4892,25 +4941,6 @@ def run(spec: RunSpec, started: float) -> Result:
             place_changes(directories.save, directories.saved_name, spec.saved_changes)
     say("nothing left")
     return result
-
-
-def make_directories(spec: RunSpec, stack: ExitStack) -> Directories:
-    """Make and fill the private directories of a run."""
-    def make(parent: str) -> PrivateDirectory:
-        with blaming("private directory cannot be made", parent, SCRATCH_HINT):
-            return stack.enter_context(private_directory(parent))
-
-    run = make(spec.scratch)
-    directories = Directories(run, run, run)
-    if spec.ram_directory != spec.scratch:
-        directories = directories._replace(ram=make(spec.ram_directory))
-    if spec.saved_changes:
-        suffix = ".tar" if spec.saved_changes.endswith(".tar") else ".tar.gz"
-        directories = directories._replace(
-            save=make(os.path.dirname(spec.saved_changes)), saved_name=os.urandom(8).hex() + suffix)
-    with blaming("run directory cannot be filled", run.path, SCRATCH_HINT):
-        fill_run_directory(spec, directories)
-    return directories
 
 
 # --- The doctor ---------------------------------------------------------------------------------------------
@@ -5101,6 +5131,21 @@ def examine(options: argparse.Namespace, command: Tuple[str, ...]) -> int:
         write_stdout(one_line(line).decode() + "\n")
         status = EXIT_FAILED if finding.verdict == "fail" else status
     return status
+
+
+# --- Main ---------------------------------------------------------------------------------------------------
+
+def open_standard_descriptors() -> None:
+    """Put /dev/null where 0, 1 or 2 is closed, before another file takes its number."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+    # Python has None for a stream that was closed.
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)     # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)     # noqa: SIM115
 
 
 def find_ignored_signals(parent: int) -> Tuple[int, ...]:

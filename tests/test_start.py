@@ -56,7 +56,7 @@ def test_fields_survive(fields):
 def read_shared(program):
     """What a program has between the banner of the section that crosses host and guest and the next one."""
     text = (TOP / program).read_text()
-    return text[text.index("# --- What crosses host and guest") :].partition("\n# --- The ")[0]
+    return text[text.index("# --- What crosses host and guest") :].partition("\n# --- ")[0]
 
 
 def test_host_and_guest_speak_the_same():
