@@ -63,63 +63,7 @@ OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may 
 SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
 TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
 
-# --- The guest's own constants ------------------------------------------------------------------------------
-
-CHANNEL = "/dev/ttyS0"
-PLACE = "/run/apppot"                # for the guest's root only: what others put there the host would get, too
-SPOOL = "/run/apppot/spool"
-PARENT = SPOOL.encode()              # where a directory can be mounted for a moment
-BASE_ID = "/var/lib/apppot/base-id"
-MOVED_HOMES = "/var/lib/apppot/home"  # for a home directory that the job directory would cover
-READ_SIZE = 1 << 18
-PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
-F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
-FIONREAD = termios.FIONREAD
-SPARE_ROOM = 64 << 20                # bytes of scratch, for what the guest writes besides
-CHECK_S = 2.0                        # how often to look whether programs wait for pages to be written
-NETWORK_GRACE_S = 2.0                # for the last bytes of the command's connections
-TERMINAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096   # include/uapi/linux/mount.h
-MS_SHAPE = 32 | 4096 | 8192 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20    # remount, bind, move, propagation: no new mount
-MNT_DETACH = 2
-PR_SET_CHILD_SUBREAPER = 36                                    # include/uapi/linux/prctl.h
-PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2                    # include/uapi/linux/prctl.h, seccomp.h
-SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO = 0x7FFF0000, 0x00050000
-BPF_LOAD, BPF_EQUAL, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x45, 0x06   # 32-bit words; linux/bpf_common.h
-SYS_MOUNT, SYS_FSOPEN, SYS_CLONE3, AUDIT_ARCH_X86_64 = 165, 430, 435, 0xC000003E
-# include/uapi/linux/sched.h
-CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND, CLONE_PIDFD = 0x100, 0x200, 0x400, 0x800, 0x1000
-NOWHERE = 8                          # an address that no process has
-PID_MAX = 1 << 22                    # PID_MAX_LIMIT of include/linux/threads.h: what 64-bit hosts have
-PIDS_SKIPPED = 256                   # at 30 us each
-CAP_SYS_ADMIN = 21
-RLIMIT_DATA, RLIMIT_NOFILE, RLIMIT_AS = 2, 7, 9   # include/uapi/asm-generic/resource.h
-NR_OPEN = 1 << 20                    # linux/fs.h: the most that the limit of files may be at first
-SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # include/uapi/linux/sockios.h
-IFF_UP, IFF_RUNNING = 0x1, 0x40                                # include/uapi/linux/if.h
-RTF_UP, RTF_GATEWAY = 0x1, 0x2                                 # include/uapi/linux/route.h
-EXT4_IOC_RESIZE_FS = 0x40086610      # fs/ext4/ext4.h: _IOW('f', 16, __u64), the number of blocks
-HOSTS, RESOLV_CONF, LOCALTIME, TIMEZONE = "/etc/hosts", "/etc/resolv.conf", "/etc/localtime", "/etc/timezone"
-ZONES, NODE_ZONES = "/usr/share/zoneinfo", "/run/zoneinfo"     # the appliance's, and for one of the node's
-NODE_FILES = "/run/apppot/node"
-MOUNTS = (                           # source, target, type, flags, options
-    ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
-    ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
-    ("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
-    ("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "gid=5,mode=0620,ptmxmode=0666"),
-    ("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=100%"),
-    ("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755"),
-    ("tmpfs", "/run/lock", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=1777"),
-    ("none", SPOOL, "hostfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "spool"),
-)
-DEV_LINKS = (("/proc/self/fd", "/dev/fd"), ("fd/0", "/dev/stdin"), ("fd/1", "/dev/stdout"), ("fd/2", "/dev/stderr"))
-# Directories that may be covered by the job directory although they are not empty.
-PLACES_FOR_JOBS = (b"/tmp", b"/var/tmp", b"/home", b"/mnt", b"/media", b"/srv")
-SHELLS = (b"ash", b"bash", b"csh", b"dash", b"fish", b"ksh", b"mksh", b"sh", b"tcsh", b"zsh")
-SHELL_OPTIONS = (b"--rcfile", b"--init-file", b"-o", b"+o", b"-O", b"+O")      # those with a value
-PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
+# --- The errors, and the fields that carry them -------------------------------------------------------------
 
 class Fatal(Exception):
     """The command cannot be run, or its end not be told: `status` is the exit status that says so."""
@@ -132,6 +76,206 @@ class Fatal(Exception):
 class DiskFailure(Fatal):
     """What was written to the root file system is lost; the runner sees which file of the host is the cause."""
 
+
+def encode_fields(fields: Iterable[Tuple[bytes, bytes]]) -> bytes:
+    """NAME=VALUE records, each ended by NUL; a name may come again. Values hold no NUL (nothing in exec does)."""
+    return b"".join(name + b"=" + value + b"\0" for name, value in fields)
+
+
+def decode_fields(payload: bytes) -> Dict[bytes, List[bytes]]:
+    fields: Dict[bytes, List[bytes]] = {}
+    for record in payload.split(b"\0")[:-1]:
+        name, _, value = record.partition(b"=")
+        fields.setdefault(name, []).append(value)
+    return fields
+
+
+def show_path(path: bytes) -> str:
+    return path.decode("utf-8", "backslashreplace")
+
+
+def encode_failure(fatal: Fatal) -> bytes:
+    def clean(text: str) -> bytes:
+        return text.replace("\0", "?").encode("utf-8", "backslashreplace")
+    fields = [(b"error", clean(fatal.message)), (b"hint", clean(fatal.hint)), (b"status", b"%d" % fatal.status)]
+    return encode_fields(fields + [(b"disk", b"1")] * isinstance(fatal, DiskFailure))
+
+
+# --- Files and paths ----------------------------------------------------------------------------------------
+
+def is_below(path: bytes, directory: bytes) -> bool:
+    return path == directory or path.startswith(directory.rstrip(b"/") + b"/")
+
+
+def read_file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Replace a file of the appliance and keep its mode."""
+    mode = os.stat(path).st_mode & 0o7777 if os.path.exists(path) else 0o644
+    temporary = path + ".apppot"
+    with open(temporary, "wb") as file:
+        file.write(content)
+    os.chmod(temporary, mode)
+    os.rename(temporary, path)
+
+
+def own_tree(path: bytes, uid: int, gid: int) -> None:
+    os.chown(path, uid, gid, follow_symlinks=False)
+    if os.path.isdir(path) and not os.path.islink(path):
+        for name in os.listdir(path):
+            own_tree(os.path.join(path, name), uid, gid)
+
+
+def copy_tree(source: bytes, target: bytes) -> None:
+    """Copy the contents of /etc/skel: links, files and directories with their modes."""
+    for name in os.listdir(source):
+        old, new = os.path.join(source, name), os.path.join(target, name)
+        if os.path.islink(old):
+            os.symlink(os.readlink(old), new)
+        elif os.path.isdir(old):
+            os.mkdir(new)
+            copy_tree(old, new)
+        else:
+            with open(old, "rb") as reader, open(new, "wb") as writer:
+                writer.write(reader.read())
+            os.chmod(new, os.stat(old).st_mode & 0o7777)
+
+
+# --- The kernel, called directly: Python has no mount() -----------------------------------------------------
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096   # include/uapi/linux/mount.h
+MS_SHAPE = 32 | 4096 | 8192 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20    # remount, bind, move, propagation: no new mount
+MNT_DETACH = 2
+PR_SET_CHILD_SUBREAPER = 36                                    # include/uapi/linux/prctl.h
+SYS_MOUNT, SYS_FSOPEN, SYS_CLONE3, AUDIT_ARCH_X86_64 = 165, 430, 435, 0xC000003E
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(name: str, *arguments: object) -> int:
+    result: int = getattr(libc, name)(*arguments)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, "{}: {}".format(name, os.strerror(number)))
+    return result
+
+
+def mount(source: bytes, target: bytes, kind: bytes, flags: int = 0, options: bytes = b"") -> None:
+    call("mount", source, target, kind, ctypes.c_ulong(flags), options)
+
+
+# --- The devices of the VMM ---------------------------------------------------------------------------------
+
+CHANNEL = "/dev/ttyS0"
+PLACE = "/run/apppot"                # for the guest's root only: what others put there the host would get, too
+SPOOL = "/run/apppot/spool"
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2                    # include/uapi/linux/prctl.h, seccomp.h
+SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO = 0x7FFF0000, 0x00050000
+BPF_LOAD, BPF_EQUAL, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x45, 0x06   # 32-bit words; linux/bpf_common.h
+CAP_SYS_ADMIN = 21
+
+
+def forbid_mounts() -> None:
+    """Take new mounts from every process, this one included: hostfs can be mounted as any directory of the host.
+
+    For a host that cannot confine the kernel. Bind mounts and remounts stay.
+    """
+    refuse = SECCOMP_RET_ERRNO | errno.EPERM
+    program = (                                   # code, jump if true, jump if false, operand; struct seccomp_data
+        (BPF_LOAD, 0, 0, 4), (BPF_EQUAL, 0, 6, AUDIT_ARCH_X86_64),
+        (BPF_LOAD, 0, 0, 0), (BPF_EQUAL, 4, 0, SYS_FSOPEN), (BPF_EQUAL, 0, 2, SYS_MOUNT),
+        (BPF_LOAD, 0, 0, 16 + 8 * 3), (BPF_ANY_BIT, 0, 1, MS_SHAPE),
+        (BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW), (BPF_RETURN, 0, 0, refuse))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))
+    # Helpers that the kernel starts itself, for a core dump say, are no children of ours.
+    with open("/proc/sys/kernel/usermodehelper/bset", "r+") as file:
+        low, high = (int(word) for word in file.read().split())
+        file.seek(0)
+        file.write("{} {}".format(low & ~(1 << CAP_SYS_ADMIN), high))
+
+
+# --- The channel --------------------------------------------------------------------------------------------
+
+READ_SIZE = 1 << 18
+BASE_ID = "/var/lib/apppot/base-id"
+
+
+def take_spool_file(name: bytes) -> bytes:
+    """What is too long for the slow way down the line comes as a file, which the reader deletes."""
+    path = os.path.join(SPOOL.encode(), name)
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb", 0) as file:
+        content = file.read()
+    os.unlink(path)
+    return content
+
+
+class Channel:
+    """Frames over a serial line. Writing blocks, which is safe: the runner never stops reading."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        attributes = termios.tcgetattr(self.fd)
+        attributes[0] = attributes[1] = attributes[3] = 0      # iflag, oflag, lflag: 8-bit clean, no echo
+        attributes[2] = termios.CS8 | termios.CREAD | termios.CLOCAL
+        attributes[6][termios.VMIN], attributes[6][termios.VTIME] = 1, 0
+        termios.tcsetattr(self.fd, termios.TCSANOW, attributes)  # TCSAFLUSH hangs on a line carried by a pty
+        self._received = bytearray()
+
+    def send(self, kind: int, payload: bytes = b"") -> None:
+        pieces = [FRAME.pack(kind, len(payload)), payload]
+        written = os.writev(self.fd, pieces)
+        rest = memoryview(b"".join(pieces))[written:] if written < FRAME.size + len(payload) else memoryview(b"")
+        while rest:
+            rest = rest[os.write(self.fd, rest):]
+
+    def receive(self) -> List[Tuple[int, bytes]]:
+        """Read what is there, at least one byte, and return the frames it completes."""
+        piece = os.read(self.fd, READ_SIZE)
+        if not piece:
+            raise Fatal("the channel to the host is closed")
+        self.send(RECEIVED, struct.pack("<I", len(piece)))
+        self._received += piece
+        frames = []
+        start = 0
+        while len(self._received) - start >= FRAME.size:
+            kind, length = FRAME.unpack_from(self._received, start)
+            if length > FRAME_MAX:
+                raise Fatal("a frame of {} bytes came from the host".format(length))
+            end = start + FRAME.size + length
+            if len(self._received) < end:
+                break
+            payload = bytes(self._received[start + FRAME.size:end])
+            frames.append((kind & ~SPOOLED, take_spool_file(payload) if kind & SPOOLED else payload))
+            start = end
+        del self._received[:start]
+        return frames
+
+
+def receive_only(channel: Channel, wanted: int) -> bytes:
+    """Wait for a frame of this type, which is the only one that may come now."""
+    frames: List[Tuple[int, bytes]] = []
+    while not frames:
+        frames = channel.receive()
+    kind, payload = frames[0]
+    if kind != wanted or len(frames) > 1:
+        raise Fatal("expected a frame of type {} from the host, got {}".format(wanted, kind))
+    return payload
+
+
+def greet(channel: Channel) -> None:
+    os.write(channel.fd, MAGIC)
+    channel.send(HELLO, encode_fields(((b"protocol", b"%d" % PROTOCOL), (b"base", read_file(BASE_ID).strip()),
+                                       (b"agent", VERSION.encode()))))
+
+
+# --- The job ------------------------------------------------------------------------------------------------
 
 class Group(NamedTuple):
     gid: int
@@ -192,34 +336,6 @@ class Job(NamedTuple):
     lan_address: bytes = b""         # empty: no LAN
 
 
-# A program, its argv and environment, to the pid of its process.
-Start = Callable[[bytes, List[bytes], Dict[bytes, bytes]], int]
-
-
-class Account(NamedTuple):
-    name: bytes
-    uid: int
-    gid: int
-    groups: Tuple[int, ...]
-    home: bytes
-    shell: bytes
-
-
-# --- Pure functions -----------------------------------------------------------------------------------------
-
-def encode_fields(fields: Iterable[Tuple[bytes, bytes]]) -> bytes:
-    """NAME=VALUE records, each ended by NUL; a name may come again. Values hold no NUL (nothing in exec does)."""
-    return b"".join(name + b"=" + value + b"\0" for name, value in fields)
-
-
-def decode_fields(payload: bytes) -> Dict[bytes, List[bytes]]:
-    fields: Dict[bytes, List[bytes]] = {}
-    for record in payload.split(b"\0")[:-1]:
-        name, _, value = record.partition(b"=")
-        fields.setdefault(name, []).append(value)
-    return fields
-
-
 def parse_bind(number: int, value: bytes) -> Bind:
     name, _, target = value[1:].partition(b"/")
     return Bind(b"bind%d" % number, name, b"/" + target, value[:1] == b"r")
@@ -264,47 +380,169 @@ def parse_job(payload: bytes) -> Job:
         gateway=parse_address(one(b"gateway")), nameserver=one(b"nameserver"), lan_address=one(b"lan"))
 
 
-def put_account(table: bytes, name: bytes, number: int, line: bytes) -> bytes:
-    """A passwd file in which both the name and the number look up `line`; all others stay, behind it."""
-    lines = [entry for entry in table.split(b"\n") if entry]
-    same = [index for index, entry in enumerate(lines) if is_account(entry, name, number)]
-    lines.insert(same[0] if same else len(lines), line)
-    return b"\n".join(lines) + b"\n"
+def is_root(job: Job) -> bool:
+    return job.as_root or job.uid == 0
 
 
-def is_account(entry: bytes, name: bytes, number: int) -> bool:
-    """Whether a line of a passwd file is found by this name or by this number."""
-    fields = entry.split(b":")
-    return fields[0] == name or fields[2:3] == [b"%d" % number]
+# --- Processes ----------------------------------------------------------------------------------------------
+
+# include/uapi/linux/sched.h
+CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND, CLONE_PIDFD = 0x100, 0x200, 0x400, 0x800, 0x1000
+NOWHERE = 8                          # an address that no process has
+PID_MAX = 1 << 22                    # PID_MAX_LIMIT of include/linux/threads.h: what 64-bit hosts have
+PIDS_SKIPPED = 256                   # at 30 us each
 
 
-def find_account(table: bytes, name: bytes) -> Optional[List[bytes]]:
-    for entry in table.split(b"\n"):
-        fields = entry.split(b":")
-        if fields[0] == name and len(fields) >= 7:
-            return fields
-    return None
+def clone(flags: int = 0, pidfd: int = 0, number: int = 0) -> int:
+    """clone3(2): the child's pid, 0 in the child, -1 if there is none."""
+    numbers = ctypes.c_int(number)
+    signal_at_end, stack, tls, cgroup = signal.SIGCHLD, (0, 0), 0, 0
+    arguments = struct.pack("11Q", flags, pidfd, 0, 0, signal_at_end, *stack, tls,
+                            ctypes.addressof(numbers) if number else 0, 1 if number else 0, cgroup)
+    pid: int = libc.syscall(SYS_CLONE3, arguments, ctypes.c_size_t(len(arguments)))
+    return pid
 
 
-def is_below(path: bytes, directory: bytes) -> bool:
-    return path == directory or path.startswith(directory.rstrip(b"/") + b"/")
+def choose_number(first: int) -> int:
+    """Let the numbers of processes go on from `first`: `tmp.$$` of two runs is not to be one file.
+
+    Returns the number that the command is to be forked with; 0: the next one. A kernel without
+    ns_last_pid numbers one process as it is told, but goes on from where it was with the next. There
+    each clone(2) that fails late uses up a number.
+    """
+    with open("/proc/sys/kernel/pid_max", "w") as file:
+        file.write("%d" % PID_MAX)
+    try:
+        with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+            file.write("%d" % first)
+        return 0
+    except FileNotFoundError:
+        for _ in range(first % PIDS_SKIPPED):
+            clone(CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_PIDFD, pidfd=NOWHERE)
+        return first
 
 
-# --- The kernel, called directly: Python has no mount() -----------------------------------------------------
-
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-def call(name: str, *arguments: object) -> int:
-    result: int = getattr(libc, name)(*arguments)
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, "{}: {}".format(name, os.strerror(number)))
-    return result
+def fork_as(number: int) -> int:
+    """fork(2) a process of that number; another one where the kernel does not take it, or for 0."""
+    pid = clone(number=number) if number else -1
+    return pid if pid >= 0 else os.fork()
 
 
-def mount(source: bytes, target: bytes, kind: bytes, flags: int = 0, options: bytes = b"") -> None:
-    call("mount", source, target, kind, ctypes.c_ulong(flags), options)
+def write_score(score: str) -> None:
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write(score)
+
+
+def prefer_command() -> None:
+    """Not to preempt a command at its every write: its pipe fills and is moved in large pieces."""
+    os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+
+
+def kill_everything() -> None:
+    try:
+        os.kill(-1, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def reap_everything() -> None:
+    """Wait for the end of all processes: it is then that hostfs of Linux 6.1 writes what they changed by mmap(2)."""
+    try:
+        while True:
+            os.wait()
+    except ChildProcessError:
+        pass
+
+
+# --- The network --------------------------------------------------------------------------------------------
+
+NETWORK_GRACE_S = 2.0                # for the last bytes of the command's connections
+SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # include/uapi/linux/sockios.h
+IFF_UP, IFF_RUNNING = 0x1, 0x40                                # include/uapi/linux/if.h
+RTF_UP, RTF_GATEWAY = 0x1, 0x2                                 # include/uapi/linux/route.h
+
+
+def pack_address(address: bytes) -> bytes:
+    """struct sockaddr_in."""
+    return struct.pack("=HH4s8x", 2, 0, address)
+
+
+def raise_loopback() -> None:
+    """Bring `lo` up; the kernel gives it 127.0.0.1 by itself. A kernel without INET goes without."""
+    try:
+        probe = call("socket", 2, 1, 0)           # AF_INET, SOCK_STREAM; the socket module costs 20 ms to import
+    except OSError:
+        return
+    try:
+        fcntl.ioctl(probe, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP | IFF_RUNNING))
+    finally:
+        os.close(probe)
+
+
+def raise_interface(control: int, interface: Interface) -> None:
+    name = interface.name
+    try:
+        fcntl.ioctl(control, SIOCSIFADDR, struct.pack("16s16s8x", name, pack_address(interface.address)))
+        fcntl.ioctl(control, SIOCSIFNETMASK, struct.pack("16s16s8x", name, pack_address(interface.netmask)))
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP | IFF_RUNNING))
+    except OSError as error:
+        raise Fatal("network interface {} cannot be brought up: {}".format(name.decode(), error.strerror),
+                    "run with -v to see what the guest's kernel says; --net none runs without")
+
+
+def raise_network(job: Job) -> None:
+    """Give the interfaces their addresses and bring them up; the way out and its name server if there is one."""
+    if not job.interfaces:
+        return
+    control = call("socket", 2, 1, 0)             # as in raise_loopback()
+    try:
+        for interface in job.interfaces:
+            raise_interface(control, interface)
+        if job.gateway:
+            nowhere = pack_address(bytes(4))
+            # struct rtentry: destination, gateway, netmask, flags.
+            fcntl.ioctl(control, SIOCADDRT, struct.pack(
+                "8x16s16s16sH62x", nowhere, pack_address(job.gateway), nowhere, RTF_UP | RTF_GATEWAY))
+    finally:
+        os.close(control)
+
+
+def lower_interface(name: bytes) -> None:
+    """Its helper is dead, and the kernel would be busy reading that end over and over."""
+    control = call("socket", 2, 1, 0)
+    try:
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16s24x", name))
+    except OSError:
+        pass                                      # the command has removed it
+    finally:
+        os.close(control)
+
+
+def send_rest() -> None:
+    """Let what the command wrote to its TCP connections go out: on a host the kernel would do so after its end."""
+    deadline = time.monotonic() + NETWORK_GRACE_S
+    unsent = True
+    while unsent and time.monotonic() < deadline:
+        sockets = [line.split() for line in (read_file("/proc/net/tcp") + read_file("/proc/net/tcp6")).split(b"\n")]
+        # The fifth field is tx_queue:rx_queue, in hexadecimal; the headings have no colon there.
+        unsent = any(int(fields[4].partition(b":")[0], 16) for fields in sockets if b":" in b"".join(fields[4:5]))
+        if unsent:
+            time.sleep(0.01)
+
+
+# --- The system ---------------------------------------------------------------------------------------------
+
+MOUNTS = (                           # source, target, type, flags, options
+    ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
+    ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
+    ("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
+    ("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "gid=5,mode=0620,ptmxmode=0666"),
+    ("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=100%"),
+    ("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755"),
+    ("tmpfs", "/run/lock", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=1777"),
+    ("none", SPOOL, "hostfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "spool"),
+)
+DEV_LINKS = (("/proc/self/fd", "/dev/fd"), ("fd/0", "/dev/stdin"), ("fd/1", "/dev/stdout"), ("fd/2", "/dev/stderr"))
 
 
 def mount_system(mounts: Iterable[Tuple[str, str, str, int, str]]) -> None:
@@ -337,6 +575,17 @@ def prepare_system() -> None:
         file.write("0")
 
 
+def set_hostname(name: str) -> None:
+    with open("/proc/sys/kernel/hostname", "w") as file:
+        file.write(name)
+
+
+# --- The disk -----------------------------------------------------------------------------------------------
+
+SPARE_ROOM = 64 << 20                # bytes of scratch, for what the guest writes besides
+EXT4_IOC_RESIZE_FS = 0x40086610      # fs/ext4/ext4.h: _IOW('f', 16, __u64), the number of blocks
+
+
 def grow_root(size: int) -> None:
     """Let the root file system have `size` bytes of its device, as resize2fs does with a mounted one."""
     root = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
@@ -349,130 +598,51 @@ def grow_root(size: int) -> None:
         os.close(root)
 
 
-def prefer_command() -> None:
-    """Not to preempt a command at its every write: its pipe fills and is moved in large pieces."""
-    os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+class RootDisk:
+    """Tells whether the disk took what was written to the root file system: it is a file of a host that may be full."""
 
+    def __init__(self) -> None:
+        self._root = os.open("/", os.O_RDONLY | os.O_CLOEXEC)  # syncfs(2) tells of errors since this
+        self._errors = self._count_errors()
 
-def forbid_mounts() -> None:
-    """Take new mounts from every process, this one included: hostfs can be mounted as any directory of the host.
+    def _count_errors(self) -> bytes:
+        """Of all times, as ext4 counts them in its superblock; nothing of another file system."""
+        device = os.stat("/").st_dev
+        link = os.readlink("/sys/dev/block/{}:{}".format(os.major(device), os.minor(device)))
+        return read_file("/sys/fs/ext4/{}/errors_count".format(os.path.basename(link)))
 
-    For a host that cannot confine the kernel. Bind mounts and remounts stay.
-    """
-    refuse = SECCOMP_RET_ERRNO | errno.EPERM
-    program = (                                   # code, jump if true, jump if false, operand; struct seccomp_data
-        (BPF_LOAD, 0, 0, 4), (BPF_EQUAL, 0, 6, AUDIT_ARCH_X86_64),
-        (BPF_LOAD, 0, 0, 0), (BPF_EQUAL, 4, 0, SYS_FSOPEN), (BPF_EQUAL, 0, 2, SYS_MOUNT),
-        (BPF_LOAD, 0, 0, 16 + 8 * 3), (BPF_ANY_BIT, 0, 1, MS_SHAPE),
-        (BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW), (BPF_RETURN, 0, 0, refuse))
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
-    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))
-    # Helpers that the kernel starts itself, for a core dump say, are no children of ours.
-    with open("/proc/sys/kernel/usermodehelper/bset", "r+") as file:
-        low, high = (int(word) for word in file.read().split())
-        file.seek(0)
-        file.write("{} {}".format(low & ~(1 << CAP_SYS_ADMIN), high))
+    def check(self, is_kept: bool) -> None:
+        """Fatal if something was lost, or may be lost when what waits in memory is written.
 
+        Writing it takes its time; a disk of this run only, which has room for all of the memory, need not.
+        """
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        scratch = os.statvfs(SPOOL)
+        try:
+            if is_kept or scratch.f_bavail * scratch.f_frsize < memory + SPARE_ROOM:
+                call("syncfs", self._root)
+        except OSError as error:
+            raise self._fail(os.strerror(error.errno or 0))
+        if self._count_errors() != self._errors:
+            raise self._fail("ext4 has found errors")
 
-def choose_number(first: int) -> int:
-    """Let the numbers of processes go on from `first`: `tmp.$$` of two runs is not to be one file.
-
-    Returns the number that the command is to be forked with; 0: the next one. A kernel without
-    ns_last_pid numbers one process as it is told, but goes on from where it was with the next. There
-    each clone(2) that fails late uses up a number.
-    """
-    with open("/proc/sys/kernel/pid_max", "w") as file:
-        file.write("%d" % PID_MAX)
-    try:
-        with open("/proc/sys/kernel/ns_last_pid", "w") as file:
-            file.write("%d" % first)
-        return 0
-    except FileNotFoundError:
-        for _ in range(first % PIDS_SKIPPED):
-            clone(CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_PIDFD, pidfd=NOWHERE)
-        return first
-
-
-def clone(flags: int = 0, pidfd: int = 0, number: int = 0) -> int:
-    """clone3(2): the child's pid, 0 in the child, -1 if there is none."""
-    numbers = ctypes.c_int(number)
-    signal_at_end, stack, tls, cgroup = signal.SIGCHLD, (0, 0), 0, 0
-    arguments = struct.pack("11Q", flags, pidfd, 0, 0, signal_at_end, *stack, tls,
-                            ctypes.addressof(numbers) if number else 0, 1 if number else 0, cgroup)
-    pid: int = libc.syscall(SYS_CLONE3, arguments, ctypes.c_size_t(len(arguments)))
-    return pid
-
-
-def fork_as(number: int) -> int:
-    """fork(2) a process of that number; another one where the kernel does not take it, or for 0."""
-    pid = clone(number=number) if number else -1
-    return pid if pid >= 0 else os.fork()
-
-
-def set_hostname(name: str) -> None:
-    with open("/proc/sys/kernel/hostname", "w") as file:
-        file.write(name)
-
-
-def raise_loopback() -> None:
-    """Bring `lo` up; the kernel gives it 127.0.0.1 by itself. A kernel without INET goes without."""
-    try:
-        probe = call("socket", 2, 1, 0)           # AF_INET, SOCK_STREAM; the socket module costs 20 ms to import
-    except OSError:
-        return
-    try:
-        fcntl.ioctl(probe, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP | IFF_RUNNING))
-    finally:
-        os.close(probe)
-
-
-# --- The network --------------------------------------------------------------------------------------------
-
-def pack_address(address: bytes) -> bytes:
-    """struct sockaddr_in."""
-    return struct.pack("=HH4s8x", 2, 0, address)
-
-
-def raise_network(job: Job) -> None:
-    """Give the interfaces their addresses and bring them up; the way out and its name server if there is one."""
-    if not job.interfaces:
-        return
-    control = call("socket", 2, 1, 0)             # as in raise_loopback()
-    try:
-        for interface in job.interfaces:
-            raise_interface(control, interface)
-        if job.gateway:
-            nowhere = pack_address(bytes(4))
-            # struct rtentry: destination, gateway, netmask, flags.
-            fcntl.ioctl(control, SIOCADDRT, struct.pack(
-                "8x16s16s16sH62x", nowhere, pack_address(job.gateway), nowhere, RTF_UP | RTF_GATEWAY))
-    finally:
-        os.close(control)
-
-
-def raise_interface(control: int, interface: Interface) -> None:
-    name = interface.name
-    try:
-        fcntl.ioctl(control, SIOCSIFADDR, struct.pack("16s16s8x", name, pack_address(interface.address)))
-        fcntl.ioctl(control, SIOCSIFNETMASK, struct.pack("16s16s8x", name, pack_address(interface.netmask)))
-        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP | IFF_RUNNING))
-    except OSError as error:
-        raise Fatal("network interface {} cannot be brought up: {}".format(name.decode(), error.strerror),
-                    "run with -v to see what the guest's kernel says; --net none runs without")
-
-
-def lower_interface(name: bytes) -> None:
-    """Its helper is dead, and the kernel would be busy reading that end over and over."""
-    control = call("socket", 2, 1, 0)
-    try:
-        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16s24x", name))
-    except OSError:
-        pass                                      # the command has removed it
-    finally:
-        os.close(control)
+    def _fail(self, reason: str) -> Fatal:
+        return DiskFailure("root file system cannot be written: " + reason,
+                           "run with -v to see the guest's console")
 
 
 # --- What the node says -------------------------------------------------------------------------------------
+
+HOSTS, RESOLV_CONF, LOCALTIME, TIMEZONE = "/etc/hosts", "/etc/resolv.conf", "/etc/localtime", "/etc/timezone"
+ZONES, NODE_ZONES = "/usr/share/zoneinfo", "/run/zoneinfo"     # the appliance's, and for one of the node's
+NODE_FILES = "/run/apppot/node"
+
+
+def choose_nameserver(text: bytes, nameserver: bytes) -> bytes:
+    """A resolv.conf that names this server, if there is one: images of other origin name a server of theirs."""
+    servers = [line.split()[1:2] for line in text.splitlines() if line.startswith(b"nameserver")]
+    return text if not nameserver or servers[:1] == [[nameserver]] else b"nameserver " + nameserver + b"\n"
+
 
 class Lent(NamedTuple):
     """A file that is mounted over one of the appliance for the run."""
@@ -558,259 +728,61 @@ class NodeFiles:
                 os.unlink(lent.path)
 
 
-def choose_nameserver(text: bytes, nameserver: bytes) -> bytes:
-    """A resolv.conf that names this server, if there is one: images of other origin name a server of theirs."""
-    servers = [line.split()[1:2] for line in text.splitlines() if line.startswith(b"nameserver")]
-    return text if not nameserver or servers[:1] == [[nameserver]] else b"nameserver " + nameserver + b"\n"
+# --- The account --------------------------------------------------------------------------------------------
+
+MOVED_HOMES = "/var/lib/apppot/home"  # for a home directory that the job directory would cover
+# Directories that may be covered by the job directory although they are not empty.
+PLACES_FOR_JOBS = (b"/tmp", b"/var/tmp", b"/home", b"/mnt", b"/media", b"/srv")
 
 
-# --- The channel --------------------------------------------------------------------------------------------
-
-class Channel:
-    """Frames over a serial line. Writing blocks, which is safe: the runner never stops reading."""
-
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-        attributes = termios.tcgetattr(self.fd)
-        attributes[0] = attributes[1] = attributes[3] = 0      # iflag, oflag, lflag: 8-bit clean, no echo
-        attributes[2] = termios.CS8 | termios.CREAD | termios.CLOCAL
-        attributes[6][termios.VMIN], attributes[6][termios.VTIME] = 1, 0
-        termios.tcsetattr(self.fd, termios.TCSANOW, attributes)  # TCSAFLUSH hangs on a line carried by a pty
-        self._received = bytearray()
-
-    def send(self, kind: int, payload: bytes = b"") -> None:
-        pieces = [FRAME.pack(kind, len(payload)), payload]
-        written = os.writev(self.fd, pieces)
-        rest = memoryview(b"".join(pieces))[written:] if written < FRAME.size + len(payload) else memoryview(b"")
-        while rest:
-            rest = rest[os.write(self.fd, rest):]
-
-    def receive(self) -> List[Tuple[int, bytes]]:
-        """Read what is there, at least one byte, and return the frames it completes."""
-        piece = os.read(self.fd, READ_SIZE)
-        if not piece:
-            raise Fatal("the channel to the host is closed")
-        self.send(RECEIVED, struct.pack("<I", len(piece)))
-        self._received += piece
-        frames = []
-        start = 0
-        while len(self._received) - start >= FRAME.size:
-            kind, length = FRAME.unpack_from(self._received, start)
-            if length > FRAME_MAX:
-                raise Fatal("a frame of {} bytes came from the host".format(length))
-            end = start + FRAME.size + length
-            if len(self._received) < end:
-                break
-            payload = bytes(self._received[start + FRAME.size:end])
-            frames.append((kind & ~SPOOLED, take_spool_file(payload) if kind & SPOOLED else payload))
-            start = end
-        del self._received[:start]
-        return frames
+class Account(NamedTuple):
+    name: bytes
+    uid: int
+    gid: int
+    groups: Tuple[int, ...]
+    home: bytes
+    shell: bytes
 
 
-def take_spool_file(name: bytes) -> bytes:
-    """What is too long for the slow way down the line comes as a file, which the reader deletes."""
-    path = os.path.join(SPOOL.encode(), name)
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb", 0) as file:
-        content = file.read()
-    os.unlink(path)
-    return content
+def find_account(table: bytes, name: bytes) -> Optional[List[bytes]]:
+    for entry in table.split(b"\n"):
+        fields = entry.split(b":")
+        if fields[0] == name and len(fields) >= 7:
+            return fields
+    return None
 
 
-def receive_only(channel: Channel, wanted: int) -> bytes:
-    """Wait for a frame of this type, which is the only one that may come now."""
-    frames: List[Tuple[int, bytes]] = []
-    while not frames:
-        frames = channel.receive()
-    kind, payload = frames[0]
-    if kind != wanted or len(frames) > 1:
-        raise Fatal("expected a frame of type {} from the host, got {}".format(wanted, kind))
-    return payload
+def is_account(entry: bytes, name: bytes, number: int) -> bool:
+    """Whether a line of a passwd file is found by this name or by this number."""
+    fields = entry.split(b":")
+    return fields[0] == name or fields[2:3] == [b"%d" % number]
 
 
-# --- The changes files --------------------------------------------------------------------------------------
-# The module changes, in the image beside this one, is imported only by who needs it: that takes 0.1 s.
-
-def show_path(path: bytes) -> str:
-    return path.decode("utf-8", "backslashreplace")
-
-
-def make_report(job: Job, channel: Channel) -> "changes.Report":
-    import changes
-
-    class ChannelReport(changes.Report):
-        def warn(self, text: str) -> None:
-            channel.send(WARNING, text.encode("utf-8", "backslashreplace"))
-
-        def progress(self, what: str, count: int, size: int) -> None:
-            pass                                  # the console is a terminal that nobody looks at
-
-        def allow(self, layers: Sequence["changes.Layer"]) -> None:
-            # Of several layers one may take the place of another: nobody knows what they need together.
-            largest = max(layers, key=lambda layer: layer.size)
-            if largest.size > job.room:
-                raise changes.Fatal("no room to merge, {} has {} for the guest's disk and {} are needed: {}".format(
-                    show_path(job.scratch), changes.format_size(job.room), changes.format_size(largest.size),
-                    show_path(largest.path)), "nothing was applied; free some, or name another directory with --tmpdir")
-
-    return ChannelReport()
+def put_account(table: bytes, name: bytes, number: int, line: bytes) -> bytes:
+    """A passwd file in which both the name and the number look up `line`; all others stay, behind it."""
+    lines = [entry for entry in table.split(b"\n") if entry]
+    same = [index for index, entry in enumerate(lines) if is_account(entry, name, number)]
+    lines.insert(same[0] if same else len(lines), line)
+    return b"\n".join(lines) + b"\n"
 
 
-def merge_layers(job: Job, channel: Channel) -> None:
-    """Before anything of the host is mounted but the layers themselves, and those for a moment."""
-    import changes
-
-    changes.spare_memory()
-    places = [b"/run/apppot/layer%d" % number for number in range(len(job.layers))]
-    paths = [os.path.join(place, os.path.basename(layer)) for place, layer in zip(places, job.layers)]
-    for place in places:
-        os.mkdir(place, 0o700)
-        mount(b"none", place, b"hostfs", MS_RDONLY | MS_NOSUID | MS_NODEV, os.path.basename(place))
-    try:
-        changes.run_apply(paths, b"/", False, job.force, make_report(job, channel))
-    except changes.Fatal as fatal:
-        message, hint = fatal.message, fatal.hint
-        for path, layer in zip(paths, job.layers):
-            message = message.replace(show_path(path), show_path(layer))
-            hint = hint.replace(show_path(path), show_path(layer))
-        raise Fatal(message, hint)
-    finally:
-        for place in places:
-            call("umount2", place, MNT_DETACH)
+def one_field(name: bytes) -> bytes:
+    """A name as the files passwd and group can hold it."""
+    return name.replace(b":", b"_").replace(b"\n", b"_")
 
 
-class OwnFiles:
-    """What the agent itself changes in the appliance, which is not for a changes file unless the command does, too."""
-
-    def __init__(self, job: Job) -> None:
-        import changes
-
-        self._sign = changes.sign
-        self._base = changes.read_manifest(b"/")
-        self._unchanged: List[bytes] = []         # until now; paths without the leading slash
-        home = choose_home(job, read_file("/etc/passwd"))
-        mount_points = [os.path.dirname(os.path.realpath(path)).encode() for path in (HOSTS, RESOLV_CONF)]
-        self._expect([b"/etc/passwd", b"/etc/group", *mount_points, home, job.job_directory, job.job_alias,
-                      *(bind.target for bind in job.binds)])
-
-    def _signature(self, path: bytes) -> Optional[bytes]:
-        try:
-            return self._sign(os.lstat(b"/" + path))
-        except FileNotFoundError:
-            return None
-
-    def _expect(self, paths: Iterable[bytes]) -> None:
-        """The agent may change these, what is above them, and below if they are new."""
-        for path in paths:
-            parts = path.strip(b"/").split(b"/")
-            for above in (b"/".join(parts[:count]) for count in range(len(parts) + 1)):
-                if above not in self._unchanged and self._signature(above) == self._base.get(above):
-                    self._unchanged.append(above)
-
-    def list_changed(self) -> Dict[bytes, bytes]:
-        """Signatures of what the agent has changed, to be asked for before the command starts."""
-        known = {}
-        for path in self._unchanged:
-            signature = self._signature(path)
-            if signature and signature != self._base.get(path):
-                known[path] = signature
-                if path not in self._base and os.path.isdir(b"/" + path) and not os.path.islink(b"/" + path):
-                    self._unchanged += [os.path.join(path, name) for name in os.listdir(b"/" + path)]
-        return known
+def choose_name(job: Job, passwd: bytes) -> bytes:
+    """The caller's, unless it is that of the guest's root, or no home can be called so."""
+    entry = find_account(passwd, job.user)
+    is_taken = bool(entry and entry[2] == b"0")
+    return b"u%d" % job.uid if is_taken or job.user in (b"", b".", b"..") else one_field(job.user)
 
 
-def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
-    import changes
-
-    channel.send(SAVING)
-    changes.spare_memory()
-    place = b"/run/apppot/save"
-    os.mkdir(place, 0o700)
-    mount(b"none", place, b"hostfs", MS_NOSUID | MS_NODEV, b"save")
-    path = os.path.join(place, job.save_name)
-    try:
-        changes.save_changes(b"/", path, [], make_report(job, channel), known)
-    except changes.Fatal as fatal:
-        raise Fatal(fatal.message.replace(show_path(path), show_path(job.save)), fatal.hint)
-    finally:
-        call("umount2", place, MNT_DETACH)
-
-
-# --- The disk -----------------------------------------------------------------------------------------------
-
-class RootDisk:
-    """Tells whether the disk took what was written to the root file system: it is a file of a host that may be full."""
-
-    def __init__(self) -> None:
-        self._root = os.open("/", os.O_RDONLY | os.O_CLOEXEC)  # syncfs(2) tells of errors since this
-        self._errors = self._count_errors()
-
-    def _count_errors(self) -> bytes:
-        """Of all times, as ext4 counts them in its superblock; nothing of another file system."""
-        device = os.stat("/").st_dev
-        link = os.readlink("/sys/dev/block/{}:{}".format(os.major(device), os.minor(device)))
-        return read_file("/sys/fs/ext4/{}/errors_count".format(os.path.basename(link)))
-
-    def check(self, is_kept: bool) -> None:
-        """Fatal if something was lost, or may be lost when what waits in memory is written.
-
-        Writing it takes its time; a disk of this run only, which has room for all of the memory, need not.
-        """
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        scratch = os.statvfs(SPOOL)
-        try:
-            if is_kept or scratch.f_bavail * scratch.f_frsize < memory + SPARE_ROOM:
-                call("syncfs", self._root)
-        except OSError as error:
-            raise self._fail(os.strerror(error.errno or 0))
-        if self._count_errors() != self._errors:
-            raise self._fail("ext4 has found errors")
-
-    def _fail(self, reason: str) -> Fatal:
-        return DiskFailure("root file system cannot be written: " + reason,
-                           "run with -v to see the guest's console")
-
-
-# --- The caller's account and directories -------------------------------------------------------------------
-
-def write_file(path: str, content: bytes) -> None:
-    """Replace a file of the appliance and keep its mode."""
-    mode = os.stat(path).st_mode & 0o7777 if os.path.exists(path) else 0o644
-    temporary = path + ".apppot"
-    with open(temporary, "wb") as file:
-        file.write(content)
-    os.chmod(temporary, mode)
-    os.rename(temporary, path)
-
-
-def read_file(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return b""
-
-
-def own_tree(path: bytes, uid: int, gid: int) -> None:
-    os.chown(path, uid, gid, follow_symlinks=False)
-    if os.path.isdir(path) and not os.path.islink(path):
-        for name in os.listdir(path):
-            own_tree(os.path.join(path, name), uid, gid)
-
-
-def copy_tree(source: bytes, target: bytes) -> None:
-    """Copy the contents of /etc/skel: links, files and directories with their modes."""
-    for name in os.listdir(source):
-        old, new = os.path.join(source, name), os.path.join(target, name)
-        if os.path.islink(old):
-            os.symlink(os.readlink(old), new)
-        elif os.path.isdir(old):
-            os.mkdir(new)
-            copy_tree(old, new)
-        else:
-            with open(old, "rb") as reader, open(new, "wb") as writer:
-                writer.write(reader.read())
-            os.chmod(new, os.stat(old).st_mode & 0o7777)
+def is_own_home(home: bytes, uid: int) -> bool:
+    """Whether a user may have this directory: not the /usr/sbin of the account `daemon`."""
+    if is_below(home, b"/home"):
+        return home != b"/home"
+    return os.path.isdir(home) and os.stat(home).st_uid == uid
 
 
 def choose_home(job: Job, passwd: bytes) -> bytes:
@@ -837,29 +809,6 @@ def choose_home(job: Job, passwd: bytes) -> bytes:
     return os.path.join(MOVED_HOMES.encode(), os.path.basename(home)) if covered or no_link else home
 
 
-def is_own_home(home: bytes, uid: int) -> bool:
-    """Whether a user may have this directory: not the /usr/sbin of the account `daemon`."""
-    if is_below(home, b"/home"):
-        return home != b"/home"
-    return os.path.isdir(home) and os.stat(home).st_uid == uid
-
-
-def is_root(job: Job) -> bool:
-    return job.as_root or job.uid == 0
-
-
-def choose_name(job: Job, passwd: bytes) -> bytes:
-    """The caller's, unless it is that of the guest's root, or no home can be called so."""
-    entry = find_account(passwd, job.user)
-    is_taken = bool(entry and entry[2] == b"0")
-    return b"u%d" % job.uid if is_taken or job.user in (b"", b".", b"..") else one_field(job.user)
-
-
-def one_field(name: bytes) -> bytes:
-    """A name as the files passwd and group can hold it."""
-    return name.replace(b":", b"_").replace(b"\n", b"_")
-
-
 def make_home(home: bytes, uid: int, gid: int) -> None:
     is_new = not os.path.isdir(home)
     if is_new:
@@ -870,6 +819,23 @@ def make_home(home: bytes, uid: int, gid: int) -> None:
     is_ours = is_new or is_below(home, b"/home") or is_below(home, MOVED_HOMES.encode())
     if is_ours and os.stat(home).st_uid != uid:
         own_tree(home, uid, gid)
+
+
+def add_groups(wanted: Iterable[Group]) -> None:
+    """Give names to the groups that the appliance does not know."""
+    table = read_file("/etc/group")
+    lines = [entry.split(b":") for entry in table.split(b"\n")]
+    names = {fields[0] for fields in lines} | {b""}
+    known = {fields[2] for fields in lines if len(fields) > 3}
+    added = b""
+    for group in wanted:
+        if b"%d" % group.gid not in known:
+            name = one_field(group.name)
+            name = b"g%d" % group.gid if name in names else name
+            added += name + b":x:%d:\n" % group.gid
+            names.add(name)
+    if added:
+        write_file("/etc/group", table.rstrip(b"\n") + b"\n" + added)
 
 
 def make_account(job: Job) -> Account:
@@ -900,21 +866,9 @@ def make_account(job: Job) -> Account:
     return Account(name, job.uid, gid, tuple(group.gid for group in job.groups), home, shell)
 
 
-def add_groups(wanted: Iterable[Group]) -> None:
-    """Give names to the groups that the appliance does not know."""
-    table = read_file("/etc/group")
-    lines = [entry.split(b":") for entry in table.split(b"\n")]
-    names = {fields[0] for fields in lines} | {b""}
-    known = {fields[2] for fields in lines if len(fields) > 3}
-    added = b""
-    for group in wanted:
-        if b"%d" % group.gid not in known:
-            name = one_field(group.name)
-            name = b"g%d" % group.gid if name in names else name
-            added += name + b":x:%d:\n" % group.gid
-            names.add(name)
-    if added:
-        write_file("/etc/group", table.rstrip(b"\n") + b"\n" + added)
+# --- The places of the host ---------------------------------------------------------------------------------
+
+PARENT = SPOOL.encode()              # where a directory can be mounted for a moment
 
 
 def make_mount_point(path: bytes, account: Account, is_directory: bool = True) -> None:
@@ -1030,7 +984,116 @@ class Places:
         return losses
 
 
+# --- The changes files --------------------------------------------------------------------------------------
+# The module changes, in the image beside this one, is imported only by who needs it: that takes 0.1 s.
+
+def make_report(job: Job, channel: Channel) -> "changes.Report":
+    import changes
+
+    class ChannelReport(changes.Report):
+        def warn(self, text: str) -> None:
+            channel.send(WARNING, text.encode("utf-8", "backslashreplace"))
+
+        def progress(self, what: str, count: int, size: int) -> None:
+            pass                                  # the console is a terminal that nobody looks at
+
+        def allow(self, layers: Sequence["changes.Layer"]) -> None:
+            # Of several layers one may take the place of another: nobody knows what they need together.
+            largest = max(layers, key=lambda layer: layer.size)
+            if largest.size > job.room:
+                raise changes.Fatal("no room to merge, {} has {} for the guest's disk and {} are needed: {}".format(
+                    show_path(job.scratch), changes.format_size(job.room), changes.format_size(largest.size),
+                    show_path(largest.path)), "nothing was applied; free some, or name another directory with --tmpdir")
+
+    return ChannelReport()
+
+
+def merge_layers(job: Job, channel: Channel) -> None:
+    """Before anything of the host is mounted but the layers themselves, and those for a moment."""
+    import changes
+
+    changes.spare_memory()
+    places = [b"/run/apppot/layer%d" % number for number in range(len(job.layers))]
+    paths = [os.path.join(place, os.path.basename(layer)) for place, layer in zip(places, job.layers)]
+    for place in places:
+        os.mkdir(place, 0o700)
+        mount(b"none", place, b"hostfs", MS_RDONLY | MS_NOSUID | MS_NODEV, os.path.basename(place))
+    try:
+        changes.run_apply(paths, b"/", False, job.force, make_report(job, channel))
+    except changes.Fatal as fatal:
+        message, hint = fatal.message, fatal.hint
+        for path, layer in zip(paths, job.layers):
+            message = message.replace(show_path(path), show_path(layer))
+            hint = hint.replace(show_path(path), show_path(layer))
+        raise Fatal(message, hint)
+    finally:
+        for place in places:
+            call("umount2", place, MNT_DETACH)
+
+
+class OwnFiles:
+    """What the agent itself changes in the appliance, which is not for a changes file unless the command does, too."""
+
+    def __init__(self, job: Job) -> None:
+        import changes
+
+        self._sign = changes.sign
+        self._base = changes.read_manifest(b"/")
+        self._unchanged: List[bytes] = []         # until now; paths without the leading slash
+        home = choose_home(job, read_file("/etc/passwd"))
+        mount_points = [os.path.dirname(os.path.realpath(path)).encode() for path in (HOSTS, RESOLV_CONF)]
+        self._expect([b"/etc/passwd", b"/etc/group", *mount_points, home, job.job_directory, job.job_alias,
+                      *(bind.target for bind in job.binds)])
+
+    def _signature(self, path: bytes) -> Optional[bytes]:
+        try:
+            return self._sign(os.lstat(b"/" + path))
+        except FileNotFoundError:
+            return None
+
+    def _expect(self, paths: Iterable[bytes]) -> None:
+        """The agent may change these, what is above them, and below if they are new."""
+        for path in paths:
+            parts = path.strip(b"/").split(b"/")
+            for above in (b"/".join(parts[:count]) for count in range(len(parts) + 1)):
+                if above not in self._unchanged and self._signature(above) == self._base.get(above):
+                    self._unchanged.append(above)
+
+    def list_changed(self) -> Dict[bytes, bytes]:
+        """Signatures of what the agent has changed, to be asked for before the command starts."""
+        known = {}
+        for path in self._unchanged:
+            signature = self._signature(path)
+            if signature and signature != self._base.get(path):
+                known[path] = signature
+                if path not in self._base and os.path.isdir(b"/" + path) and not os.path.islink(b"/" + path):
+                    self._unchanged += [os.path.join(path, name) for name in os.listdir(b"/" + path)]
+        return known
+
+
+def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
+    import changes
+
+    channel.send(SAVING)
+    changes.spare_memory()
+    place = b"/run/apppot/save"
+    os.mkdir(place, 0o700)
+    mount(b"none", place, b"hostfs", MS_NOSUID | MS_NODEV, b"save")
+    path = os.path.join(place, job.save_name)
+    try:
+        changes.save_changes(b"/", path, [], make_report(job, channel), known)
+    except changes.Fatal as fatal:
+        raise Fatal(fatal.message.replace(show_path(path), show_path(job.save)), fatal.hint)
+    finally:
+        call("umount2", place, MNT_DETACH)
+
+
 # --- The command --------------------------------------------------------------------------------------------
+
+SHELLS = (b"ash", b"bash", b"csh", b"dash", b"fish", b"ksh", b"mksh", b"sh", b"tcsh", b"zsh")
+SHELL_OPTIONS = (b"--rcfile", b"--init-file", b"-o", b"+o", b"-O", b"+O")      # those with a value
+PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 
 def choose_command(job: Job, account: Account, directory: bytes) -> Tuple[List[bytes], bytes]:
     """argv, and what to execute: the command line, ./apppot-run, ~/apppot-autorun, or a login shell."""
@@ -1107,51 +1170,15 @@ def find_program(program: bytes, path: bytes) -> bytes:
     raise Fatal("command not found: " + name, hint, 127)
 
 
-def execute(start: Start, program: bytes, path: bytes, argv: List[bytes], environment: Dict[bytes, bytes]) -> int:
-    """Start a program by execve(2), which does not return, or posix_spawn(3), which returns its pid."""
-    try:
-        return start(path, argv, environment)
-    except OSError as error:
-        if error.errno == errno.ENOEXEC:
-            with open(path, "rb") as file:
-                is_text = b"\0" not in file.read(256)
-            if is_text:                           # a script without "#!" is the shell's, as execvp(3) has it
-                return start(b"/bin/sh", [b"/bin/sh", path] + argv[1:], environment)
-        raise Fatal("command cannot be executed, {}: {!r}".format(error.strerror, os.fsdecode(program)),
-                    "is its interpreter in the appliance, and is it made for this machine?",
-                    127 if error.errno == errno.ENOENT else 126)
+# --- The terminal -------------------------------------------------------------------------------------------
 
-
-def become(account: Account) -> None:
-    os.setgroups(account.groups)
-    os.setresgid(account.gid, account.gid, account.gid)
-    os.setresuid(account.uid, account.uid, account.uid)
-
-
-def allow_limits(limits: Iterable[Tuple[int, ...]]) -> None:
-    """Set the caller's hard limits, which only root can do where they are above the guest's own."""
-    for number, _, hard in limits:
-        if number == RLIMIT_NOFILE and hard > NR_OPEN:
-            with open("/proc/sys/fs/nr_open", "w") as file:
-                file.write(str(hard))
-        set_limit(number, hard, hard)
-
-
-def set_limit(number: int, soft: int, hard: int) -> None:
-    call("setrlimit", number, struct.pack("2q", soft, hard))   # struct rlimit
+TERMINAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 
 class Terminal(NamedTuple):
     """A pseudo-terminal, and the controlling terminal of the agent's session, in which the command is a job."""
     master: int
     slave: int                       # kept open, so that the master reaches no end before the command does
-
-
-class Command(NamedTuple):
-    pid: int
-    inputs: Dict[int, int]           # frame type (STDIN, KEYS) to the agent's descriptor
-    outputs: Dict[int, int]          # frame type (STDOUT, STDERR, SCREEN) to descriptor
-    terminal: Optional[Terminal]
 
 
 def leave_pid_1() -> None:
@@ -1179,6 +1206,23 @@ def open_terminal(job: Job, account: Account) -> Terminal:
     return Terminal(master, slave)
 
 
+# --- The start ----------------------------------------------------------------------------------------------
+
+PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
+F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
+RLIMIT_DATA, RLIMIT_NOFILE, RLIMIT_AS = 2, 7, 9   # include/uapi/asm-generic/resource.h
+NR_OPEN = 1 << 20                    # linux/fs.h: the most that the limit of files may be at first
+# A program, its argv and environment, to the pid of its process.
+Start = Callable[[bytes, List[bytes], Dict[bytes, bytes]], int]
+
+
+class Command(NamedTuple):
+    pid: int
+    inputs: Dict[int, int]           # frame type (STDIN, KEYS) to the agent's descriptor
+    outputs: Dict[int, int]          # frame type (STDOUT, STDERR, SCREEN) to descriptor
+    terminal: Optional[Terminal]
+
+
 def make_pipe(account: Account) -> Tuple[int, int]:
     """A pipe that the command may open again, as /dev/stderr."""
     reader, writer = os.pipe()
@@ -1187,12 +1231,90 @@ def make_pipe(account: Account) -> Tuple[int, int]:
     return reader, writer
 
 
+def connect_stdio(job: Job, account: Account) -> Tuple[List[int], Dict[int, int], Dict[int, int], Optional[Terminal]]:
+    """The command's 0, 1, 2; the agent's ends of them by frame type, inputs and outputs; the terminal."""
+    theirs: List[int] = []
+    inputs, outputs = {}, {}
+    terminal = None
+    if job.window:
+        terminal = open_terminal(job, account)
+        inputs[KEYS] = outputs[SCREEN] = terminal.master
+    for number, kind in enumerate(job.stdio.decode()):
+        if kind == "t" and terminal:
+            theirs.append(terminal.slave)
+        elif kind == "s":
+            theirs.append(theirs[1])
+        elif kind == "n":
+            theirs.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+        else:
+            reader, writer = make_pipe(account)
+            theirs.append(writer if number else reader)
+            (outputs if number else inputs)[(STDIN, STDOUT, STDERR)[number]] = reader if number else writer
+    return theirs, inputs, outputs, terminal
+
+
+def set_limit(number: int, soft: int, hard: int) -> None:
+    call("setrlimit", number, struct.pack("2q", soft, hard))   # struct rlimit
+
+
+def allow_limits(limits: Iterable[Tuple[int, ...]]) -> None:
+    """Set the caller's hard limits, which only root can do where they are above the guest's own."""
+    for number, _, hard in limits:
+        if number == RLIMIT_NOFILE and hard > NR_OPEN:
+            with open("/proc/sys/fs/nr_open", "w") as file:
+                file.write(str(hard))
+        set_limit(number, hard, hard)
+
+
+def become(account: Account) -> None:
+    os.setgroups(account.groups)
+    os.setresgid(account.gid, account.gid, account.gid)
+    os.setresuid(account.uid, account.uid, account.uid)
+
+
+def execute(start: Start, program: bytes, path: bytes, argv: List[bytes], environment: Dict[bytes, bytes]) -> int:
+    """Start a program by execve(2), which does not return, or posix_spawn(3), which returns its pid."""
+    try:
+        return start(path, argv, environment)
+    except OSError as error:
+        if error.errno == errno.ENOEXEC:
+            with open(path, "rb") as file:
+                is_text = b"\0" not in file.read(256)
+            if is_text:                           # a script without "#!" is the shell's, as execvp(3) has it
+                return start(b"/bin/sh", [b"/bin/sh", path] + argv[1:], environment)
+        raise Fatal("command cannot be executed, {}: {!r}".format(error.strerror, os.fsdecode(program)),
+                    "is its interpreter in the appliance, and is it made for this machine?",
+                    127 if error.errno == errno.ENOENT else 126)
+
+
 def lead_job(job: Job, stdio: Sequence[int]) -> Start:
     """Become a job of the terminal, as an interactive shell makes it: the command leads its group."""
     os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     os.setpgid(0, 0)
     if job.foreground:
         os.tcsetpgrp(stdio[job.stdio.index(b"t")], os.getpid())
+    return os.execve
+
+
+def lead_group(job: Job, number: int) -> Start:
+    """Make a session and process group that this process leads, not the command; return what starts that.
+
+    As with a command of a batch script: if it led its group, setsid(1) would fork, and its end would be
+    taken for the end of what it started. The leader has ended before the command begins, which is a
+    child of PID 1 then: nothing preempts a SCHED_FIFO process.
+    """
+    os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    os.setsid()
+    is_waited_for = signal.SIGCHLD not in job.ignored_signals
+    has_memory = all(soft == -1 for which, soft, _ in job.limits if which in (RLIMIT_DATA, RLIMIT_AS))
+    if hasattr(os, "posix_spawn") and is_waited_for and has_memory and not number:
+        return os.posix_spawn                     # at a tenth of the cost of fork(2)
+
+    leader = os.getpid()
+    if fork_as(number):
+        os._exit(0)
+    while os.getppid() == leader:
+        os.sched_yield()
     return os.execve
 
 
@@ -1222,48 +1344,8 @@ def run_command(job: Job, account: Account, directory: bytes, stdio: Sequence[in
     return execute(start, program, path, argv, environment)
 
 
-def lead_group(job: Job, number: int) -> Start:
-    """Make a session and process group that this process leads, not the command; return what starts that.
-
-    As with a command of a batch script: if it led its group, setsid(1) would fork, and its end would be
-    taken for the end of what it started. The leader has ended before the command begins, which is a
-    child of PID 1 then: nothing preempts a SCHED_FIFO process.
-    """
-    os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-    os.setsid()
-    is_waited_for = signal.SIGCHLD not in job.ignored_signals
-    has_memory = all(soft == -1 for which, soft, _ in job.limits if which in (RLIMIT_DATA, RLIMIT_AS))
-    if hasattr(os, "posix_spawn") and is_waited_for and has_memory and not number:
-        return os.posix_spawn                     # at a tenth of the cost of fork(2)
-
-    leader = os.getpid()
-    if fork_as(number):
-        os._exit(0)
-    while os.getppid() == leader:
-        os.sched_yield()
-    return os.execve
-
-
-def connect_stdio(job: Job, account: Account) -> Tuple[List[int], Dict[int, int], Dict[int, int], Optional[Terminal]]:
-    """The command's 0, 1, 2; the agent's ends of them by frame type, inputs and outputs; the terminal."""
-    theirs: List[int] = []
-    inputs, outputs = {}, {}
-    terminal = None
-    if job.window:
-        terminal = open_terminal(job, account)
-        inputs[KEYS] = outputs[SCREEN] = terminal.master
-    for number, kind in enumerate(job.stdio.decode()):
-        if kind == "t" and terminal:
-            theirs.append(terminal.slave)
-        elif kind == "s":
-            theirs.append(theirs[1])
-        elif kind == "n":
-            theirs.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
-        else:
-            reader, writer = make_pipe(account)
-            theirs.append(writer if number else reader)
-            (outputs if number else inputs)[(STDIN, STDOUT, STDERR)[number]] = reader if number else writer
-    return theirs, inputs, outputs, terminal
+def encode_pid(pid: int) -> bytes:
+    return encode_fields([(b"pid", b"%d" % pid)])
 
 
 def start_command(job: Job, account: Account, directory: bytes) -> Command:
@@ -1295,23 +1377,11 @@ def start_command(job: Job, account: Account, directory: bytes) -> Command:
     return Command(int(fields[b"pid"][0]), inputs, outputs, terminal)
 
 
-def encode_pid(pid: int) -> bytes:
-    return encode_fields([(b"pid", b"%d" % pid)])
-
-
-def encode_failure(fatal: Fatal) -> bytes:
-    def clean(text: str) -> bytes:
-        return text.replace("\0", "?").encode("utf-8", "backslashreplace")
-    fields = [(b"error", clean(fatal.message)), (b"hint", clean(fatal.hint)), (b"status", b"%d" % fatal.status)]
-    return encode_fields(fields + [(b"disk", b"1")] * isinstance(fatal, DiskFailure))
-
-
-def write_score(score: str) -> None:
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write(score)
-
-
 # --- Relaying -----------------------------------------------------------------------------------------------
+
+FIONREAD = termios.FIONREAD
+CHECK_S = 2.0                        # how often to look whether programs wait for pages to be written
+
 
 class Feed:
     """What the host sent for the command's stdin or terminal, and there is no room for yet."""
@@ -1550,35 +1620,7 @@ class Relay:
             os.close(self._terminal.slave)
 
 
-def kill_everything() -> None:
-    try:
-        os.kill(-1, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-
-
-def reap_everything() -> None:
-    """Wait for the end of all processes: it is then that hostfs of Linux 6.1 writes what they changed by mmap(2)."""
-    try:
-        while True:
-            os.wait()
-    except ChildProcessError:
-        pass
-
-
 # --- The end ------------------------------------------------------------------------------------------------
-
-def send_rest() -> None:
-    """Let what the command wrote to its TCP connections go out: on a host the kernel would do so after its end."""
-    deadline = time.monotonic() + NETWORK_GRACE_S
-    unsent = True
-    while unsent and time.monotonic() < deadline:
-        sockets = [line.split() for line in (read_file("/proc/net/tcp") + read_file("/proc/net/tcp6")).split(b"\n")]
-        # The fifth field is tx_queue:rx_queue, in hexadecimal; the headings have no colon there.
-        unsent = any(int(fields[4].partition(b":")[0], 16) for fields in sockets if b":" in b"".join(fields[4:5]))
-        if unsent:
-            time.sleep(0.01)
-
 
 def describe_end(status: Optional[int]) -> str:
     if status is None:
@@ -1612,11 +1654,7 @@ def encode_result(relay: Relay) -> bytes:
     return encode_fields((how, (b"stdin", b"%d" % relay.stdin_consumed)))
 
 
-def greet(channel: Channel) -> None:
-    os.write(channel.fd, MAGIC)
-    channel.send(HELLO, encode_fields(((b"protocol", b"%d" % PROTOCOL), (b"base", read_file(BASE_ID).strip()),
-                                       (b"agent", VERSION.encode()))))
-
+# --- Main ---------------------------------------------------------------------------------------------------
 
 def run_job(channel: Channel, wakeup: int) -> None:
     try:
