@@ -71,11 +71,6 @@ def format_size(size: float) -> str:
     return "{:.1f} GiB".format(size)
 
 
-def show_name(name: Any, otherwise: bytes) -> str:
-    """The file that an OSError is about."""
-    return printable(os.fsencode(name) if isinstance(name, (str, bytes)) else otherwise)
-
-
 class Report:
     """Where news goes; the agent may have a class of its own."""
 
@@ -969,6 +964,10 @@ class Tree:
             os.close(far.descriptor)
             far.descriptor = -1
 
+    def lstat(self, path: bytes) -> os.stat_result:
+        directory, name = split_path(path)
+        return os.stat(name or b".", dir_fd=self.open(directory), follow_symlinks=False)
+
     def leave(self) -> None:
         level, parent = self.levels[-1], self.levels[-2]
         if parent.descriptor < 0:
@@ -1204,8 +1203,7 @@ def record_base(root: bytes, exclude: "re.Pattern[bytes]", report: Report, place
             started = time_ns()
             checked, unsettled = unsettled, []
             for path in checked:
-                directory, name = split_path(path)
-                status = os.stat(name or b".", dir_fd=tree.open(directory), follow_symlinks=False)
+                status = tree.lstat(path)
                 signatures[path] = sign(status)
                 if started - TICK_NS < status.st_ctime_ns <= started:
                     unsettled.append(path)
@@ -1417,16 +1415,15 @@ def add_state(writer: LayerWriter, tree: Tree) -> None:
 
 def save_member(writer: LayerWriter, tree: Tree, member: Member, moved: Dict[bytes, bytes], report: Report) -> None:
     """Add one member with its content. `moved` has the first names of inodes that were gone, and what took over."""
-    directory, name = split_path(member.path)
-    if name.startswith(WHITEOUT):
+    if is_whiteout(member.path):
         writer.add(member)
         return
     try:
         if member.link in moved and moved[member.link]:
             member = member._replace(link=moved[member.link])
         elif member.link in moved:
-            first, status = member.link, os.stat(name, dir_fd=tree.open(directory), follow_symlinks=False)
-            member = member_of(member.path, status, member.change)
+            first = member.link
+            member = member_of(member.path, tree.lstat(member.path), member.change)
             moved[first] = member.path
         with open_member(tree, member) as (complete, descriptor):
             writer.add(complete)
@@ -1841,57 +1838,48 @@ def raise_no_space(layer: Layer, root: bytes, state: str) -> NoReturn:
 
 
 def check_space(layers: Sequence[Layer], root: bytes) -> None:
-    """Fatal where the file system has too few bytes or inodes; layers may replace what layers before them bring."""
+    """Fatal if the file system has too few bytes or inodes, even with those that come free.
+
+    A layer may still need its room before it comes free: this ends as on any full disk.
+    """
     status = os.statvfs(root)
     free = status.f_bavail * status.f_frsize
-    free_files = status.f_favail if status.f_files else sys.maxsize            # btrfs knows no limit
+    free_files = status.f_favail if status.f_files else sys.maxsize  # btrfs knows no limit
+
     for layer in layers:
         if layer.size > free or layer.count > free_files:
-            check_closely(layer, root, free, free_files)
+            size, files = count_replaced(layer, root)
+            free += size
+            free_files += files
+            if layer.size > free or layer.count > free_files:
+                raise_no_space(layer, root, "nothing was applied; ")
+
         free -= layer.size
         free_files -= layer.count
 
 
-def check_closely(layer: Layer, root: bytes, free: int, free_files: int) -> None:
-    """Count what comes free on the way, too."""
-    gone: Set[bytes] = set()                      # so that none is counted twice
-    with Tree(root) as tree:
-        for path in layer.whiteouts + layer.opaques:
-            if path not in gone:
-                size, files = used_space(tree, path, True)
-                free, free_files = free + size, free_files + files
-                gone.add(path)
-        gone = set(layer.whiteouts)
-        for member in layer.members():
-            if not is_whiteout(member.path):
-                size, files = (0, 0)
-                if member.path not in gone:
-                    size, files = used_space(tree, member.path, member.kind != DIRECTORY)
-                    gone.add(member.path)
-                free += size - needed_space(member)
-                free_files += files - (member.kind != HARD_LINK)
-            if free < 0 or free_files < 0:
-                raise_no_space(layer, root, "nothing of it was applied; ")
+def count_replaced(layer: Layer, root: bytes) -> Tuple[int, int]:
+    """Bytes and inodes of what a layer deletes from a tree, or brings again."""
+    brought: Set[bytes] = set()
+    cleared = set(layer.whiteouts + layer.opaques)
+    for member in layer.members():
+        if member.kind == DIRECTORY:
+            brought.add(member.path)
+        else:
+            cleared.add(member.path)
 
-
-def used_space(tree: Tree, path: bytes, with_directories: bool) -> Tuple[int, int]:
-    """Bytes and inodes that come free when a path is removed; the inode of a directory also when it is kept."""
     size = files = 0
-    pending = [path]
-    while pending:
-        path = pending.pop()
-        directory, name = split_path(path)
-        try:
-            status = os.stat(name or b".", dir_fd=tree.open(directory), follow_symlinks=False)
-            if not stat.S_ISDIR(status.st_mode):
-                size += status.st_blocks * BLOCK * (status.st_nlink == 1)
-                files += status.st_nlink == 1
-                continue
-            files += 1
-            if with_directories:
-                pending += [join_path(path, below) for below in map(os.fsencode, os.listdir(tree.open(path)))]
-        except (OSError, Mounted):
-            pass                                  # it is not there, or stays
+    way = b"/"  # of what is cleared now, as the start of all paths below it
+    with Tree(root) as tree:
+        for path, status in scan(tree, compile_exclude([]), {}):
+            is_below = path.startswith(way)
+            if path in cleared and not is_below:
+                way = join_path(path, b"")
+
+            is_replaced = is_below or path in cleared or path in brought
+            if is_replaced and (stat.S_ISDIR(status.st_mode) or status.st_nlink == 1):
+                size += status.st_blocks * BLOCK
+                files += 1
     return size, files
 
 
@@ -1925,9 +1913,8 @@ def check_tree(layers: Sequence[Layer], root: bytes) -> None:
 
 def is_file(tree: Tree, path: bytes) -> bool:
     """Or what is below a mount point: nobody links to that."""
-    directory, name = split_path(path)
     try:
-        return not stat.S_ISDIR(os.stat(name, dir_fd=tree.open(directory), follow_symlinks=False).st_mode)
+        return not stat.S_ISDIR(tree.lstat(path).st_mode)
     except Mounted:
         return True
     except OSError:
@@ -2462,7 +2449,9 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except OSError as error:
-        message = "{}: {}".format(error.strerror, show_name(error.filename, b"changes file"))
+        is_named = isinstance(error.filename, (str, bytes))
+        name = os.fsencode(error.filename) if is_named else b"changes file"
+        message = "{}: {}".format(error.strerror, printable(name))
         hint = "look at that file or directory"
     print("apppot: error: {}\napppot: hint: {}".format(message, hint), file=sys.stderr)
     return 125

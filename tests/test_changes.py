@@ -640,22 +640,28 @@ def test_a_tree_without_permission_or_room_is_left_as_it_is(place):
 
 
 @needs_root
-def test_room_is_counted_as_the_layer_uses_it_up(place):
-    """Where 1 MiB is free, a file of 3 MiB may come after another of that size has gone, not before."""
+def test_room_that_comes_free_counts_and_what_never_fits_is_refused(place):
+    """1 MiB is free, and each of the three files has 3 MiB."""
     large = os.urandom(3 << 20)
-    make_layer(place / "early", [("new", large), ("old", b"small")])
+    make_layer(place / "more", [("old", b"small"), ("new", large), ("more", large)])
     make_layer(place / "late", [("old", b"small"), ("new", large)])
     make_layer(place / "whiteout", [(".wh.d", b""), ("more", large)])
+    make_layer(place / "early", [("newer", large), ("new", b"small")])
     (place / "root").mkdir()
     script = f"""
         mount -t tmpfs -o size=8m none {place}/root; cd {place}/root
-        mkdir d; truncate -s 1M d/rest; head -c 3M /dev/zero > d/file; cp d/file old; head -c 1M /dev/zero > rest
+        mkdir d; truncate -s 1M d/rest; head -c 3M /dev/zero > d/file
+        cp d/file old; head -c 1M /dev/zero > rest
         merge() {{ {sys.executable} {TOP}/changes.py apply {place}/$1 .; }}
-        merge early || echo $?; ls; merge late; ls; merge whiteout; ls"""
+        merge more || echo $?; stat -c %s old
+        merge late; ls; merge whiteout; ls; merge early || echo $?"""
     result = subprocess.run(["unshare", "-m", "sh", "-ec", script], capture_output=True, check=True)
-    assert result.stdout.decode().split() == ["125", "d", "old", "rest", "d", "new", "old", "rest",
-                                              "more", "new", "old", "rest"]  # fmt: skip
-    assert_error(subprocess.CompletedProcess([], 125, b"", result.stderr), "3.0 MiB")
+
+    whole, late, whiteout, early = b"125 3145728", b"d new old rest", b"more new old rest", b"125"
+    assert result.stdout.split() == b" ".join([whole, late, whiteout, early]).split()
+    hints = [line for line in result.stderr.decode().splitlines() if "hint:" in line]
+    assert len(hints) == 2 and "nothing was applied" in hints[0] and "is incomplete" in hints[1]
+    assert result.stderr.count(b"no space left") == 2 and b"6.0 MiB" in result.stderr
 
 
 @needs_root
@@ -894,25 +900,52 @@ def test_a_file_that_changes_while_it_is_saved_is_told_and_the_layer_is_valid(pl
     assert sorted(os.listdir(place / "a")) == ["goes too", "grows", "shrinks"]
 
 
-def test_200000_files_need_less_than_300_mib(place):
-    with open(place / "l.tar.gz", "wb") as file:
+def write_many(layer, name, count):
+    """A layer of empty files, 500 in each directory, as `name` makes their paths of two numbers."""
+    with open(layer, "wb") as file:
         sink = changes.Deflater(file.fileno())
         writer = changes.LayerWriter(sink)
-        for number in range(200000):
-            name = b"some/directory/of/many/%d/file%d" % (number // 500, number)
-            writer.add(changes.Member(name, changes.REGULAR, 0o644, os.getuid(), os.getgid(), 0, 10**18 + number))
+        uid, gid = os.getuid(), os.getgid()
+        for number in range(count):
+            path = name % (number // 500, number)
+            writer.add(changes.Member(path, changes.REGULAR, 0o644, uid, gid, 0, 10**18 + number))
         writer.finish("")
         sink.finish()
+
+
+# Not ru_maxrss, which begins with what this process has at the fork.
+MEASURE_MEMORY = r"""
+import re, sys
+sys.path.insert(0, sys.argv[1])
+import changes
+
+def read_peak():
+    with open("/proc/self/status") as file:
+        return int(re.search(r"VmHWM:\s+(\d+)", file.read())[1]) >> 10
+
+available = int(sys.argv[2]) << 20
+if available:
+    changes.available_memory = lambda: available
+before = read_peak() if available else 0
+status = changes.main(sys.argv[3:])
+print(read_peak() - before)
+sys.exit(status)
+"""
+
+
+def measure_memory(available_mib, *words):
+    """The peak in MiB; if the available memory is given, of the work alone."""
+    command = [sys.executable, "-c", MEASURE_MEMORY, TOP, str(available_mib), *words]
+    return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def test_200000_files_need_less_than_300_mib(place):
+    write_many(place / "l.tar.gz", b"some/directory/of/many/%d/file%d", 200000)
     (place / "root").mkdir()
-    # Not ru_maxrss, which begins with what this process has at the fork.
-    script = ("import re, sys; sys.path.insert(0, sys.argv[1]); import changes; status = changes.main(sys.argv[2:]); "
-              "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024); "
-              "sys.exit(status)")  # fmt: skip
-    for command in (["apply", place / "l.tar.gz", place / "root"],
-                    ["base", "--root", place / "root"],
-                    ["squash", place / "l.tar.gz", "-o", place / "s.tar.gz"]):  # fmt: skip
-        result = subprocess.run([sys.executable, "-c", script, TOP, *command], capture_output=True, check=True)
-        assert int(result.stdout) < 300, command
+    for words in (["apply", place / "l.tar.gz", place / "root"],
+                  ["base", "--root", place / "root"],
+                  ["squash", place / "l.tar.gz", "-o", place / "s.tar.gz"]):  # fmt: skip
+        assert measure_memory(0, *words) < 300, words
     assert len(os.listdir(place / "root/some/directory/of/many/399")) == 500
 
 

@@ -11,12 +11,11 @@ import resource
 import shutil
 import stat
 import subprocess
-import sys
 import tarfile
 import zipfile
 
 import pytest
-from conftest import TOP, assert_error
+from conftest import assert_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_changes import (
@@ -26,11 +25,13 @@ from test_changes import (
     fresh_place,
     make_layer,
     make_oci_image,
+    measure_memory,
     merge,
     needs_root,
     run_tool,
     snap,
     unpack_with_umoci,
+    write_many,
 )
 
 import changes
@@ -352,21 +353,9 @@ def test_memory_that_is_short_is_told_before_anything_is_applied(place, monkeypa
 
 
 def test_50000_files_are_merged_where_memory_is_that_of_a_guest_of_64_mib(place):
-    with open(place / "l.tar.gz", "wb") as file:
-        sink = changes.Deflater(file.fileno())
-        writer = changes.LayerWriter(sink)
-        for number in range(50000):
-            name = b"opt/many/%d/file%d" % (number // 500, number)
-            writer.add(changes.Member(name, changes.REGULAR, 0o644, os.getuid(), os.getgid(), 0, 10**18 + number))
-        writer.finish("")
-        sink.finish()
-    # Not ru_maxrss, which begins with what this process has at the fork.
-    script = ("import re, sys; sys.path.insert(0, sys.argv[1]); import changes; "
-              "changes.available_memory = lambda: 27 << 20; peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', "
-              "open('/proc/self/status').read())[1]) >> 10; before = peak(); "
-              "assert changes.main(sys.argv[2:]) == 0; print(peak() - before)")  # fmt: skip
-    result = run_tool(sys.executable, "-c", script, TOP, "apply", place / "l.tar.gz", place / "root")
-    assert int(result) < 27 and len(os.listdir(place / "root/opt/many/99")) == 500
+    write_many(place / "l.tar.gz", b"opt/many/%d/file%d", 50000)
+    assert measure_memory(27, "apply", place / "l.tar.gz", place / "root") < 27
+    assert len(os.listdir(place / "root/opt/many/99")) == 500
 
 
 def test_attributes_that_cannot_be_kept_are_told_in_a_few_lines(place):
@@ -375,25 +364,6 @@ def test_attributes_that_cannot_be_kept_are_told_in_a_few_lines(place):
     result = snap("apply", place / "l", place / "root")
     assert result.returncode == 0 and len(os.listdir(place / "root")) == 100
     assert len(result.stderr.splitlines()) == 21 and b"80 more attributes" in result.stderr
-
-
-@needs_root
-def test_one_path_removed_a_thousand_times_is_looked_at_once(place):
-    """Where room is short, what comes free is counted, by a walk through the tree."""
-    for number in range(300):
-        (place / "root/usr" / str(number)).mkdir(parents=True)
-    make_layer(place / "l", [(".wh.usr", b"")] * 5000 + [("s", b"1")])
-    (place / "root/usr/kept").write_text("x")
-    calls = []
-    layer = changes.check_layer(os.fsencode(place / "l"), QUIET)
-    original = changes.used_space
-    try:
-        changes.used_space = lambda *words: calls.append(words) or original(*words)
-        changes.check_closely(layer, os.fsencode(place / "root"), 1 << 20, 100)
-    finally:
-        changes.used_space = original
-        layer.__exit__()
-    assert len(calls) == 2
 
 
 # --- Any bytes ----------------------------------------------------------------------------------------------
