@@ -4596,7 +4596,10 @@ class OptionParser(argparse.ArgumentParser):
         raise Fatal(message, "`{} --help` lists the options".format(self.prog))
 
     def split(self, words: Sequence[str]) -> Tuple[List[str], Tuple[str, ...]]:
-        """The options, and the command from the first word that is none; argparse would read options behind it too."""
+        """The options, and the command, which begins at the first word that is no option.
+
+        argparse alone would also take the options of the command.
+        """
         index = 0
         while index < len(words) and words[index].startswith("-") and words[index] != "-":
             if words[index] == "--":
@@ -4607,123 +4610,179 @@ class OptionParser(argparse.ArgumentParser):
             index += 1
             if not action or action.nargs == 0:
                 continue
+
             if not equals:
                 following = words[index:index + 1]
-                if action.nargs == "?" and not any(is_blank(word) or LAN_GROUP.match(word) for word in following):
-                    continue                      # --lan: a group is no command
+                is_value = any(is_blank(word) or LAN_GROUP.match(word) for word in following)
+                if action.nargs == "?" and not is_value:
+                    continue                      # --lan without a group: the command follows
+
                 value = "".join(following)
                 index += 1
             self._check_given(name, value, bool(equals))
         return list(words[:index]), tuple(words[index:])
 
     def _check_given(self, name: str, value: str, is_attached: bool) -> None:
-        """An empty value is a mistake: what is not to be given is left out."""
+        """Refuse an empty value, because it comes from an unset variable of a script."""
         if is_blank(value):
             raise Fatal("{} has no value: {!r}".format(name, value), UNSET_HINT)
-        if not is_attached and (value.startswith("--") or value in self._option_string_actions):
+        is_option = value.startswith("--") or value in self._option_string_actions
+        if is_option and not is_attached:
             raise Fatal("{} has no value, but is followed by {}".format(name, value), UNSET_HINT)
 
 
 DESCRIPTION = """\
-Run a command in a Linux appliance (a disk image) under User-Mode Linux, as an ordinary process.
-Options end at the first word that is not one. Without a command: ./apppot-run in the job
-directory, else ~/apppot-autorun in the appliance, else a login shell.
-What the command writes stays in the current directory and in those of --bind. All else, HOME too, is gone
-at the end of the run unless --save-changes, --write or COW:BASE keeps it."""
+Run a command in a Linux appliance, which is a disk image, as an ordinary
+process under User-Mode Linux. Options end at the first word that is no option.
+Without a command AppPot runs ./apppot-run in the job directory, else
+~/apppot-autorun in the appliance, else a login shell.
+
+The current directory is the job directory. What the command writes there and
+in directories of --bind stays. All else, also in HOME, is gone at the end of
+the run unless --save-changes, --write or COW:BASE keeps it."""
 EPILOG = """\
 environment of the command:
-  The guest gets the caller's batch-system variables (SLURM_*, SLURMD_*, PBS_*, SGE_*, JOB_*, _CONDOR_*, LSB_*,
-  NSLOTS, NHOSTS, NQUEUES, PE, QUEUE, RESTARTED) and OMP_*, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS, TERM, TZ, LANG,
-  LANGUAGE, LC_*; nothing else unless --env names it. HOME, USER, LOGNAME, SHELL, PATH and PWD are the guest's.
-  OMP_NUM_THREADS, OPENBLAS_NUM_THREADS and MKL_NUM_THREADS are 1 unless given: processes run in parallel in the
-  guest, threads of one process do not. OMP_NUM_THREADS alone counts for all three.
+  The command gets these variables of the caller: of batch systems SLURM_*,
+  SLURMD_*, PBS_*, SGE_*, JOB_*, _CONDOR_*, LSB_*, NSLOTS, NHOSTS, NQUEUES, PE,
+  QUEUE and RESTARTED; and OMP_*, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS, TERM,
+  TZ, LANG, LANGUAGE and LC_*. Others need --env. HOME, USER, LOGNAME, SHELL,
+  PATH and PWD are those of the guest.
+
+  OMP_NUM_THREADS, OPENBLAS_NUM_THREADS and MKL_NUM_THREADS are 1 by default:
+  processes run in parallel in the guest, threads of one process do not. If the
+  caller sets OMP_NUM_THREADS, that number counts for all three.
 
 defaults from the environment:
-  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR, APPPOT_SLIRP, APPPOT_EMPTY, APPPOT_CHANGES
-  (files with colons between). An empty variable counts as not set; an option with an empty value is an error.
-  Kernel, image and network helper are then looked for beside this script (`linux`, `apppot.img`, `slirp4netns`,
-  `slirp-fullbolt`, `slirp`), in the directory build/ there, as `make` fills it, in the current directory, and all but
-  the image on PATH (`linux`, `linux.uml`).
+  APPPOT_KERNEL, APPPOT_IMAGE, APPPOT_MEM, APPPOT_CPUS, APPPOT_TMPDIR,
+  APPPOT_SLIRP, APPPOT_EMPTY and APPPOT_CHANGES (files with colons between). An
+  empty variable counts as not set; an option with an empty value is an error.
+
+  If nothing names them, AppPot looks for the kernel (`linux`, `linux.uml`),
+  the image (`apppot.img`) and the network helper (`slirp4netns`,
+  `slirp-fullbolt`, `slirp`) beside this script, in the directory build/ beside
+  it, in the current directory and, except for the image, on PATH.
 
 memory and CPUs:
-  In a job of Slurm, PBS, Grid Engine or HTCondor, what the job was granted: the least of what the batch system's
-  variables, the cgroups, ulimit -v and the CPU affinity say; of the memory 64 MiB and a 32nd less, for AppPot itself.
-  Elsewhere 1 GiB, less where a cgroup allows less, and 1 CPU. -v shows where each comes from.
+  In a job of Slurm, PBS, Grid Engine or HTCondor the guest gets what the job
+  was granted: the smallest amount that the batch system's variables, the
+  cgroups, `ulimit -v` and the CPU affinity name. AppPot keeps 64 MiB and a
+  32nd of the memory for itself. Outside of a job the guest gets 1 GiB, or less
+  if a cgroup has less, and 1 CPU. -v prints where each amount comes from.
 
 exit status:
-  that of the command, 128+N if signal N killed it; 124 --timeout is over, 125 AppPot failed,
-  126 the command cannot be executed, 127 it was not found."""
+  That of the command; 128+N if signal N killed the command; 124 if --timeout
+  is over; 125 if AppPot failed; 126 if the command cannot be executed; 127 if
+  the command was not found."""
 
 
 def add_appliance_options(add: Callable[..., Any]) -> None:
-    add("--image", "--apppot", metavar="PATH", help="disk image, or COW:BASE to keep the changes in the file COW")
-    add("--kernel", "--linux", "--uml", metavar="PATH", help="User-Mode Linux kernel")
-    add("--write", action="store_true", help="boot the image itself read-write instead of a throw-away copy-on-write")
-    add("--disk", metavar="SIZE", help="size of the root file system, at least that in the image (default: that, or 2G "
-        "of a\nsmaller one where the kernel can do it); with --write the image itself grows")
-    add("--mem", metavar="NUM", help="memory of the guest in MiB, or with K, M, G, T (default: see below)")
-    add("--cpus", metavar="N", help="CPUs of the guest, where the kernel has SMP (default: see below)")
-    add("--ptrace", action="store_true", help="keep a 6.16 or newer kernel from its faster seccomp mode; see README")
-    add("--id", "--umid", dest="umid", metavar="NAME", help="name of the guest, for `uml_mconsole NAME`")
+    add("--image", "--apppot", metavar="PATH",
+        help="Boot this disk image. COW:BASE boots the image BASE and keeps all changes in the "
+             "file COW.")
+    add("--kernel", "--linux", "--uml", metavar="PATH", help="Boot this User-Mode Linux kernel.")
+    add("--write", action="store_true",
+        help="Write into the image itself. By default a temporary copy-on-write file takes all "
+             "changes.")
+    add("--disk", metavar="SIZE",
+        help="Size of the root file system, not less than in the image (default: as in the image, "
+             "or 2G if that is more and the kernel has a device mapper). With --write the image "
+             "itself grows.")
+
+    add("--mem", metavar="NUM",
+        help="Memory of the guest in MiB, or with K, M, G or T (default: see below).")
+    add("--cpus", metavar="N",
+        help="CPUs of the guest. More than one needs a kernel with SMP (default: see below).")
+    add("--ptrace", action="store_true",
+        help="Trap system calls by ptrace. Kernels from 6.16 on otherwise use seccomp, which is "
+             "faster but does not stop a hostile program (see README).")
+    add("--id", "--umid", dest="umid", metavar="NAME",
+        help="Name of the guest in the path of its management console. -v prints that path for "
+             "uml_mconsole.")
     add("-X", "--extra", action="append", default=[], metavar="ARG",
-        help="one more argument for the kernel command line; repeatable")
+        help="Add an argument to the kernel command line. Repeatable.")
+
     add("--io", choices=("auto", "builtin", "empty"), default="auto", metavar="HOW",
-        help="what carries the channel to the guest: builtin, the program empty, or auto (default): that program if\n"
-             "it lies beside this script or is named, else builtin")
-    add("--empty", metavar="PATH", help="the program empty, which runs another on a pseudo-terminal")
+        help="What carries the channel to the guest: builtin, the program empty, or auto "
+             "(default), which takes empty only if it lies beside this script or is named.")
+    add("--empty", metavar="PATH",
+        help="Carry the channel by this program empty (github.com/mezantrop/empty).")
+
     add("--changes", "--merge", action="append", metavar="FILE",
-        help="merge a changes file into the base image's system before the command starts; repeatable, in order")
-    add("--force-changes", action="store_true", help="even one that was made for another base")
-    add("--save-changes", metavar="FILE", help="when the command has ended, write a changes file: all that differs "
-        "from the base, what --changes merged included")
+        help="Merge a changes file into the appliance before the command starts. Repeatable, in "
+             "this order.")
+    add("--force-changes", action="store_true",
+        help="Accept changes files that were made for another base image.")
+    add("--save-changes", metavar="FILE",
+        help="After the command write a changes file with all that differs from the base image, "
+             "merged changes files included.")
 
 
 def add_command_options(add: Callable[..., Any]) -> None:
-    add("--root", action="store_true", help="run the command as the guest's root")
+    add("--root", action="store_true", help="Run the command as root of the guest.")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]",
-        help="set a variable, or pass the caller's; repeatable")
-    add("--clean-env", action="store_true", help="pass no variable but those of --env")
+        help="Set a variable, or without =VALUE pass the caller's. Repeatable.")
+    add("--clean-env", action="store_true",
+        help="Pass only those variables of the caller that --env names.")
     add("-B", "--bind", action="append", default=[], metavar="SRC[:DST[:ro]]",
-        help="show a file or directory of this machine in the guest, at DST or the same path; repeatable;\n"
-             "--bind \"$HOME\" makes the guest's HOME this one")
+        help="Show a file or directory of this machine in the guest at DST, by default at SRC; :ro "
+             "makes it read-only. --bind \"$HOME\" also makes it the HOME of the command. "
+             "Repeatable.")
+
     add("--no-job-dir", dest="job_dir", action="store_false",
-        help="show no job directory; the command starts in its home")
+        help="Do not show the job directory in the guest. The command starts in its home "
+             "directory.")
     add("-t", dest="terminal", action="store_true", default=None,
-        help="give the command a terminal, whatever the caller has (default: for what is a terminal here)")
-    add("-T", dest="terminal", action="store_false", help="give it pipes, even in a terminal")
-    add("--cwd", metavar="DIR", help="start in DIR of the guest; relative to the job directory (default: that itself)")
+        help="Make stdin, stdout and stderr of the command a terminal (default: those that are a "
+             "terminal here).")
+    add("-T", dest="terminal", action="store_false", help="Give the command no terminal.")
+    add("--cwd", metavar="DIR",
+        help="Start the command in this directory of the guest (default: the job directory). A "
+             "relative DIR is one below the job directory.")
 
 
 def add_network_options(add: Callable[..., Any]) -> None:
-    add("--net", default="auto", choices=("auto", SLIRP4NETNS, SLIRP, "none"), help="the helper that connects the "
-        "guest, as the caller would be: auto takes slirp4netns, else slirp, if there is one; none leaves no way out")
-    add("--slirp", metavar="PATH", help="the helper's program, of either kind")
+    add("--net", default="auto", choices=("auto", SLIRP4NETNS, SLIRP, "none"),
+        help="Connect the guest by this helper program, with the rights of the caller. auto "
+             "(default) takes slirp4netns, else slirp, else none. With none the guest has no way "
+             "out.")
+    add("--slirp", metavar="PATH",
+        help="Path of the helper program, which is either slirp4netns or slirp.")
     add("--publish", action="append", default=[], metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/udp]",
-        help="show a port of the guest on the host, on 127.0.0.1 by default; repeatable; wants slirp4netns")
-    add("--lan", nargs="?", const="", metavar="GROUP:PORT", help="join the guests that give the same multicast group, "
-        "by default those of the same batch job, in a network of their own (eth1); APPPOT_LAN_ADDRESS tells where")
-    add("--lan-address", metavar="ADDRESS[/PREFIX]", help="the guest's address in it (default: a random one)")
+        help="Show a port of the guest on the host, by default at 127.0.0.1. Repeatable; needs "
+             "slirp4netns.")
+    add("--lan", nargs="?", const="", metavar="GROUP:PORT",
+        help="Join a private network (eth1) of all guests with this multicast group, by default "
+             "those of one batch job. APPPOT_LAN_ADDRESS is the guest's address there.")
+    add("--lan-address", metavar="ADDRESS[/PREFIX]",
+        help="Address of the guest in the network of --lan (default: a random one).")
 
 
 def add_run_options(add: Callable[..., Any]) -> None:
-    add("--timeout", metavar="S", help="end the command after S seconds (s, m, h, d may follow) with status 124")
-    add("--boot-timeout", default="120", metavar="S", help="give up a guest that does not start (default 120)")
+    add("--timeout", metavar="S",
+        help="End the command with status 124 after S seconds. S may end in s, m, h or d.")
+    add("--boot-timeout", default="120", metavar="S",
+        help="End the run if the guest is not up after S seconds (default 120).")
     add("--kill-after", default="10", metavar="S",
-        help="kill a command that lives S seconds after SIGTERM; 0: never (default 10)")
+        help="Kill a command that lives S seconds after SIGTERM (default 10); 0 never kills it.")
     add("--die-with-parent", action="store_true",
-        help="end as by SIGTERM when the process that started this one ends, which batch systems may not tell")
+        help="End the run, as by SIGTERM, when the process that started it ends.")
     add("--die-with", metavar="NAME",
-        help="the same when the nearest process of that name above this one ends; no matter if there is none")
-    add("--tmpdir", metavar="DIR", help="temporary files (default: the batch system's, TMPDIR, /tmp, /var/tmp)")
-    add("--dry-run", action="store_true", help="check everything, print the kernel's command line, start nothing")
+        help="End the run, as by SIGTERM, when the nearest ancestor process called NAME ends.")
+
+    add("--tmpdir", metavar="DIR",
+        help="Directory for temporary files (default: the batch system's, TMPDIR, /tmp, /var/tmp).")
+    add("--dry-run", action="store_true",
+        help="Check everything and print the kernel's command line. Start nothing.")
 
 
 def add_information_options(add: Callable[..., Any]) -> None:
-    add("--doctor", action="store_true", help="tell what a run needs and whether it is here, a line each")
-    add("--boot", action="store_true", help="with --doctor: also boot once")
-    add("-v", "--verbose", action="store_true", help="show the steps and the guest's console on stderr")
-    add("-V", "--version", action="store_true", help="print the version")
-    add("-h", "--help", action="store_true", help="print this text")
+    add("--doctor", action="store_true",
+        help="Print, a line each, what a run needs and whether it is here.")
+    add("--boot", action="store_true", help="With --doctor: also boot once.")
+    add("-v", "--verbose", action="store_true",
+        help="Show the steps and the guest's console on stderr.")
+    add("-V", "--version", action="store_true", help="Print the version.")
+    add("-h", "--help", action="store_true", help="Print this text.")
 
 
 def build_parser() -> OptionParser:
@@ -4731,6 +4790,7 @@ def build_parser() -> OptionParser:
         prog="apppot_start.py", add_help=False, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG,
         usage="apppot_start.py [option...] [command [argument...]]",
         formatter_class=argparse.RawDescriptionHelpFormatter)
+
     for title, add_options in (
             ("appliance", add_appliance_options), ("command", add_command_options), ("network", add_network_options),
             ("run", add_run_options), ("information", add_information_options)):
