@@ -1352,12 +1352,31 @@ def open_image(path: str, exclusive: bool) -> int:
 
 KERNEL_NAMES = ("linux", "linux.uml")
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
-HAS_SMP, HAS_SECCOMP = b"CONFIG_SMP=y", b"seccomp=<on"         # the latter from the text of `linux --help`
-HAS_MAPPER = b"CONFIG_DM_INIT=y"     # device mapper, by the kernel command line
-KERNEL_FEATURES = (
-    ("SMP", HAS_SMP), ("seccomp mode", HAS_SECCOMP), ("hostfs", b"CONFIG_HOSTFS=y"), ("mconsole", b"CONFIG_MCONSOLE=y"),
-    ("vector network", b"CONFIG_UML_NET_VECTOR=y"), ("slirp network", b"CONFIG_UML_NET_SLIRP=y"),
-    ("--disk", HAS_MAPPER))
+# A kernel holds its configuration, for `linux --showconfig`. The linker puts short lines of it before this one and
+# long lines behind it: 19 kB before and 83 kB behind in the largest kernel seen.
+CONFIG_MARK = b"# Automatically generated file; DO NOT EDIT.\n"
+CONFIG_SPAN = 256 << 10
+SECCOMP_HELP = b"seccomp=<on/auto/off>"                        # of `linux --help`, which stands behind all constants
+FEATURE_SETTINGS = (                 # for each field of Features but the last: its name for the user, its setting
+    ("SMP", b"CONFIG_SMP=y"),
+    ("hostfs", b"CONFIG_HOSTFS=y"),
+    ("mconsole", b"CONFIG_MCONSOLE=y"),
+    ("vector network", b"CONFIG_UML_NET_VECTOR=y"),
+    ("slirp network", b"CONFIG_UML_NET_SLIRP=y"),
+    ("multicast network", b"CONFIG_UML_NET_MCAST=y"),
+    ("--disk", b"CONFIG_DM_INIT=y"))
+
+
+class Features(NamedTuple):
+    """What a kernel can do."""
+    smp: bool = False
+    hostfs: bool = False
+    mconsole: bool = False
+    vector_network: bool = False
+    slirp_network: bool = False
+    multicast: bool = False
+    device_mapper: bool = False      # by the kernel command line
+    seccomp_mode: bool = False
 
 
 def find_part(option: Optional[str], variable: str, names: Sequence[str], what: str, on_path: bool) -> str:
@@ -1400,21 +1419,29 @@ def check_kernel(path: str) -> str:
     return os.path.abspath(path)
 
 
-def kernel_holds(kernel: str, text: bytes) -> bool:
-    """Whether a text is in the kernel: a message, or one of the settings that `linux --showconfig` would print.
+def read_features(kernel: str) -> Features:
+    """Read the features off the kernel file.
 
-    Unlike the kernel's own answer this takes no process, and is there when a library of the kernel is not; but the
-    search takes 5 ms.
+    Unlike the kernel's own answer this takes no process, and it works when a library of the kernel is missing.
+    A search of the whole file takes 1 ms for a long text and 5 ms for a short one, so there are as few as possible.
     """
     with blaming("kernel cannot be read", kernel, "is it complete?"), open(kernel, "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
     with content:
-        return content.find(text) >= 0
+        mark = content.find(CONFIG_MARK)
+        start = max(0, mark - CONFIG_SPAN)
+        end = mark + CONFIG_SPAN if mark >= 0 else len(content)
+        settings = content[start:end]
+        has_seccomp_mode = content.find(SECCOMP_HELP, start) >= 0
+    has = [setting in settings for _, setting in FEATURE_SETTINGS]
+    has.append(has_seccomp_mode)
+    return Features(*has)
 
 
-def choose_mode(kernel: str, ptrace: bool, extra: Sequence[str]) -> str:
-    """How the kernel is to trap system calls: "on", by seccomp, "off", by ptrace, "auto"; "" where it has no choice."""
-    if not kernel_holds(kernel, HAS_SECCOMP):
+def choose_mode(features: Features, ptrace: bool, extra: Sequence[str]) -> str:
+    """How the kernel traps system calls: "on", by seccomp, "off", by ptrace, "auto"; "" if it has no choice."""
+    if not features.seccomp_mode:
         return ""
     chosen = [word.partition("=")[2] for word in extra if word.startswith("seccomp=")]
     return chosen[-1] if chosen else "off" if ptrace else "auto"
@@ -1470,6 +1497,7 @@ def not_uml(kernel: str, how: str) -> Fatal:
                      shlex.quote(kernel)))
 
 
+SECCOMP_MODES = ("on", "auto")       # of choose_mode(): in these the kernel traces nothing
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 BPF_RET, SECCOMP_RET_ALLOW = 0x06, 0x7FFF0000                  # include/uapi/linux/bpf_common.h, seccomp.h
 PTRACE_TRACEME, PTRACE_SETOPTIONS, PTRACE_O_TRACESYSGOOD, PTRACE_SYSEMU = 0, 0x4200, 1, 31     # linux/ptrace.h, x86
@@ -1522,23 +1550,24 @@ def try_seccomp() -> int:
     return ctypes.get_errno() if failed else 0
 
 
-def explain_ptrace(kernel: Optional[str], has_seccomp_mode: bool) -> Optional[Fatal]:
-    """Who forbids this node's processes to trace their children; None if nobody does, or it is no matter.
+def explain_ptrace(mode: str) -> Optional[Fatal]:
+    """Who forbids this node's processes to trace their children; None if nobody does, or the kernel does not need it.
 
     In its seccomp mode a kernel traces nothing; but it does call ptrace(), which a filter may punish with a signal.
     """
+    in_seccomp_mode = mode in SECCOMP_MODES
     fault = try_in_child(try_ptrace)
     if fault == os.strerror(errno.EAGAIN):
         raise Fatal("process for a trial cannot be started: " + fault, PROCESSES_HINT)
-    if not fault or has_seccomp_mode and not fault.startswith("signal"):
+    if not fault or in_seccomp_mode and not fault.startswith("signal"):
         return None
     scope = read_node_file("/proc/sys/kernel/yama/ptrace_scope").strip()
     filtered = re.search(r"(?m)^Seccomp:\s*2", read_node_file("/proc/self/status"))
     culprit = ("Yama (kernel.yama.ptrace_scope={})".format(scope) if scope in ("2", "3") else
                "a seccomp filter" if filtered else "this node")
-    able = kernel and not has_seccomp_mode and kernel_holds(kernel, HAS_SECCOMP)
+    has_choice = mode and not in_seccomp_mode
     return Fatal("ptrace is forbidden by {}: {}".format(culprit, fault),
-                 "leave out --ptrace: this kernel has a seccomp mode" if able else
+                 "leave out --ptrace: this kernel has a seccomp mode" if has_choice else
                  "ask for it to be allowed, or use a kernel with a seccomp mode, as `make kernel` builds")
 
 
@@ -1870,10 +1899,11 @@ def choose_cpus(asked: Optional[str], grants: Grants) -> Amount:
     return smallest(grants.cpus + grants.cpu_limits) if grants.cpus else Amount(1, "default")
 
 
-def decide_cpus(asked: Optional[str], grants: Grants, kernel: str, ptrace: bool) -> Tuple[Amount, Tuple[str, ...]]:
+def decide_cpus(asked: Optional[str], grants: Grants, kernel: str, has_smp: bool,
+                ptrace: bool) -> Tuple[Amount, Tuple[str, ...]]:
     """CPUs of the guest and notes on them. More than the kernel can have is an error to nobody: it runs slower."""
     cpus = choose_cpus(asked, grants)
-    if cpus.value == 1 or (not ptrace and kernel_holds(kernel, HAS_SMP)):
+    if cpus.value == 1 or has_smp and not ptrace:
         return cpus, ()
     reason = "--ptrace" if ptrace else "kernel without SMP"
     note = "{} but the guest gets 1 CPU: {}: {}".format(cpus.source, reason, kernel)
@@ -2459,8 +2489,6 @@ LOST = b"network-lost\n"
 HELPERS = {"slirp4netns": SLIRP4NETNS, "slirp-fullbolt": SLIRP, "slirp": SLIRP}     # by name, the best first
 GUEST_ADDRESS, GATEWAY, NAMESERVER = "10.0.2.15", "10.0.2.2", "10.0.2.3"
 SLIRP4NETNS_MIN = (1, 2)             # the first with --target-type=bess
-KERNEL_OPTION = {SLIRP4NETNS: b"CONFIG_UML_NET_VECTOR=y", SLIRP: b"CONFIG_UML_NET_SLIRP=y",
-                 "lan": b"CONFIG_UML_NET_MCAST=y"}             # in every kernel, for --showconfig
 LAN_NET = (100 << 24 | 64 << 16, 10)  # 100.64.0.0/10 (RFC 6598): clusters use 10/8 and 172.16/12, which stay reachable
 LAN_GROUP = re.compile(r"(\d+\.\d+\.\d+\.\d+):(\d+)$", re.ASCII)
 
@@ -2574,12 +2602,12 @@ def check_ports(ports: Sequence[Port]) -> None:
                     "choose another HOSTPORT, above 1023, and an address of this host")
 
 
-def choose_lan(options: argparse.Namespace, kernel: str) -> Optional[Lan]:
+def choose_lan(options: argparse.Namespace, kernel: str, has_multicast: bool) -> Optional[Lan]:
     if options.lan is None and not options.lan_address:
         return None
     job_id = "/".join([str(os.getuid())] + [os.environ.get(name, "") for name in JOB_IDS])
     lan = parse_lan(options.lan or "", options.lan_address or "", job_id)
-    if not kernel_holds(kernel, KERNEL_OPTION["lan"]):
+    if not has_multicast:
         raise Fatal("kernel has no multicast network for --lan: " + kernel,
                     "Debian 12's has it; Debian 13's and all from 6.16 on have none")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -2591,10 +2619,10 @@ def choose_lan(options: argparse.Namespace, kernel: str) -> Optional[Lan]:
     return lan
 
 
-def choose_network(options: argparse.Namespace, kernel: str) -> Network:
+def choose_network(options: argparse.Namespace, kernel: str, features: Features) -> Network:
     """Which helper connects the guest: by what is asked for, what the kernel can do, and what is here."""
     published = tuple(parse_port(text) for text in options.publish)
-    lan = choose_lan(options, kernel)
+    lan = choose_lan(options, kernel, features.multicast)
     if options.net == "none":
         if options.slirp or published:
             raise Fatal("--net none with {}".format("--slirp" if options.slirp else "--publish"),
@@ -2603,7 +2631,8 @@ def choose_network(options: argparse.Namespace, kernel: str) -> Network:
     given = options.slirp or read_variable("APPPOT_SLIRP")
     asked = given or published or options.net != "auto"
     wanted = [kind for kind in (SLIRP4NETNS, SLIRP) if options.net in ("auto", kind)]
-    driven = [kind for kind in wanted if kernel_holds(kernel, KERNEL_OPTION[kind])]
+    has_driver = {SLIRP4NETNS: features.vector_network, SLIRP: features.slirp_network}
+    driven = [kind for kind in wanted if has_driver[kind]]
     if asked and not driven:
         raise Fatal("kernel has no driver for {}: {}".format(" or ".join(wanted), kernel),
                     "kernels from 6.16 on have none for slirp, those before 5.1 none for slirp4netns")
@@ -3275,7 +3304,7 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, was_up: bool) -
         return Fatal("guest ended before the command did",
                      "it was powered off or rebooted from inside, or its kernel crashed; -v shows its console")
     how = "signal {}".format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else "status {}".format(status >> 8)
-    return (explain_loader(console, spec.kernel) or explain_ptrace(spec.kernel, spec.mode in ("on", "auto"))
+    return (explain_loader(console, spec.kernel) or explain_ptrace(spec.mode)
             or not_uml(spec.kernel, "ended with {} before the guest was up ({})".format(
                 how, last_line(console.encode()))))
 
@@ -4877,9 +4906,8 @@ def check_map(image: str, write: bool, mem_mib: int) -> None:
             "or make the image smaller")
 
 
-def choose_disk(options: argparse.Namespace, root: RootDevice, cow: Optional[str], kernel: str) -> int:
+def choose_disk(options: argparse.Namespace, root: RootDevice, cow: Optional[str], kernel: str, can_map: bool) -> int:
     """Bytes that the root file system is to have; 0: what it has in the image."""
-    can_map = kernel_holds(kernel, HAS_MAPPER)
     if not options.disk:
         return DISK_MIB << 20 if can_map and not cow and not options.write and root.length < DISK_MIB << 20 else 0
     wanted = parse_size_mib(options.disk, "--disk") << 20
@@ -4903,16 +4931,17 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
     directory, alias = find_job_directory() if options.job_dir else (b"", b"")
     image, cow, root = choose_image(options)
     kernel = find_kernel(options)
+    features = read_features(kernel)
     candidates = scratch_candidates(options.tmpdir)
     grants = find_own_grants()
     mem, floors = choose_memory(options.mem, grants)
     mem, ram_directory = place_memory(mem, floors, candidates)
     check_map(image, options.write, mem.value)
-    cpus, notes = decide_cpus(options.cpus, grants, kernel, options.ptrace)
+    cpus, notes = decide_cpus(options.cpus, grants, kernel, features.smp, options.ptrace)
     check_limits(mem.value, os.path.getsize(image), cpus.value)
     umid = choose_umid(options)
     timeout_s = None if options.timeout is None else parse_seconds(options.timeout, "--timeout")
-    network = choose_network(options, kernel)
+    network = choose_network(options, kernel, features)
     binds = tuple(parse_bind(text) for text in options.bind)
     home = b"" if options.root and os.getuid() else find_home(os.environ.get("HOME", ""), binds)
     environment = select_environment(dict(os.environb), options.env, options.clean_env)
@@ -4928,8 +4957,8 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
     layers = options.changes or [path for path in (read_variable("APPPOT_CHANGES") or "").split(":") if path]
     return RunSpec(
         command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
-        disk_bytes=choose_disk(options, root, cow, kernel),
-        mem_mib=mem.value, cpus=cpus.value, mode=choose_mode(kernel, options.ptrace, options.extra),
+        disk_bytes=choose_disk(options, root, cow, kernel, features.device_mapper),
+        mem_mib=mem.value, cpus=cpus.value, mode=choose_mode(features, options.ptrace, options.extra),
         ram_directory=ram_directory, scratch=choose_scratch(candidates),
         umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
         environment=environment, network=network, node=view_node(node_notes), empty=empty, empty_asked=empty_asked,
@@ -5012,9 +5041,9 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-def find_kernel_if_any(options: argparse.Namespace) -> Optional[str]:
+def find_features_if_any(options: argparse.Namespace) -> Optional[Features]:
     try:
-        return find_kernel(options)
+        return read_features(find_kernel(options))
     except Fatal:
         return None
 
@@ -5031,31 +5060,34 @@ def check_python(options: argparse.Namespace) -> Finding:
 def check_kernel_features(options: argparse.Namespace) -> Finding:
     kernel = find_kernel(options)
     version = read_kernel_version(kernel)
-    has = {name: kernel_holds(kernel, text) for name, text in KERNEL_FEATURES}
+    features = read_features(kernel)
+    names = [name for name, _ in FEATURE_SETTINGS] + ["seccomp mode"]
+    has = dict(zip(names, features))
     what = "{} {}, {}, has {}; no {}".format(
         kernel, version, "with its shared libraries" if read_loader(kernel) else "static",
         ", ".join(name for name in has if has[name]) or "nothing",
         ", ".join(name for name in has if not has[name]) or "lack")
-    if not has["hostfs"]:
+    if not features.hostfs:
         raise Fatal("kernel has no hostfs: " + kernel, "build it with CONFIG_HOSTFS=y")
     return Finding("ok", what)
 
 
 def check_ptrace(options: argparse.Namespace) -> Finding:
-    kernel = find_kernel_if_any(options)
-    needs_none = bool(kernel) and choose_mode(kernel or "", options.ptrace, options.extra) in ("on", "auto")
-    fatal = explain_ptrace(kernel, needs_none)
+    features = find_features_if_any(options) or Features()
+    mode = choose_mode(features, options.ptrace, options.extra)
+    fatal = explain_ptrace(mode)
     if fatal:
         raise fatal
-    return Finding("ok", "not needed in the kernel's seccomp mode" if needs_none else "processes can be traced")
+    in_seccomp_mode = mode in SECCOMP_MODES
+    return Finding("ok", "not needed in the kernel's seccomp mode" if in_seccomp_mode else "processes can be traced")
 
 
 def check_seccomp(options: argparse.Namespace) -> Finding:
     fault = try_in_child(try_seccomp)
-    kernel = find_kernel_if_any(options)
+    features = find_features_if_any(options)
     if not fault:
         return Finding("ok", "filters can be installed")
-    if kernel and not kernel_holds(kernel, HAS_SECCOMP):
+    if features and not features.seccomp_mode:
         return Finding("ok", "filters cannot be installed ({}); this kernel needs none".format(fault))
     return Finding("warn", "filters cannot be installed: " + fault, "do not use --extra seccomp=on")
 
@@ -5072,8 +5104,8 @@ def check_ram(options: argparse.Namespace) -> Finding:
 
 def check_cpus(options: argparse.Namespace) -> Finding:
     cpus = choose_cpus(options.cpus, find_own_grants())
-    kernel = find_kernel_if_any(options)
-    if cpus.value > 1 and kernel and not kernel_holds(kernel, HAS_SMP):
+    features = find_features_if_any(options)
+    if cpus.value > 1 and features and not features.smp:
         return Finding("warn", "1 of {}; this kernel has no SMP".format(describe_cpus(cpus)),
                        "run several appliances at once, or use a kernel with CONFIG_SMP")
     return Finding("ok", describe_cpus(cpus))
@@ -5111,10 +5143,10 @@ def check_hostfs(options: argparse.Namespace) -> Finding:
 
 
 def check_network(options: argparse.Namespace) -> Finding:
-    kernel = find_kernel_if_any(options)
-    if not kernel:
+    features = find_features_if_any(options)
+    if not features:
         return Finding("warn", "not looked for without a kernel", "name one with --kernel")
-    network = choose_network(options, kernel)
+    network = choose_network(options, find_kernel(options), features)
     if network.kind or options.net == "none":
         return Finding("ok", describe(network))
     return Finding("warn", describe(network), "install slirp4netns, or put it beside the script")

@@ -201,7 +201,7 @@ def test_ptrace_forbidden_by_a_seccomp_filter_is_named(any_node, kernel, action)
     wrap = (sys.executable if any_node.uid == os.getuid() else "/usr/bin/python3", "-c", DENY, action)
     more = {"wrap": wrap, "python": "/usr/bin/python3"}
     findings = assert_culprit(any_node, "ptrace", "ptrace", "seccomp filter", options=["--ptrace"], **more)
-    has_seccomp_mode = apppot_start.kernel_holds(str(kernel), apppot_start.HAS_SECCOMP)
+    has_seccomp_mode = apppot_start.read_features(str(kernel)).seccomp_mode
     assert ("leave out --ptrace" in findings["ptrace"][1]) == has_seccomp_mode
     if has_seccomp_mode and action == "00050001":
         assert examine(any_node, **more)["ptrace"][0] == "ok"
@@ -213,11 +213,11 @@ def test_ptrace_forbidden_by_yama_is_named(monkeypatch):
     files = {"/proc/sys/kernel/yama/ptrace_scope": "3\n"}
     monkeypatch.setattr(apppot_start, "read_node_file", lambda path: files.get(path, ""))
     monkeypatch.setattr(apppot_start, "try_ptrace", lambda: 1)
-    assert "Yama (kernel.yama.ptrace_scope=3)" in apppot_start.explain_ptrace(None, False).message
+    assert "Yama (kernel.yama.ptrace_scope=3)" in apppot_start.explain_ptrace("").message
 
 
 def test_a_probe_that_works_leaves_no_child():
-    assert apppot_start.explain_ptrace(None, False) is None
+    assert apppot_start.explain_ptrace("") is None
     assert apppot_start.try_in_child(apppot_start.try_seccomp) == ""
     assert apppot_start.try_in_child(lambda: 2) == "No such file or directory"
     assert apppot_start.try_in_child(lambda: os.kill(os.getpid(), 31)) == "signal 31"

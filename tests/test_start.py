@@ -13,7 +13,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import TOP, assert_error
+from conftest import TOP, assert_error, kernel_has
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -264,6 +264,26 @@ def test_how_system_calls_are_trapped_is_chosen_and_extra_overrides():
 
     assert build("auto", 2) == ["seccomp=auto", "ncpus=2"] and build("off", 1) == ["seccomp=off"]
     assert build("auto", 2, "seccomp=on") == ["ncpus=2"] and build("", 1) == []
+
+
+def test_a_kernel_file_says_what_the_kernel_does(kernel):
+    *has, has_seccomp_mode = apppot_start.read_features(str(kernel))
+    settings = [setting.decode().partition("=")[0] for _, setting in apppot_start.FEATURE_SETTINGS]
+    assert has == [kernel_has(kernel, setting) for setting in settings]
+    helped = subprocess.run([kernel, "--help"], stdout=subprocess.PIPE, text=True).stdout
+    assert has_seccomp_mode == ("seccomp=<" in helped)
+
+
+@pytest.mark.parametrize("mark", [apppot_start.CONFIG_MARK, b""])
+@pytest.mark.parametrize("is_behind", [True, False])
+def test_a_feature_is_found_wherever_the_configuration_stands(tmp_path, mark, is_behind):
+    settings = b"\0".join(setting for _, setting in apppot_start.FEATURE_SETTINGS)
+    parts = [mark + bytes(8), settings] if is_behind else [settings + bytes(8), mark]
+    path = tmp_path / "linux"
+    path.write_bytes(bytes(1 << 20) + b"".join(parts) + bytes(1 << 20) + apppot_start.SECCOMP_HELP)
+    assert all(apppot_start.read_features(str(path)))
+    path.write_bytes(bytes(1 << 20) + mark)
+    assert not any(apppot_start.read_features(str(path)))
 
 
 VARIABLES = (
