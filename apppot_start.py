@@ -2846,6 +2846,7 @@ SKIPPED_AT_BOOT = ["initcall_blacklist=raid6_select_algo,calibrate_xor_blocks", 
 SAYS_ALL = "ignore_loglevel"         # errors of the guest's disk come to the console, whatever `dmesg -n` says
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
 WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
+STAY, KEEP, FREE, LEAVE = "stay", "keep", "free", "leave"      # what a guest does: KEEP to the CPU that it is on
 QUIET_ROUNDS = 4                     # with little to do, before a guest with several CPUs is kept on one again
 UMID_LOCK_S = 2.0                    # for another run to make or remove its link in ~/.uml
 # block/blk-core.c, fs/buffer.c, fs/ext4/super.c and fs/jbd2/journal.c, of the disks {} that are ours.
@@ -3156,68 +3157,108 @@ def explain_areas() -> Fatal:
 
 
 class Placement:
-    """Keeps a guest on one CPU of the host as long as it needs no second one, and moves it away from others' work.
+    """Decides whether a guest is kept on one CPU of the host: as long as it needs no second one.
 
-    At each system call of the guest two processes wake each other. On one CPU that takes 9 us, between two 50 us; the
-    host would put them on two, as each is woken while the other still runs.
+    At each system call of the guest two processes wake each other. On one CPU that takes 9 us, between two
+    CPUs 50 us. The host would put them on two, as each is woken while the other still runs.
     """
 
+    def __init__(self, ncpus: int) -> None:
+        self._ncpus = ncpus
+        self._is_kept = True
+        self._quiet_rounds = 0                    # since it was let go
+
+    def decide(self, ran: float, waited: float) -> str:
+        """STAY, KEEP, FREE or LEAVE, by how long the guest ran and waited for a CPU, in each second of a round."""
+        if not self._is_kept:
+            self._quiet_rounds = self._quiet_rounds + 1 if ran < 0.9 else 0
+            self._is_kept = self._quiet_rounds == QUIET_ROUNDS
+            return KEEP if self._is_kept else STAY
+
+        # The two wait 0.1 to 0.7 for each other, most in a loop of system calls; with a third that computes it is 1.
+        if waited > 0.85 and self._ncpus > 1:     # and the CPUs of the guest wait for each other's locks
+            self._is_kept = False
+            self._quiet_rounds = 0
+            return FREE
+        return LEAVE if ran < 0.8 and waited > 0.3 else STAY
+
+
+def choose_idle_cpu(idle: Dict[int, float], chance: bytes) -> Optional[int]:
+    """One of the CPUs that were idle for most of the last round, or none.
+
+    Chance makes each of several guests go or stay, so that not all of them go to the same CPU.
+    """
+    cpus = [cpu for cpu, share in idle.items() if share > 0.5]
+    return cpus[chance[1] % len(cpus)] if cpus and chance[0] % 2 else None
+
+
+def can_be_placed(times: Tuple[float, float], cpus: Set[int]) -> bool:
+    """Whether there is a choice, and the host counts how long a task waits for others.
+
+    If it does not, the host's scheduler knows better.
+    """
+    return any(times) and len(cpus) > 1
+
+
+class Placer:
+    """Reads what a guest does, and puts all its tasks on the CPUs that its Placement decides on."""
+
     def __init__(self, kernel: int, ncpus: int) -> None:
-        self._kernel, self._ncpus = kernel, ncpus
         self.interval_s = WATCH_INTERVAL_S if ncpus == 1 else WATCH_INTERVAL_S / 4     # until work is spread
-        self._times: Dict[int, Tuple[float, float]] = {}
-        self._idle: Dict[int, float] = {}
+        self._kernel = kernel
+        self._placement = Placement(ncpus)
+        self._times: Dict[int, Tuple[float, float]] = {}       # of each task, at the last round
+        self._idle: Dict[int, float] = {}         # of each CPU, if others wanted the guest's in the last round
         self._reviewed = time.monotonic()
         self._due = self._reviewed + self.interval_s
-        self._is_kept = False
-        self._quiet_rounds = 0                    # since it was let go
-        # Where it cannot be seen whether others want the CPU, too, the host's scheduler knows better.
-        self._is_possible = any(read_times(os.getpid())) and len(os.sched_getaffinity(0)) > 1
+        self._is_possible = can_be_placed(read_times(os.getpid()), os.sched_getaffinity(0))
         if self._is_possible:
-            self._keep(read_processor(kernel))    # where the scheduler has put it
+            self._move_to({read_processor(kernel)})            # where the scheduler has put it
 
     def review(self) -> None:
-        """To be called at each round of the supervisor."""
+        """Act at each round of the supervisor."""
         started = time.monotonic()
         if not self._is_possible or started < self._due:
             return
-        before, self._times = self._times, {task: read_times(task) for task in list_tasks(self._kernel)}
-        elapsed, self._reviewed = started - self._reviewed, started
-        ran, waited = (sum(now[index] - before.get(task, now)[index] for task, now in self._times.items()) / elapsed
-                       for index in (0, 1))
-        # The two wait 0.1 to 0.7 for each other, most in a loop of system calls; with a third that computes it is 1.
-        if not self._is_kept:
-            self._quiet_rounds = self._quiet_rounds + 1 if ran < 0.9 else 0
-            if self._quiet_rounds == QUIET_ROUNDS:
-                self._keep(read_processor(self._kernel))
-        elif waited > 0.85 and self._ncpus > 1:   # and the CPUs of the guest wait for each other's locks
-            self._set_affinity(os.sched_getaffinity(0))
-            self._is_kept, self._quiet_rounds = False, 0
-        elif ran < 0.8 and waited > 0.3:
+        elapsed = started - self._reviewed
+        self._reviewed = started
+
+        decision = self._placement.decide(*self._read_load(elapsed))
+        if decision == KEEP:
+            self._move_to({read_processor(self._kernel)})
+        elif decision == FREE:
+            self._move_to(os.sched_getaffinity(0))
+        if decision == LEAVE:
             self._leave_crowd(elapsed)
         else:
             self._idle = {}
-        # Of a guest with hundreds of processes less often: this is to take a hundredth of a CPU at most.
+
+        # Of a guest with hundreds of processes less often: this takes a hundredth of a CPU at most.
         self._due = started + max(0.9 * self.interval_s, 100 * (time.monotonic() - started))
 
+    def _read_load(self, elapsed: float) -> Tuple[float, float]:
+        before = self._times
+        self._times = {task: read_times(task) for task in list_tasks(self._kernel)}
+        pairs = [(before.get(task, now), now) for task, now in self._times.items()]
+        ran = sum(now[0] - then[0] for then, now in pairs)
+        waited = sum(now[1] - then[1] for then, now in pairs)
+        return ran / elapsed, waited / elapsed
+
     def _leave_crowd(self, elapsed: float) -> None:
-        """Go to another CPU that was idle in the last round; each of several guests goes or stays, as chance has it."""
-        before, self._idle = self._idle, read_idle_times()
-        idle = [cpu for cpu in os.sched_getaffinity(0) & set(before) & set(self._idle)
-                if self._idle[cpu] - before[cpu] > 0.5 * elapsed]
-        chance = os.urandom(2)
-        if idle and chance[0] % 2:
-            self._keep(idle[chance[1] % len(idle)])
+        before = self._idle
+        self._idle = read_idle_times()
+        known = os.sched_getaffinity(0) & set(before) & set(self._idle)
+        idle = {cpu: (self._idle[cpu] - before[cpu]) / elapsed for cpu in known}
+        cpu = choose_idle_cpu(idle, os.urandom(2))
+        if cpu is not None:
+            self._move_to({cpu})
             self._idle = {}
 
-    def _keep(self, cpu: int) -> None:
-        self._set_affinity({cpu} & os.sched_getaffinity(0))
-        self._is_kept = True
-
-    def _set_affinity(self, cpus: Set[int]) -> None:
+    def _move_to(self, cpus: Set[int]) -> None:
+        allowed = cpus & os.sched_getaffinity(0)
         for task in list_tasks(self._kernel):
             try:
-                os.sched_setaffinity(task, cpus)
+                os.sched_setaffinity(task, allowed)
             except OSError:                       # it has ended
                 pass
 
@@ -3492,13 +3533,13 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: i
     suspended = False
     corpses: Set[int] = set()
     dead_since = time.monotonic()
-    placement = Placement(kernel, spec.cpus)
+    placer = Placer(kernel, spec.cpus)
     areas = AreaWatch(kernel)
     poll = select.poll()
     poll.register(launch.lifeline, select.POLLIN)
     poll.register(wakeup, select.POLLIN)
     while True:
-        ready = {descriptor for descriptor, _ in poll.poll(placement.interval_s * 1000)}
+        ready = {descriptor for descriptor, _ in poll.poll(placer.interval_s * 1000)}
         if launch.lifeline in ready:
             return ""
         if wakeup in ready:
@@ -3507,7 +3548,7 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: i
         if end:
             return end
         check_helper()
-        placement.review()
+        placer.review()
         areas.review()
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended

@@ -74,75 +74,48 @@ def test_a_guest_gets_a_second_cpu_when_it_computes_on_both(node, kernel):
 # --- What is decided, of readings that no busy machine gives at will -----------------------------------------
 
 
-class Host:
-    """Two CPUs and a guest that runs and waits on them as `ran`, `waited` and `idle` say, by the second."""
-
-    def __init__(self, monkeypatch, ncpus):
-        self.now, self.ran, self.waited, self.idle = 0.0, 0.0, 0.0, {0: 0.0, 1: 0.0}
-        self.where = {0, 1}
-        self._times, self._idle = [1.0, 0.0], {0: 0.0, 1: 0.0}
-        monkeypatch.setattr(apppot_start.os, "sched_getaffinity", lambda _: {0, 1})
-        monkeypatch.setattr(apppot_start.os, "sched_setaffinity", lambda _, cpus: setattr(self, "where", cpus))
-        monkeypatch.setattr(apppot_start.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(apppot_start, "read_processor", lambda _: 0)
-        monkeypatch.setattr(apppot_start, "read_times", lambda _: tuple(self._times))
-        monkeypatch.setattr(apppot_start, "read_idle_times", lambda: dict(self._idle))
-        monkeypatch.setattr(apppot_start, "list_tasks", lambda _: [1])
-        self.placement = apppot_start.Placement(1, ncpus)
-
-    def pass_rounds(self, count, ran, waited, idle=(0.0, 0.0)):
-        for _ in range(count):
-            step = self.placement.interval_s
-            self.now += step
-            self._times = [self._times[0] + ran * step, self._times[1] + waited * step]
-            self._idle = {cpu: self._idle[cpu] + idle[cpu] * step for cpu in (0, 1)}
-            self.placement.review()
-        return self.where
+def decide(placement, count, ran, waited):
+    return {placement.decide(ran, waited) for _ in range(count)}
 
 
 @pytest.mark.parametrize("ran, waited", [(0, 0), (0.2, 0.1), (0.55, 0.25), (1, 0), (1, 0.45), (1, 0.7)])
 @pytest.mark.parametrize("ncpus", [1, 2])
-def test_a_guest_that_is_alone_stays(monkeypatch, ncpus, ran, waited):
-    assert Host(monkeypatch, ncpus).pass_rounds(100, ran, waited, (0, 1)) == {0}
+def test_a_guest_that_is_alone_stays(ncpus, ran, waited):
+    assert decide(apppot_start.Placement(ncpus), 100, ran, waited) == {"stay"}
 
 
 @pytest.mark.parametrize("ran, waited", [(0.5, 0.55), (0.5, 0.75), (0.5, 1.05), (0.3, 0.6)])
-def test_a_guest_goes_where_it_finds_an_idle_cpu(monkeypatch, ran, waited):
-    host = Host(monkeypatch, 1)
-    assert host.pass_rounds(2, ran, waited, (0, 1)) == {0}  # it knows of no CPU yet how idle it is
-    assert host.pass_rounds(100, ran, waited, (0, 1)) == {1}
-    assert host.pass_rounds(100, 1, 0.1, (1, 0)) == {1}
-    assert host.pass_rounds(100, ran, waited, (1, 0)) == {0}
+def test_a_guest_leaves_a_cpu_that_others_want(ran, waited):
+    placement = apppot_start.Placement(1)
+    assert decide(placement, 100, ran, waited) == {"leave"}
+    assert decide(placement, 100, 1, 0.1) == {"stay"}
+    assert decide(placement, 100, ran, waited) == {"leave"}
 
 
-def test_a_guest_stays_where_all_are_busy(monkeypatch):
-    assert Host(monkeypatch, 1).pass_rounds(100, 0.5, 1.0, (0, 0.4)) == {0}
+def test_a_guest_that_leaves_goes_to_an_idle_cpu_or_stays_as_chance_has_it():
+    idle = {0: 0.1, 1: 0.9, 2: 0.6}
+    assert {apppot_start.choose_idle_cpu(idle, os.urandom(2)) for _ in range(200)} == {None, 1, 2}
 
 
-def test_of_two_guests_that_leave_one_may_stay(monkeypatch):
-    moves = []
-    for _ in range(50):
-        host = Host(monkeypatch, 1)
-        moves.append(host.pass_rounds(3, 0.5, 0.6, (0, 1)))
-    assert {0} in moves and {1} in moves
+@pytest.mark.parametrize("idle", [{}, {0: 0.0, 1: 0.4}])
+def test_a_guest_stays_where_all_are_busy_or_none_is_known(idle):
+    assert {apppot_start.choose_idle_cpu(idle, os.urandom(2)) for _ in range(100)} == {None}
 
 
-def test_a_guest_with_two_cpus_is_let_go_when_it_needs_them_and_kept_again_when_not(monkeypatch):
-    host = Host(monkeypatch, 2)
-    assert host.pass_rounds(10, 1, 0.6) == {0}
-    assert host.pass_rounds(1, 1, 1.0) == {0, 1}
-    assert host.pass_rounds(100, 1.8, 0.4) == {0, 1}
-    assert host.pass_rounds(100, 1, 0.3) == {0, 1}
-    assert host.pass_rounds(3, 0.7, 0.1) == {0, 1}
-    assert host.pass_rounds(1, 0.7, 0.1) == {0}
+def test_a_guest_with_two_cpus_is_let_go_when_it_needs_them_and_kept_again_when_not():
+    placement = apppot_start.Placement(2)
+    assert decide(placement, 10, 1, 0.6) == {"stay"}
+    assert decide(placement, 1, 1, 1.0) == {"free"}
+    assert decide(placement, 100, 1.8, 0.4) == {"stay"}
+    assert decide(placement, 100, 1, 0.3) == {"stay"}
+    assert decide(placement, 3, 0.7, 0.1) == {"stay"}
+    assert decide(placement, 1, 0.7, 0.1) == {"keep"}
+    assert decide(placement, 100, 1, 0.3) == {"stay"}
 
 
-def test_a_host_that_does_not_count_decides_itself(monkeypatch):
-    read_times = apppot_start.read_times
-    assert read_times(os.getpid())[0] > 0 and read_times(2**22 + 1) == (0.0, 0.0)
-    monkeypatch.setattr(apppot_start, "read_times", lambda _: (0.0, 0.0))
-    set_affinity = []
-    monkeypatch.setattr(apppot_start.os, "sched_setaffinity", lambda *words: set_affinity.append(words))
-    placement = apppot_start.Placement(os.getpid(), 1)
-    placement.review()
-    assert set_affinity == []
+def test_a_host_that_does_not_count_or_has_one_cpu_decides_itself():
+    own = apppot_start.read_times(os.getpid())
+    assert own[0] > 0 and apppot_start.read_times(2**22 + 1) == (0.0, 0.0)
+    assert apppot_start.can_be_placed(own, {0, 1})
+    assert not apppot_start.can_be_placed(own, {3})
+    assert not apppot_start.can_be_placed((0.0, 0.0), {0, 1})
