@@ -742,13 +742,6 @@ def lock_directory(directory: int) -> Optional[bool]:
     return True
 
 
-def lock_for(directory: int, seconds: float) -> None:
-    """Wait for the lock of a directory, but not for ever: whoever can read it can lock it, too."""
-    deadline = time.monotonic() + seconds
-    while lock_directory(directory) is False and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 def free_mib(directory: str) -> float:
     status = os.statvfs(directory)
     return status.f_bavail * status.f_frsize / 1048576
@@ -2270,20 +2263,6 @@ def has_ended(owner: Owner, was_unlocked: bool) -> bool:
     return was_unlocked and owner.has_lock == 1
 
 
-def is_in_use(path: str) -> bool:
-    """Whether the run of a private directory lives, as far as this node can tell."""
-    try:
-        directory = os.open(path, DIRECTORY)
-    except OSError:
-        return False
-    try:
-        unlocked = lock_directory(directory)
-        owner = None if unlocked else read_mark(directory)
-        return unlocked is False or owner is not None and not has_ended(owner, False)
-    finally:
-        os.close(directory)
-
-
 def find_realm(directory: int) -> Realm:
     status = os.fstat(directory)
     with open("/proc/self/fdinfo/{}".format(directory), "rb", 0) as file:
@@ -2745,7 +2724,6 @@ class RunSpec(NamedTuple):
     verbose: bool
     cpus: int = 1
     mode: str = ""                   # as choose_mode() has it
-    umid_link: Optional[str] = None  # ~/.uml/NAME, where uml_mconsole looks for a guest by its name
     notes: Tuple[str, ...] = ()      # for -v: how it was decided
     network: Network = Network()
     node: NodeView = NodeView()
@@ -2848,7 +2826,6 @@ KERNEL_HELPERS = 4                   # at most so many threads of its own a kern
 WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
 STAY, KEEP, FREE, LEAVE = "stay", "keep", "free", "leave"      # what a guest does: KEEP to the CPU that it is on
 QUIET_ROUNDS = 4                     # with little to do, before a guest with several CPUs is kept on one again
-UMID_LOCK_S = 2.0                    # for another run to make or remove its link in ~/.uml
 # block/blk-core.c, fs/buffer.c, fs/ext4/super.c and fs/jbd2/journal.c, of the disks {} that are ours.
 DISK_FAILURE = (r"(?:critical space allocation|I/O) error(?:,| on) dev (?:{0})|"
                 r"EXT4-fs error \(device (?:{0})|Aborting journal on device (?:{0})")
@@ -2985,60 +2962,6 @@ def enlarge_disk(spec: RunSpec, directory: str) -> None:
     except OSError as error:
         raise Fatal("file of --disk cannot be made, {}: {}".format(error.strerror, path),
                     "ask for less, or name another directory with --tmpdir")
-
-
-def find_umid_link(umid: str) -> Optional[str]:
-    """Where uml_mconsole and its users look for a guest's directory: the kernel's own default for uml_dir=."""
-    home = os.environ.get("HOME", "")
-    return os.path.join(home, ".uml", umid) if home.startswith("/") else None
-
-
-def claim_umid(link: str, target: str) -> None:
-    """Make ~/.uml/NAME lead to this run's directory of the kernel, in place of what a run left that was killed.
-
-    Whether one still runs is seen on its own node only; where nodes share a home, the last to start has the name.
-    """
-    place_name = os.path.dirname(link)
-    if not os.path.isdir(place_name):
-        os.mkdir(place_name, 0o700)               # but no home directory that does not exist
-    place = os.open(place_name, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        lock_for(place, UMID_LOCK_S)
-        if os.path.lexists(link):
-            is_ours = os.path.islink(link)        # else of a kernel that was started without AppPot
-            holder = os.path.dirname(os.readlink(link)) if is_ours else link
-            if not is_ours or is_in_use(holder):
-                raise Fatal("--id is in use by the run in {}: {}".format(holder, os.path.basename(link)),
-                            "give each run a name of its own; remove {} if none of yours runs".format(link))
-            os.unlink(link)
-        os.symlink(target, link)
-    finally:
-        os.close(place)
-
-
-def release_umid(link: Optional[str], target: str) -> None:
-    try:
-        if link and os.readlink(link) == target:
-            os.unlink(link)
-    except OSError:
-        pass                                      # another run's, or none
-
-
-@contextmanager
-def mconsole_name(spec: RunSpec, directory: str) -> Iterator[str]:
-    """What to give to uml_mconsole: the name, where there is a home directory for the link, else the socket."""
-    target = os.path.join(directory, spec.umid)
-    name = os.path.join(target, "mconsole")
-    try:
-        if spec.umid_link:
-            claim_umid(spec.umid_link, target)
-            name = spec.umid
-    except OSError:
-        pass                                      # a home directory that cannot be written
-    try:
-        yield name
-    finally:
-        release_umid(spec.umid_link, target)
 
 
 def ask_mconsole(directory: int, umid: str, command: bytes) -> None:
@@ -3577,7 +3500,6 @@ def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
         message = b"bug " + describe_exception()
     kill_children()
     os.chdir("/")
-    release_umid(spec.umid_link, os.path.join(directories.run.path, spec.umid))
     for directory in directories.list_distinct():
         remove_private(directory)
     os.write(report, message)
@@ -5001,7 +4923,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
         disk_bytes=choose_disk(options, root, cow, kernel, features.device_mapper),
         mem_mib=mem.value, cpus=cpus.value, mode=choose_mode(features, options.ptrace, options.extra),
         ram_directory=ram_directory, scratch=choose_scratch(candidates),
-        umid=umid, umid_link=find_umid_link(umid) if options.umid else None, extra=tuple(options.extra),
+        umid=umid, extra=tuple(options.extra),
         environment=environment, network=network, node=view_node(node_notes), empty=empty, empty_asked=empty_asked,
         job_directory=directory, job_alias=alias, binds=binds, home=home,
         layers=tuple(check_layer_file(path) for path in layers), force_changes=options.force_changes,
@@ -5061,7 +4983,7 @@ def run(spec: RunSpec, started: float) -> Result:
             say(note)
         say(describe(spec.network))
         say("hostfs is " + describe_confinement(spec.empty))
-        say("management console: uml_mconsole " + stack.enter_context(mconsole_name(spec, directories.run.path)))
+        say("management console: uml_mconsole " + os.path.join(directories.run.path, spec.umid, "mconsole"))
 
         machine = stack.enter_context(start_machine(spec, stdio.terminal, directories, locks))
         if not spec.empty:

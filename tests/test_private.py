@@ -365,7 +365,7 @@ def test_a_directory_that_others_remove_again_and_again_is_given_up(owner, monke
 @pytest.mark.parametrize("number", [37, 38])  # ENOLCK, ENOSYS
 def test_a_file_system_without_locks_will_do(any_node, number):
     other = any_node.start_ready("read line; echo still $line", wrap=without_locks(number), stdin=subprocess.PIPE)
-    result = any_node.run("--id", "me", "--save-changes", "c.tar.gz", "true", wrap=without_locks(number))
+    result = any_node.run("--save-changes", "c.tar.gz", "true", wrap=without_locks(number))
     assert (result.returncode, result.stderr, os.listdir(any_node.job)) == (0, b"", ["c.tar.gz"])
     other.stdin.write(b"here\n")
     assert any_node.finish(other) == (0, b"still here\n", b"")
