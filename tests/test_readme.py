@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's transcripts and examples, run as they stand."""
+"""The README's transcripts and examples, run as they stand; and that what it names exists."""
 
 import hashlib
 import os
@@ -14,12 +14,68 @@ import subprocess
 import pytest
 from conftest import DEADLINE_S
 
+import apppot_start
+import changes
+
 TOP = pathlib.Path(__file__).resolve().parent.parent
 README = (TOP / "README.md").read_text()
 TRANSCRIPTS = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 # Commands without what they print. The two of `make` are run by test_setup.py.
 EXAMPLES = re.findall(r"^((?:    python3 .*\n)+)", README, re.MULTILINE)
 VERSION = "9.8.7"
+
+
+# --- What it names ----------------------------------------------------------------------------------------------
+
+
+def test_it_is_short_and_fits_the_window():
+    lines = README.splitlines()
+    assert len(lines) <= 300
+    assert [line for line in lines if len(line) > 125] == []
+
+
+def test_each_option_in_it_is_one_of_the_programs():
+    parsers = [apppot_start.build_parser(), changes.build_parser()]
+    known = {option for parser in parsers for option in list_options(parser)}
+    text = re.sub(r"```sh\n.*?```", "", README, flags=re.DOTALL)  # the batch systems have options of their own
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
+    assert len(named) > 25 and named - {"--sparse"} <= known  # that is one of cp
+
+
+def list_options(parser):
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action.choices, dict):
+            for command in action.choices.values():
+                yield from list_options(command)
+
+
+def test_each_variable_in_it_is_read_by_the_runner_or_set_for_the_command():
+    named = set(re.findall(r"APPPOT_[A-Z_]+", README))
+    source = (TOP / "apppot_start.py").read_text()
+    assert len(named) > 5 and all(f'"{name}"' in source for name in named)
+
+
+def test_each_target_and_variable_of_make_in_it_is_in_the_help_of_make():
+    text = subprocess.run(["make", "-C", TOP, "help"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    targets = set(re.findall(r"\bmake ([a-z-]+)", " ".join(re.findall(r"`(make [^`]*)`", README))))
+    variables = set(re.findall(r"(?<=[` ])([A-Z_]+)=(?=[`\w\"])", README)) - {"APPPOT_CHANGES", "SLURM_MEM_PER_NODE"}
+    assert targets >= {"demo", "kernel", "stage"} and all(f"\n  make {target} " in text for target in targets)
+    assert "PACKAGES" in variables and all(f"\n  {name} " in text for name in variables)
+
+
+def test_each_section_in_it_is_a_section_of_a_program():
+    text = README.partition("## Where things are in the source\n")[2]
+    programs = {name: (TOP / name).read_text() for name in ("apppot_start.py", "apppot_init.py", "changes.py")}
+    banners = re.findall(r"^# --- (.*?)(?: \(.*)? -+$", "\n".join(programs.values()), re.MULTILINE)
+    named = set(re.findall(r'"([^"]+)"', text))
+    assert len(named) > 5 and named <= set(banners)
+    # A word of code there, other than the names of files.
+    words = set(re.findall(r"`(\w+)`", text))
+    assert words and all(re.search(rf"^(class )?{word}\b", programs["apppot_start.py"], re.MULTILINE) for word in words)
+
+
+# --- What it runs -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
