@@ -2,32 +2,33 @@
 ##
 ## AppPot: run a complete Linux appliance as an ordinary, unprivileged job
 ##
-##   make demo     set up what is missing, build the image, run a command in it
-##   make check    the same set-up, then all tests, with Debian's kernel and with build/linux
+##   make demo     install what is missing, build the image, run a command in it
+##   make check    install what is missing, run all tests, with Debian's kernel and with build/linux
 ##   make check-grid
-##                 as root: tests on HTCondor, Grid Engine and ARC, and the set-up on bare machines, each in a chroot
-##   make image    build/apppot.img, an appliance with Debian
-##   make kernel   build/linux, a static kernel that boots in 0.2 s; 7 minutes on 2 cores
-##   make stage    build/stage/, the three files to copy into a job, and apppot-stage.tar of them
+##                 as root: test on HTCondor, Grid Engine and ARC, and the set-up of bare machines, in chroots
+##   make image    build build/apppot.img, an appliance with Debian
+##   make kernel   build build/linux, a static kernel that boots in 0.2 s; this takes 10 minutes
+##   make stage    fill build/stage/ with the three files of a job and apppot-stage.tar, which has all three
 ##   make mpi-image
-##                 build/mpi.img, the same with Open MPI, for a test
-##   make bench    what a run costs, by phase and beside other tools; 15 minutes
-##   make deps     install the Debian packages that the targets above use
+##                 build build/mpi.img, an appliance with Open MPI, for a test
+##   make bench    measure what a run costs, by phase and beside other tools; this takes 15 minutes
+##   make deps     install the Debian packages that these targets need
 ##   make clean    remove build/
 ##
 ## Variables (make image SUITE=testing PACKAGES="gcc gfortran"):
-##   IMAGE         the image file                              build/apppot.img
-##   SUITE         the Debian suite in it                      stable
-##   PACKAGES      more Debian packages for it
-##   IMAGE_SIZE    its size, free space included               2G
-##   MIRROR        its Debian mirror                           that of this machine's apt
-##   KERNEL        the UML kernel for demo, check and bench    demo: Debian's; check: that and build/linux; bench: the latter
+##   IMAGE         the image file                              default: build/apppot.img
+##   SUITE         the Debian suite in the image               default: stable
+##   PACKAGES      more Debian packages for the image
+##   IMAGE_SIZE    size of the image, free space included      default: 2G
+##   MIRROR        the Debian mirror                           default: that of this machine's apt
+##   KERNEL        the User-Mode Linux kernel for demo, check and bench
+##                       default: demo takes Debian's, bench takes build/linux, check takes both in turn
 ##   KERNEL_SUITE  the Debian suite whose linux-source becomes build/linux
-##                                                             testing
-##   PYTESTARGS    for check, such as "-k signal -x"
-##   JOBS          in how many parts check runs at once        one per CPU
-##   CACHE         what builds keep; remove it for a fresh Debian
-##                                                             ~/.cache/apppot
+##                                                             default: testing
+##   PYTESTARGS    arguments of pytest in check, such as "-k signal -x"
+##   JOBS          number of parts of check that run at once   default: one per CPU
+##   CACHE         what builds keep; remove it to get a fresh Debian
+##                                                             default: ~/.cache/apppot
 
 IMAGE       ?= build/apppot.img
 SUITE       ?= stable
@@ -38,7 +39,7 @@ KERNEL      ?= $(APPPOT_KERNEL)
 KERNEL_SUITE ?= testing
 PYTESTARGS  ?=
 JOBS        ?= $(shell nproc)
-# Debian's own Python, where apt puts pytest: another one may come first in PATH.
+# apt installs pytest for Debian's own Python. Another Python may come first in PATH.
 PYTHON      ?= /usr/bin/python3
 # A batch job's HOME may be unset, missing or read-only.
 CACHE       ?= $(if $(shell test -w "$(HOME)" && echo yes),$(HOME)/.cache/apppot,build/cache)
@@ -46,24 +47,26 @@ CACHE       ?= $(if $(shell test -w "$(HOME)" && echo yes),$(HOME)/.cache/apppot
 AGENT    := apppot_init.py $(wildcard changes.py)
 IN_IMAGE := python3 bash sudo less procps ca-certificates curl vim-tiny
 
-# What the targets need, as PACKAGE:COMMAND, PACKAGE:FILE or PACKAGE:MODULE.py; one of other origin will do. A machine may
-# have nothing but Debian's essential packages, and no package brings those that it only recommends.
+# What the targets need, as PACKAGE:COMMAND, PACKAGE:FILE or PACKAGE:MODULE.py. The package is installed only if the
+# command, file or module is missing. The lists are complete: a machine may have nothing but Debian's essential packages,
+# and recommended packages are not installed.
 AS_ROOT    := $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --map-auto)
 BUILD_DEPS := mmdebstrap:mmdebstrap e2fsprogs:resize2fs mount:mount $(if $(AS_ROOT),uidmap:newuidmap)
 KERNEL_DEPS := gcc:gcc libc6-dev:/usr/include/stdio.h binutils:ld bc:bc flex:flex bison:bison xz-utils:xz
 RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml) slirp4netns:slirp4netns
-TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl procps:ps uidmap:newuidmap \
+TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl \
+              procps:ps uidmap:newuidmap \
               umoci:umoci buildah:buildah slurmctld:slurmctld slurmd:slurmd slurm-client:sbatch munge:munged
 BENCH_DEPS := proot:proot bubblewrap:bwrap charliecloud-runtime:ch-run qemu-system-x86:qemu-system-x86_64 \
               busybox-static:busybox cpio:cpio gnuplot-nox:gnuplot
 TEST_DEPS  := python3-pytest:pytest.py python3-hypothesis:hypothesis.py
 CHECK_DEPS  = $(BUILD_DEPS) $(RUN_DEPS) $(KERNEL_DEPS) $(TOOL_DEPS) $(TEST_DEPS)
 
-# Batch systems that the tests run in a chroot each, with a Debian that has them.
+# Each batch system runs in a chroot with a Debian that has it.
 ENGINES             := condor gridengine arc
-# And nodes with an older and a newer Python and C library than this machine's.
+# Nodes with an older and a newer Python and C library than this machine's.
 NODES               := debian-11 debian-13
-# And machines that have nothing but what README asks for.
+# Machines that have nothing but what README asks for.
 MACHINES            := debian-12 debian-13
 CHROOTS             := $(sort $(patsubst %,build/%.tar,$(ENGINES) $(NODES) $(MACHINES)))
 SUITE_debian-11     := bullseye
@@ -79,18 +82,18 @@ SUITE_arc           := bookworm
 PACKAGES_arc        := procps $(addprefix nordugrid-arc-,arex client plugins-needed plugins-arcrest plugins-internal arcctl \
                        arcctl-service) openssl perl time
 
-# bash, to which the end of make, even by SIGKILL, is a SIGTERM.
+# The shell is bash. It gets SIGTERM when make ends, also if SIGKILL ended make.
 SHELL       := /usr/bin/setpriv
 .SHELLFLAGS := --pdeathsig TERM /bin/bash -euo pipefail -c
 .ONESHELL:
-# Two apt-get at once would only meet at its lock.
+# A second apt-get at the same time would fail at the lock of the first.
 .NOTPARALLEL:
-# Files appear by renaming, so an interrupt leaves nothing half-made that make would have to delete.
+# make need not delete a target after an interrupt: a target appears by renaming, when it is complete.
 .PRECIOUS: $(IMAGE)
 
-# mke2fs and debugfs are not in an ordinary user's PATH.
+# An ordinary user's PATH does not have mke2fs and debugfs.
 export PATH := $(PATH):/usr/sbin:/sbin
-# Nothing but build/ is written in the source tree.
+# In the source tree only build/ is written.
 export PYTHONDONTWRITEBYTECODE := 1
 export HYPOTHESIS_STORAGE_DIRECTORY := $(abspath build/hypothesis)
 export APPPOT_IMAGE := $(abspath $(IMAGE))
@@ -137,7 +140,8 @@ check: deps-check image mpi-image stage $(if $(AS_ROOT),,$(NODES:%=build/%.tar))
 	for part in $$(seq $(JOBS)); do cat "build/check-$$part.log"; done
 	exit $$status
 
-# The engines at once, as their tests wait more than they compute. Machines get what is built here.
+# The engines run at the same time, because their tests wait more than they compute. The bare machines of the set-up
+# tests get the kernel and the caches that are built here.
 check-grid: deps-check image mpi-image stage $(CHROOTS)
 	@mkdir -p build
 	export APPPOT_KERNEL=$(abspath $(or $(KERNEL),build/linux))
@@ -161,7 +165,7 @@ clean:
 
 # ---- packages ----------------------------------------------------------------------------------------------------
 
-# All that a goal needs, in one go.
+# Each goal installs everything that it needs at once.
 deps:            deps_wanted = $(CHECK_DEPS) $(BENCH_DEPS)
 deps-demo:       deps_wanted = $(BUILD_DEPS) $(RUN_DEPS)
 deps-check:      deps_wanted = $(CHECK_DEPS)
@@ -187,32 +191,33 @@ deps deps-demo deps-check deps-bench deps-build deps-kernel:
 	    exit 1
 	fi
 	export DEBIAN_FRONTEND=noninteractive
-	# The tests start their own daemons; those of the packages are not to run (invoke-rc.d(8)).
+	# The tests start their own daemons. With this file the packages start none (invoke-rc.d(8)).
 	if [ ! -e /usr/sbin/policy-rc.d ]; then
 	    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
 	    printf '%s\n' '#!/bin/sh' 'exit 101' > /usr/sbin/policy-rc.d
 	    chmod 755 /usr/sbin/policy-rc.d
 	fi
-	# Somebody else's source may be out of reach; whether Debian's is, the next command says.
+	# A failure is no error yet: it may be about a source that is not Debian's. The next command fails if it matters.
 	apt-get update || true
 	apt-get install -y --no-install-recommends $$missing
 
 # ---- kernel ------------------------------------------------------------------------------------------------------
-# User-Mode Linux from Debian's source, with no more in it than an appliance needs: allnoconfig and these. What a user
-# would miss is asserted to be in the .config that results. NAME or NAME=VALUE; no modules, no debugging.
+# User-Mode Linux from Debian's source, with only what an appliance needs: allnoconfig and these options, NAME or
+# NAME=VALUE, without modules and debugging. The build fails if an option is not in the resulting .config.
 
-# The program: for every x86-64 machine, without a library. KALLSYMS names the functions of a panic.
+# The program runs on every x86-64 machine and needs no library. KALLSYMS names the functions in a panic message.
 KERNEL_OPTIONS := 64BIT STATIC_LINK SMP NR_CPUS=64 CC_OPTIMIZE_FOR_PERFORMANCE EXPERT PRINTK BUG KALLSYMS
-# What programs expect of any Linux; CHECKPOINT_RESTORE for /proc/sys/kernel/ns_last_pid, which the agent writes.
+# What programs expect of any Linux. CHECKPOINT_RESTORE makes /proc/sys/kernel/ns_last_pid, which the agent writes.
 KERNEL_OPTIONS += MULTIUSER UID16 FUTEX EPOLL SIGNALFD TIMERFD EVENTFD SHMEM AIO IO_URING ADVISE_SYSCALLS MEMBARRIER \
     CROSS_MEMORY_ATTACH FHANDLE POSIX_TIMERS HIGH_RES_TIMERS NO_HZ_IDLE ELF_CORE COREDUMP SYSVIPC POSIX_MQUEUE KEYS SWAP \
-    CHECKPOINT_RESTORE BINFMT_ELF BINFMT_SCRIPT BINFMT_MISC INOTIFY_USER FANOTIFY DNOTIFY FILE_LOCKING UNIX98_PTYS HW_RANDOM UML_RANDOM
+    CHECKPOINT_RESTORE BINFMT_ELF BINFMT_SCRIPT BINFMT_MISC INOTIFY_USER FANOTIFY DNOTIFY FILE_LOCKING UNIX98_PTYS \
+    HW_RANDOM UML_RANDOM
 # Containers inside the appliance.
 KERNEL_OPTIONS += SECCOMP SECCOMP_FILTER NAMESPACES UTS_NS TIME_NS IPC_NS USER_NS PID_NS NET_NS CGROUPS MEMCG CGROUP_PIDS \
     CPUSETS CGROUP_FREEZER CGROUP_SCHED FAIR_GROUP_SCHED CFS_BANDWIDTH CGROUP_CPUACCT CGROUP_DEVICE BLK_CGROUP
 # User-Mode Linux's own devices: the disk, the host's files, the channel and the console, the management console.
 KERNEL_OPTIONS += BLOCK BLK_DEV BLK_DEV_UBD HOSTFS SSL STDERR_CONSOLE NULL_CHAN PTY_CHAN TTY_CHAN MCONSOLE MAGIC_SYSRQ
-# Images: partitions, loop devices, an initrd, and device mapper to make a root file system larger than its image.
+# Images: partitions, loop devices, an initrd. The device mapper makes a root file system larger than its image.
 KERNEL_OPTIONS += PARTITION_ADVANCED MSDOS_PARTITION EFI_PARTITION BLK_DEV_LOOP BLK_DEV_INITRD RD_GZIP RD_ZSTD \
     MD BLK_DEV_DM DM_INIT
 # File systems.
@@ -221,13 +226,14 @@ KERNEL_OPTIONS += PROC_FS PROC_SYSCTL PROC_CHILDREN PROC_PAGE_MONITOR SYSFS DEVT
     NLS NLS_CODEPAGE_437 NLS_ISO8859_1 NLS_UTF8 MISC_FILESYSTEMS \
     SQUASHFS SQUASHFS_XATTR SQUASHFS_ZLIB SQUASHFS_LZ4 SQUASHFS_LZO SQUASHFS_XZ SQUASHFS_ZSTD \
     EROFS_FS EROFS_FS_XATTR EROFS_FS_POSIX_ACL EROFS_FS_ZIP EROFS_FS_ZIP_LZMA EROFS_FS_ZIP_DEFLATE EROFS_FS_ZIP_ZSTD
-# The network. IPV6_SIT would show an interface nobody asked for.
+# The network. IPV6_SIT would add an interface that nobody asked for.
 KERNEL_OPTIONS += NET PACKET UNIX INET IPV6 IP_MULTICAST NETDEVICES NET_CORE VETH BRIDGE TUN WIREGUARD SLIP UML_NET_VECTOR \
     VIRTIO_MENU VIRTIO_UML VIRTIO_NET CRYPTO CRYPTO_USER_API_HASH CRYPTO_USER_API_SKCIPHER \
     IPV6_SIT=n MODULES=n DEBUG_INFO_NONE
 
-# With $$source, the tar, and $$version; $$tmp as below. The vector network device looks addresses up by the C library,
-# which a static program cannot without that library's files; AppPot hands it a socket, and needs no address.
+# Its input: $$source is the tar, $$version its version, $$tmp as below. The vector network device looks addresses up by
+# the C library, so the kernel's configuration forbids it in a static program, which cannot do that without the library's
+# files. The sed allows it, because AppPot gives the device a socket and no address.
 define BUILD_KERNEL
 mkdir "$$tmp/source"
 tar -xJf "$$source" -C "$$tmp/source" --strip-components=1
@@ -261,9 +267,9 @@ strip -o "$$tmp/kernel" linux
 endef
 
 # ---- image -------------------------------------------------------------------------------------------------------
-# Three recipes, cached under a hash of their text and of what they read: BOOTSTRAP makes a tar of a Debian system (the
-# slow part, once per suite and package list), COMPOSE turns it into a file system with the agent, and RECORD boots that
-# to record it as the base (a few seconds). They run with $tmp, a directory of their own, and $rootfs, the tar.
+# Three recipes make an image. BOOTSTRAP makes a tar of a Debian system, which is slow and happens once for each suite and
+# list of packages. COMPOSE makes a file system of it, with the agent. RECORD boots the file system and records it as the
+# base. Results are cached under a hash of the recipe's text and input. $tmp is a directory of the recipe, $rootfs the tar.
 
 define BOOTSTRAP
 mmdebstrap --variant=minbase --format=tar \
@@ -280,9 +286,9 @@ mmdebstrap --variant=minbase --format=tar \
     "$(SUITE)" "$$tmp/rootfs.tar" "$$tmp/sources.list"
 endef
 
-# The file system's features are listed, not left to mke2fs: every kernel from 4.x on mounts it, and so does e2fsck of
-# that time. Inode tables and journal are complete, else the guest kernel would fill them in at each boot, into the
-# run's COW file. The journal is small for the same reason. The host reads the base id as the file system's UUID.
+# The features of the file system are listed here, so that every kernel from 4.x on mounts it and an e2fsck of that age
+# checks it. The inode tables and the journal are complete: otherwise the guest's kernel would complete them at each boot, in
+# the COW file of the run. The journal is small for the same reason. The file system's UUID is the base id for the host.
 define COMPOSE
 umask 022
 root=$$tmp/root
@@ -291,13 +297,14 @@ tar -C "$$root" -xpf "$$rootfs" --xattrs --xattrs-include='*' --numeric-owner --
 install -d "$$root/usr/lib/apppot" "$$root/var/lib/apppot"
 install -m 644 $(AGENT) "$$root/usr/lib/apppot"
 chroot "$$root" /usr/bin/python3 -IS -m compileall -q --invalidation-mode unchecked-hash /usr/lib/apppot
-# A file of these lines. What is there may be a link, even to a file of this machine: systemd-resolved's resolv.conf is one.
+# Writes a file with these lines. It first removes what is there, which may be a link that leads to a file of this
+# machine, as resolv.conf of systemd-resolved does.
 write() {
     rm -f "$$root/$$2"
     printf '%s\n' "$${@:3}" > "$$root/$$2"
     chmod "$$1" "$$root/$$2"
 }
-# The agent itself is imported, as Python keeps no compiled form of a main program.
+# This imports the agent, because Python keeps no compiled form of a main program.
 write 755 sbin/apppot-init '#!/usr/bin/python3 -IS' \
     'import sys; sys.path.insert(0, "/usr/lib/apppot")' \
     'import apppot_init; apppot_init.main()'
@@ -320,7 +327,7 @@ mke2fs -q -F -t ext4 -L apppot -U "$$base_id" -m 0 -J size=16 \
 }
 endef
 
-# In a guest, since only there the files have the inode numbers and times by which changes to them are seen.
+# This runs in a guest, because only there the files have the inode numbers and times that later show changes.
 define RECORD
 cd "$$tmp"
 status=0
@@ -339,8 +346,8 @@ endef
 export BOOTSTRAP COMPOSE RECORD BUILD_KERNEL
 
 # ---- the cache ---------------------------------------------------------------------------------------------------
-# For the recipes that fill it. One build of a kind at a time; whatever is in $$tmp under the lock was left by one that
-# was killed.
+# Functions for the recipes that fill the cache. A lock allows one build of a kind at a time. Files in $$tmp when the lock
+# is taken are those of a build that was killed.
 
 define WITH_CACHE
 say() { echo "make: $$*"; }
@@ -363,24 +370,25 @@ enter_cache() {
 
 leave_cache() {
     trap '' HUP INT TERM
-    # A process that was just started may have no group of its own yet.
+    # A process that has just started may not lead its process group yet.
     [ "$${!-}" = "$$ended" ] || kill "$$!" 2> /dev/null || true
     end_group
     rm -f $@.new $@.key.new
     [ -z "$${is_locked:-}" ] || remove_tmp
 }
 
-# As a user, files that users of a namespace own are there, too.
+# A build by an ordinary user leaves files of other users of a user namespace, which only root of the namespace can remove.
 remove_tmp() {
     rm -rf "$$tmp" 2> /dev/null || $(AS_ROOT) rm -rf "$$tmp"
 }
 
-# A command, of which no process is left when it has ended or when make is ended, and none has the lock.
+# Runs a command without the lock. No process of it is left when the command or make has ended.
 run() {
     run_in_group "$$@" 9>&-
 }
 
-# In a session of its own, whose processes are ended together. When mmdebstrap fails it sends SIGHUP to its process group.
+# A session makes a process group, so that all processes of the command can be ended. mmdebstrap sends SIGHUP to its
+# process group when it fails, and that must not be make's.
 run_in_group() {
     local status=0
     setsid "$$@" < /dev/null &
@@ -402,7 +410,7 @@ end_group() {
     ended=$$group
 }
 
-# Lines of a sources.list for a suite, from this machine's own mirrors.
+# Prints the lines of a sources.list for a suite, with the mirrors of this machine.
 list_sources() {
     mirrors() {
         apt-get indextargets --format '$$(LABEL) $$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' | sort -u
@@ -423,7 +431,7 @@ list_sources() {
     esac
 }
 
-# An apt of its own in $$tmp, with the lists of a suite, whatever Debian this machine has.
+# Gives an apt with state in $$tmp the lists of a suite, because this machine's apt may know other suites only.
 read_lists() {
     list_sources "$$1" > "$$tmp/sources.list"
     mkdir -p "$$tmp"/{state/lists,cache/archives}/partial
@@ -436,7 +444,7 @@ read_lists() {
         "give another $$2, or another MIRROR; apt's message is above"
 }
 
-# Names are looked at before they are downloaded to no purpose. mmdebstrap takes commas, too.
+# Checks names before anything is downloaded. Commas may separate them, as in mmdebstrap.
 check_packages() {
     simulate=("$${own_apt[@]}" apt-get -qq -s --no-install-recommends install --)
     if run "$${simulate[@]}" $$(tr , ' ' <<< "$$*") > "$$tmp/apt.log" 2>&1; then return; fi
@@ -447,7 +455,7 @@ check_packages() {
     die "Debian $(SUITE) cannot install $$*" "$$hint; apt's message is above"
 }
 
-# A copy of a file of the cache becomes the target. Only the few that were used last stay.
+# Copies a file of the cache to the target. The cache keeps the few files that were used last.
 deliver() {
     cp --reflink=auto --sparse=always --preserve=mode,timestamps "$$1" $@.new
     echo "$$2" > $@.key.new
@@ -467,7 +475,7 @@ image: $(IMAGE)
 mpi-image:
 	@$(MAKE) --no-print-directory image IMAGE=build/mpi.img PACKAGES="openmpi-bin python3-mpi4py"
 
-# make's own time stamps cannot tell that a variable changed, and --write changes the image's: so the recipe decides.
+# The recipe decides whether to build. Time stamps do not tell make that a variable changed, and --write changes them.
 $(IMAGE): FORCE deps-demo
 	@$(WITH_CACHE)
 	rootfs_key=$$({ uname -m; echo "$$BOOTSTRAP"; } | sha256sum | cut -c 1-16)
@@ -481,7 +489,7 @@ $(IMAGE): FORCE deps-demo
 	if is_built; then exit; fi
 	export rootfs=$$cache/rootfs-$$rootfs_key.tar
 	image=$$cache/image-$$image_key
-	# chroot, since a machine may grant a user namespace and nothing in it.
+	# This tries chroot, because a machine may allow a user namespace but nothing in it.
 	[ -e "$$image" ] || run $(AS_ROOT) chroot / true 2> "$$tmp/refusal" || {
 	    cat "$$tmp/refusal" >&2
 	    die "this machine lets ordinary users have no user namespace to build in" \
@@ -491,7 +499,7 @@ $(IMAGE): FORCE deps-demo
 	    read_lists "$(SUITE)" SUITE
 	    check_packages $(IN_IMAGE) $(PACKAGES)
 	    say "Debian $(SUITE): download and install, a few minutes"
-	    # How this machine's apt reaches its mirrors: proxies, certificates, clocks.
+	    # These settings are how this machine's apt reaches its mirrors: proxies, certificates, clocks.
 	    export apt_settings=$$(apt-config dump Acquire | grep -E '^Acquire::(https?|ftp|Check-)')
 	    run bash -euo pipefail -c "$$BOOTSTRAP"
 	    mv "$$tmp/rootfs.tar" "$$rootfs"
@@ -503,11 +511,11 @@ $(IMAGE): FORCE deps-demo
 	    mv "$$tmp/image" "$$image"
 	fi
 	touch -c -a "$$rootfs"
-	# A copy, as --write on it must not reach the cache. With the same time stamp, as COW files record it.
+	# --write on the target must not change the cache, so this is a copy. COW files record its time stamp.
 	deliver "$$image" "$$image_key"
 
-# The image as small as it can be; a run makes it larger again. No e2fsck that repairs: it would touch directories, and
-# they would count as changed.
+# The image becomes as small as possible; a run makes it larger again. e2fsck only checks here: a repair would touch
+# directories, which would then count as changed.
 stage: image kernel
 	@umask 022
 	stage=build/stage
@@ -535,7 +543,7 @@ stage: image kernel
 
 kernel: build/linux
 
-# apt with lists of its own finds the suite's newest source, whatever Debian this machine has.
+# An apt with its own lists finds the newest source of the suite, whichever Debian this machine has.
 build/linux: FORCE deps-kernel
 	@$(WITH_CACHE)
 	key=$$({ uname -m; gcc -dumpfullversion; echo "$(KERNEL_SUITE) $$BUILD_KERNEL"; } | sha256sum | cut -c 1-16)
@@ -558,7 +566,7 @@ build/linux: FORCE deps-kernel
 	deliver "$$kernel" "$$key"
 
 # ---- chroots -----------------------------------------------------------------------------------------------------
-# For the tests. Packages of batch systems ask at their installation for the host's name.
+# The tests run in these. The host's name is set because packages of batch systems ask for it when they are installed.
 
 define CHROOT
 echo node > /proc/sys/kernel/hostname
