@@ -3674,13 +3674,13 @@ class Worker(threading.Thread):
         super().__init__(daemon=True)
         self._session = session
         self.finished = threading.Event()
-        self.failure: Optional[Fatal] = None
+        self.failure: Optional[Exception] = None
 
     def run(self) -> None:
         try:
             self.work()
-        except Exception:
-            self.failure = self._session.show_bug("the runner", describe_exception())
+        except Exception as error:
+            self.failure = error
         self.finished.set()
         self._session.wake()
         threading.Event().wait()
@@ -3824,10 +3824,8 @@ class InputReader(Worker):
                     self._room -= len(content)
                     self.delivered += len(content)
                 self._send(content)
-        except Fatal as fatal:
-            self.failure = fatal
         except OSError as error:
-            self.failure = explain_full_scratch(self._session.scratch) or Fatal(
+            raise explain_full_scratch(self._session.scratch) or Fatal(
                 "stdin cannot be passed on: " + str(error.strerror),
                 "did a program of the guest's root change /run/apppot/spool?")
 
@@ -3891,8 +3889,8 @@ USE_UP_S = 60                        # for a job's memory to be used up
 
 
 class Result(NamedTuple):
+    """How the command ended."""
     status: int
-    failure: Optional[Fatal] = None
     signal: int = 0                  # what the command died of, and AppPot is to die of
     out_of_memory: bool = False      # the guest was
 
@@ -4055,7 +4053,7 @@ class Session:
         self._report: Optional[str] = None        # the supervisor's, of the kernel's end
         self._channel_open = True
         self._terminated = 0.0                    # when one SIGTERM was forwarded; 0: none
-        self._told: Optional[Result] = None       # by the guest; the writers may still be at work
+        self._told: Union[Result, Fatal, None] = None          # by the guest; the writers may still be at work
         self._result: Optional[Result] = None
         outputs = {kind: number for kind, number in ((STDOUT, 1), (STDERR, 2)) if stdio.kinds[number] == ord("p")}
         if stdio.terminal:
@@ -4088,10 +4086,6 @@ class Session:
             self._written[kind] = self._written.get(kind, 0) + count
         self.wake()
 
-    def show_bug(self, where: str, trace: bytes) -> Fatal:
-        self._show(trace)
-        return explain_bug(where, trace)
-
     def wake(self) -> None:
         try:
             os.write(self._to_wakeup, b"\0")
@@ -4101,17 +4095,19 @@ class Session:
     # The main thread.
 
     def run(self, mask: Iterable[int]) -> Result:
-        """Until there is a result; signals have been held back, and are let in here by the mask before that."""
+        """Until there is a result, or a Fatal; signals have been held back, and are let in by the mask before that."""
         signal.set_wakeup_fd(self._to_wakeup)
         for number in FORWARDED_SIGNALS + (signal.SIGTSTP,):
             self._queue_signal(number)
         held = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        while self._result is None:
-            self._step()
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        if self.stdio.terminal:
-            self.stdio.terminal.release()
-        if self._farewell and not self._result.failure:
+        try:
+            while self._result is None:
+                self._step()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            if self.stdio.terminal:
+                self.stdio.terminal.release()
+        if self._farewell:
             self._show(b"apppot: " + one_line(self._farewell) + b"\n")
         return self._result
 
@@ -4195,12 +4191,12 @@ class Session:
             self._show(show_console(content))
         failure = self._disk_failure.search(self._console, max(0, len(self._console) - len(content) - 200))
         if failure and not self._told:
-            self._result = Result(EXIT_FAILED, explain_disk_failure(self._spec, failure.group()))
-        elif AREAS_LOST.search(self._console) and not KILLED_PROCESS.search(self._console) and not self._told:
-            self._result = Result(EXIT_FAILED, explain_areas())
-        elif LOST_PROCESS in self._console and not self._told:   # it may be the agent
-            self._fail("a process of the guest was killed on the host" + self._suspect_limit(),
-                       MORE_CPU_TIME if self._suspect_limit() else "look for who did, then run the job again")
+            raise explain_disk_failure(self._spec, failure.group())
+        if AREAS_LOST.search(self._console) and not KILLED_PROCESS.search(self._console) and not self._told:
+            raise explain_areas()
+        if LOST_PROCESS in self._console and not self._told:   # it may be the agent
+            raise Fatal("a process of the guest was killed on the host" + self._suspect_limit(),
+                        MORE_CPU_TIME if self._suspect_limit() else "look for who did, then run the job again")
         return bool(content)
 
     def _take_frames(self) -> None:
@@ -4220,14 +4216,12 @@ class Session:
                 return
         try:
             for kind, payload in decode_frames(self._received):
-                if self._result is None:
-                    self._obey(kind, payload)
+                self._obey(kind, payload)
         except Misfit as misfit:
             if MAGIC in self._received:
-                self._fail("guest rebooted before the command ended", "it ends with the command by itself")
-            else:
-                self._fail("guest sent what is no message of AppPot ({})".format(misfit),
-                           "did something in the appliance write to /dev/ttyS0?")
+                raise Fatal("guest rebooted before the command ended", "it ends with the command by itself")
+            raise Fatal("guest sent what is no message of AppPot ({})".format(misfit),
+                        "did something in the appliance write to /dev/ttyS0?")
 
     def _exchange_channel(self) -> None:
         machine = self._machine
@@ -4304,8 +4298,7 @@ class Session:
             for worker in self._workers:
                 worker.start()
         except RuntimeError as error:
-            self._fail("thread of the runner cannot be started: {}".format(error), PROCESSES_HINT)
-            return
+            raise Fatal("thread of the runner cannot be started: {}".format(error), PROCESSES_HINT)
         if self._reader in self._workers:
             self._fitting |= {CREDIT, STDIN_CLOSED}
         if self.stdio.terminal:
@@ -4322,9 +4315,8 @@ class Session:
             self._deadlines.pop("boot", None)
         protocol = text_field(hello, b"protocol")
         if protocol != str(PROTOCOL):
-            self._fail("appliance has an agent of protocol {}, this runner speaks {}".format(protocol[:60], PROTOCOL),
-                       "use the apppot_start.py that belongs to the image")
-            return
+            raise Fatal("appliance has an agent of protocol {}, this runner speaks {}".format(protocol[:60], PROTOCOL),
+                        "use the apppot_start.py that belongs to the image")
         self._say("agent {} in base {}".format(
             text_field(hello, b"agent"), text_field(hello, b"base") or "without id"))
         self._fitting = {STARTED, RECEIVED, WARNING, RESULT, MOUNT_POINT}
@@ -4373,8 +4365,7 @@ class Session:
             return
         except OSError as error:
             if not is_hung_up(terminal.input, error):          # with -t and no terminal here
-                self._result = Result(EXIT_FAILED, explain_bad_input(error))
-                return
+                raise explain_bad_input(error)
             content = b""
         self._keys_end = not content
         self._send_keys(content or END_OF_FILE)
@@ -4433,11 +4424,11 @@ class Session:
         for writer in self._writers.values():
             writer.complete()
 
-    def _read_failure(self, fields: Dict[bytes, List[bytes]]) -> Result:
+    def _read_failure(self, fields: Dict[bytes, List[bytes]]) -> Fatal:
         if b"disk" in fields:
-            return Result(EXIT_FAILED, explain_disk_failure(self._spec, b""))
+            return explain_disk_failure(self._spec, b"")
         status = number_field(fields, b"status", EXIT_FAILED, EXIT_NOT_FOUND)
-        return Result(status, Fatal(text_field(fields, b"error"), text_field(fields, b"hint")))
+        return Fatal(text_field(fields, b"error"), text_field(fields, b"hint"), status)
 
     def _read_end(self, fields: Dict[bytes, List[bytes]]) -> Result:
         if not self._running or (b"exit" in fields) == (b"signal" in fields):
@@ -4475,8 +4466,7 @@ class Session:
 
     def _lose_network(self) -> None:
         if not self._running:
-            self._fail("network helper was killed: " + self._spec.network.helper, "--net none runs without a network")
-            return
+            raise Fatal("network helper was killed: " + self._spec.network.helper, "--net none runs without a network")
         self._warn("network helper was killed, the command goes on without a network: " + self._spec.network.helper)
         self.post(encode_frame(NETWORK_LOST, b"vec0"))
 
@@ -4487,7 +4477,8 @@ class Session:
             message, _, hint = rest.partition("\0")
             return Fatal(message, hint)
         if what == "bug":
-            return self.show_bug("the supervisor", os.fsencode(rest))
+            self._show(os.fsencode(rest))
+            return explain_bug("the supervisor", os.fsencode(rest))
         if what == "empty" and not self._greeted:
             return Fatal("`empty` does not start the kernel: {}".format(self._spec.empty),
                          "build it from github.com/mezantrop/empty for this machine; --io builtin does without it")
@@ -4501,8 +4492,7 @@ class Session:
     def _forward_signal(self, number: int) -> None:
         over_limit = blame_cpu_limit(os.getpid(), "the runner") if number == signal.SIGXCPU else None
         if over_limit:
-            self._fail(over_limit.message, over_limit.hint)
-            return
+            raise over_limit
         if not self._running or self._told:       # nothing to forward to: die of it, as any program would
             if number not in self._spec.ignored_signals:
                 self._result = killed_by(number)
@@ -4519,9 +4509,9 @@ class Session:
 
     def _expire(self, name: str) -> None:
         if name == "boot":
-            self._fail("guest did not start within {:g} s".format(self._spec.boot_timeout_s),
-                       "run with -v to see its console; --boot-timeout gives it longer")
-        elif name == "wall":
+            raise Fatal("guest did not start within {:g} s".format(self._spec.boot_timeout_s),
+                        "run with -v to see its console; --boot-timeout gives it longer")
+        if name == "wall":
             self._timed_out = True
             if self._running and not self._told:
                 self._forward_signal(signal.SIGTERM)
@@ -4534,30 +4524,33 @@ class Session:
         elif name == "end":
             self._result = killed_by(signal.SIGKILL)
 
-    def _fail(self, message: str, hint: str) -> None:
-        self._result = Result(EXIT_FAILED, Fatal(message, hint))
-
     def _finish_if_done(self) -> None:
-        if self._result and self._result.failure:              # whatever else came with it, AppPot has failed
-            return
-        if self._report is not None and not self._channel_open and not self._told:
-            self._result = Result(EXIT_FAILED, self._explain_end())
         for worker in self._workers:
             # A command that has ended before did without the rest of its stdin.
             if worker.failure and not (self._told and worker is self._reader):
-                self._result = Result(EXIT_FAILED, worker.failure)
+                raise worker.failure
+        if self._report is not None and not self._channel_open and not self._told:
+            raise self._explain_end()
         if self._told and (not self._running or all(writer.finished.is_set() for writer in self._writers.values())):
-            self._result = self._told
-            for writer in self._writers.values():
-                if writer.error and writer.error.errno == errno.EFBIG:
-                    self._warn("output of the command reached the limit of file size (ulimit -f)")
-                    self._result = killed_by(signal.SIGXFSZ)   # as whoever writes to the file itself
-                elif writer.error and writer.error.errno != errno.EPIPE and not writer.is_hung_up:
-                    self._fail("output of the command cannot be written: " + str(writer.error.strerror),
-                               "is the disk full that its output goes to, or the connection lost?")
-        if self._result and self._timed_out and not self._result.failure:
-            self._result = Result(EXIT_TIMEOUT, Fatal(
-                "walltime of {:g} s is over".format(self._spec.timeout_s or 0), "--timeout sets it"))
+            self._result = self._conclude(self._told)
+        if self._result and self._timed_out:
+            raise Fatal("walltime of {:g} s is over".format(self._spec.timeout_s or 0), "--timeout sets it",
+                        EXIT_TIMEOUT)
+
+    def _conclude(self, told: Union[Result, Fatal]) -> Result:
+        """The result that the guest told of, unless its output could not be written."""
+        errors = [writer.error for writer in self._writers.values()
+                  if writer.error and writer.error.errno != errno.EPIPE and not writer.is_hung_up]
+        for error in errors:
+            if error.errno != errno.EFBIG:
+                raise Fatal("output of the command cannot be written: " + str(error.strerror),
+                            "is the disk full that its output goes to, or the connection lost?")
+        if isinstance(told, Fatal):
+            raise told
+        if not errors:
+            return told
+        self._warn("output of the command reached the limit of file size (ulimit -f)")
+        return killed_by(signal.SIGXFSZ)          # as whoever writes to the file itself
 
 
 def place_changes(save: PrivateDirectory, name: str, path: str) -> None:
@@ -4973,6 +4966,7 @@ def run(spec: RunSpec, started: float) -> Result:
     with ExitStack() as stack:
         mask = stack.enter_context(signals_held())
         stdio = stack.enter_context(connect_stdio(spec.terminal))
+        stack.callback(say, "nothing left")
         locks = [open_image(spec.image, spec.write)]
         if spec.cow:
             locks.append(open_cow(spec.cow, spec.image))
@@ -4989,9 +4983,8 @@ def run(spec: RunSpec, started: float) -> Result:
         if not spec.empty:
             say("kernel started")
         result = Session(machine, spec, stdio, show, say).run(mask)
-        if spec.saved_changes and not result.failure:
+        if spec.saved_changes:
             place_changes(directories.save, directories.saved_name, spec.saved_changes)
-    say("nothing left")
     return result
 
 
@@ -5153,8 +5146,6 @@ def check_boot(options: argparse.Namespace) -> Finding:
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)                              # the caller's input is none of ours
     result = run(build_spec(options, ("true",)), started)
-    if result.failure:
-        raise result.failure
     if result.status:
         raise Fatal("`true` in the appliance ended with status {}".format(result.status), "is the image damaged?")
     return Finding("ok", "ran `true` in the appliance, {:.1f} s from start to end".format(time.time() - started))
@@ -5273,8 +5264,6 @@ def main(argv: List[str]) -> int:
             write_stdout(" ".join(map(shlex.quote, build_command_line(spec, name_disk(spec, None)))) + "\n")
             return 0
         result = run(spec, started)
-        if result.failure:
-            report(result.failure)
         if result.out_of_memory and spec.limit_mib:
             use_up_memory(spec.limit_mib)
         if result.signal and spec.in_job:

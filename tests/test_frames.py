@@ -58,6 +58,7 @@ class Guest:
 
     def __init__(self, directory, kinds=b"ppp", with_terminal=False, saves=False, is_read=True):
         self.shown = []
+        self.failure = None
         self._ours = []
         from_guest, self.channel = self._pipe()
         self.heard, to_guest = self._pipe()
@@ -95,19 +96,29 @@ class Guest:
 
     def say(self, content):
         """Let the session take this; what it has taken may be the end."""
-        while content and self.session._result is None:
+        while content and not self._is_over:
             content = content[os.write(self.channel, content[: 1 << 20]) :]
-            while self.session._result is None and select.select([self._from_guest], [], [], 0)[0]:
-                self.session._step()
+            while not self._is_over and select.select([self._from_guest], [], [], 0)[0]:
+                self._step()
+
+    @property
+    def _is_over(self):
+        return self.failure or self.session._result
+
+    def _step(self):
+        try:
+            self.session._step()
+        except apppot_start.Fatal as fatal:
+            self.failure = fatal
 
     def end(self):
-        """Close the channel; return the result."""
+        """Close the channel; return the result, or the error that the run ends with."""
         self._close(self.channel)
         deadline = time.monotonic() + DEADLINE_S
-        while self.session._result is None:
+        while not self._is_over:
             assert time.monotonic() < deadline
-            self.session._step()
-        return self.session._result
+            self._step()
+        return self._is_over
 
     def close(self):
         if self._reader_end is not None:          # who is blocked in a write gets an error now
@@ -127,7 +138,10 @@ class Guest:
 def guests(tmp_path, monkeypatch):
     """A function that makes guests; 0 is a file, 1 and 2 nothing, and threads end when their work does."""
     def work(worker):
-        worker.work()
+        try:
+            worker.work()
+        except Exception as error:
+            worker.failure = error
         worker.finished.set()
         worker._session.wake()
 
@@ -228,7 +242,7 @@ def test_what_does_not_fit_is_no_message_of_apppot(guests, stream):
         result = guest.end()
         # Without a hello it is noise, and the kernel's end is what is told.
         expected = "guest sent what is no message of AppPot (" if stream.startswith(MAGIC) else "ended with status 0"
-        assert result.status == 125 and result.failure and expected in result.failure.message
+        assert result is guest.failure and result.status == 125 and expected in result.message
         assert os.lseek(0, 0, os.SEEK_CUR) <= STDIN_SIZE
 
 
@@ -259,7 +273,8 @@ def test_a_text_of_the_guest_moves_no_terminal(guests, text):
     with guests() as guest:
         guest.say(MAGIC + HELLO_FRAME + encode_frame(WARNING, text))
         guest.say(encode_frame(RESULT, fields(("error", text), ("hint", text), ("status", "126"))))
-        failure = guest.end().failure
+        guest.end()
+        failure = guest.failure
         assert guest.shown[0].endswith(b"\n")
         for shown in (guest.shown[0][:-1], *map(apppot_start.one_line, (failure.message, failure.hint))):
             assert shown.decode().isprintable()
@@ -306,7 +321,8 @@ def test_a_flood_takes_little_memory_and_time(guests, name, is_read):
         tracemalloc.stop()
         assert kept < (16 << 20 if "long" in name else 1 << 20)
         assert time.process_time() - started < 30
-        assert guest.end().status == 125
+        # On a busy machine the time that a command has after a second SIGTERM may be over before the channel ends.
+        assert guest.end().status in ((125, 128 + 9) if name == "terminated" else (125,))
 
 
 def test_noise_before_the_greeting_is_searched_once(guests):
@@ -387,12 +403,14 @@ def test_any_conversation_ends_in_a_result_or_goes_on(guests):
                 guest.say(frame)
             result = guest.end()
             ends.add(result.status)
-            assert isinstance(result, apppot_start.Result) and 0 <= result.status <= 255
+            assert 0 <= result.status <= 255
             assert result.status or b"exit=0\0" in b"".join(frames)
             assert os.lseek(0, 0, os.SEEK_CUR) <= STDIN_SIZE
-            if result.failure:
-                assert 125 <= result.status <= 127 and result.failure.message and result.failure.hint
-                assert apppot_start.one_line(result.failure.message).decode().isprintable()
+            if guest.failure:
+                assert 125 <= result.status <= 127 and result.message and result.hint
+                assert apppot_start.one_line(result.message).decode().isprintable()
+            else:
+                assert isinstance(result, apppot_start.Result)
             for text in guest.shown:
                 assert text[:-1].decode().isprintable() and text.endswith(b"\n")
         assert set(os.listdir("/proc/self/fd")) == descriptors
