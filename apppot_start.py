@@ -815,8 +815,12 @@ def lock_file(descriptor: int, exclusive: bool, what: str, path: str) -> None:
 
 
 def find_lock_holder(locked: os.stat_result) -> str:
-    """In /proc/locks these locks have no process; a process shows its own in /proc/PID/fdinfo, but to its user only."""
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+    """Tell who holds a lock, by /proc/PID/fdinfo, which shows it to its own user only; /proc/locks names no process.
+
+    All processes of a run hold the lock. The one that started first is the runner, whatever its number is.
+    """
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    for pid in sorted(pids, key=read_start):
         place = "/proc/{}/fd".format(pid)
         try:
             for name in os.listdir(place):
