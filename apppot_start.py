@@ -27,16 +27,13 @@ import pwd
 import re
 import resource
 import select
-import shlex
 import signal
-import socket
 import stat
 import struct
 import sys
 import termios
 import threading
 import time
-import tty
 from contextlib import ExitStack, contextmanager
 from typing import (
     Any,
@@ -83,7 +80,7 @@ TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, 
 
 EXIT_TIMEOUT, EXIT_FAILED, EXIT_NOT_FOUND = 124, 125, 127
 TRACE_MAX = 3000                     # bytes of a supervisor's traceback: a pipe takes 4096 at once
-CONTROL_CHARACTERS = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\U0010ffff]")
+CONTROL_CHARACTERS = r"[^\t\n\r\x20-\x7e\xa0-\U0010ffff]"    # compiled when needed: that takes 8 ms
 
 
 class Fatal(Exception):
@@ -115,7 +112,7 @@ def one_line(text: str) -> bytes:
 def show_console(content: bytes) -> bytes:
     """What the guest's console says, line by line, without what a terminal would obey."""
     text = content.decode("utf-8", "replace")
-    return CONTROL_CHARACTERS.sub(lambda found: "\\x{:02x}".format(ord(found.group())), text).encode()
+    return re.sub(CONTROL_CHARACTERS, lambda found: "\\x{:02x}".format(ord(found.group())), text).encode()
 
 
 def last_line(said: bytes) -> str:
@@ -972,6 +969,8 @@ class Terminal:
 
     def acquire(self) -> None:
         """Make it raw; in the background this stops the process until the user brings it to the foreground."""
+        import tty
+
         if self.is_real:
             if not self.is_raw:
                 self._state[1:] = encode_modes(termios.tcgetattr(self.input))
@@ -1153,6 +1152,8 @@ def find_root_device(path: str) -> RootDevice:
 def explain_no_root(file: BinaryIO, path: str, has_partitions: bool) -> Fatal:
     if has_partitions:
         return Fatal("image has no Linux partition with ext4: " + path, "list its partitions: fdisk -l FILE")
+    import shlex
+
     for offset, magic, what, hint in OTHER_IMAGES:
         if read_at(file, offset, len(magic)) == magic:
             return Fatal("image is {}: {}".format(what, path), hint.replace("FILE", shlex.quote(path)))
@@ -1489,6 +1490,8 @@ def read_kernel_version(kernel: str) -> str:
 
 
 def not_uml(kernel: str, how: str) -> Fatal:
+    import shlex
+
     return Fatal("kernel {}: {}".format(how, kernel),
                  "is it User-Mode Linux? `{} --version` prints a version; -v shows what it printed".format(
                      shlex.quote(kernel)))
@@ -2169,7 +2172,7 @@ def name_guest(host: str, job_id: str, mark: str) -> str:
 
 
 def view_node(notes: List[str]) -> NodeView:
-    host = socket.gethostname()
+    host = os.uname().nodename
     zone = read_short("/etc/localtime", notes)
     zone_name = os.path.realpath("/etc/localtime").partition(ZONES)[2]
     return NodeView(
@@ -2473,7 +2476,7 @@ HELPERS = {"slirp4netns": SLIRP4NETNS, "slirp-fullbolt": SLIRP, "slirp": SLIRP} 
 GUEST_ADDRESS, GATEWAY, NAMESERVER = "10.0.2.15", "10.0.2.2", "10.0.2.3"
 SLIRP4NETNS_MIN = (1, 2)             # the first with --target-type=bess
 LAN_NET = (100 << 24 | 64 << 16, 10)  # 100.64.0.0/10 (RFC 6598): clusters use 10/8 and 172.16/12, which stay reachable
-LAN_GROUP = re.compile(r"(\d+\.\d+\.\d+\.\d+):(\d+)$", re.ASCII)
+LAN_GROUP = r"([0-9.]+):([0-9]{1,5})"
 
 
 class Port(NamedTuple):
@@ -2500,11 +2503,11 @@ class Network(NamedTuple):
     note: str = ""                   # for -v: why it is so
 
 
-def is_ipv4(text: str) -> bool:
-    try:
-        return bool(socket.inet_pton(socket.AF_INET, text))
-    except (OSError, ValueError):                 # ValueError: a NUL
-        return False
+def parse_ipv4(text: str) -> bytes:
+    """The four bytes of an address; empty if the text is no address."""
+    words = re.fullmatch(r"(0|[1-9][0-9]{0,2})" + r"\.(0|[1-9][0-9]{0,2})" * 3, text)
+    numbers = [int(word) for word in words.groups()] if words else [256]
+    return bytes(numbers) if max(numbers) < 256 else b""
 
 
 def parse_port(text: str) -> Port:
@@ -2514,7 +2517,7 @@ def parse_port(text: str) -> Port:
         raise Fatal("--publish is not [HOSTIP:]HOSTPORT:GUESTPORT[/udp]: {!r}".format(text),
                     "--publish 8080:80 shows port 80 of the guest as port 8080 of 127.0.0.1")
     host = "127.0.0.1" if match.group(1) is None else match.group(1)
-    if not is_ipv4(host):
+    if not parse_ipv4(host):
         raise Fatal("--publish for what is no IPv4 address: {!r}".format(host),
                     "no helper forwards IPv6; give an IPv4 address of this host, or 0.0.0.0 for all of them")
     return Port(match.group(4) or "tcp", host, int(match.group(2)), int(match.group(3)))
@@ -2523,20 +2526,24 @@ def parse_port(text: str) -> Port:
 def parse_lan(group: str, address: str, job_id: str) -> Lan:
     """From GROUP:PORT, or "" for the batch job's own, and ADDRESS[/PREFIX], or "" for one that nobody else has."""
     if group:
-        match = LAN_GROUP.match(group)
-        if not match or not is_ipv4(match.group(1)) or socket.inet_aton(match.group(1))[0] & 0xF0 != 0xE0 \
-                or not 0 < int(match.group(2)) < 65536:
+        match = re.fullmatch(LAN_GROUP, group)
+        where = match.group(1) if match else ""
+        port = int(match.group(2)) if match else 0
+        packed = parse_ipv4(where)
+        if not packed or not 224 <= packed[0] < 240 or not 0 < port < 65536:
             raise Fatal("--lan is not a multicast group and port: {!r}".format(group), "such as --lan 239.255.7.7:5000")
-        where, port = match.group(1), int(match.group(2))
     else:
         number = binascii.crc32(job_id.encode("utf-8", "surrogateescape"))
-        where, port = "239.255.{}.{}".format(number >> 24, number >> 16 & 255), 20000 + number % (1 << 13)
+        where = "239.255.{}.{}".format(number >> 24, number >> 16 & 255)
+        port = 20000 + number % (1 << 13)
+
     if not address:
         net, prefix = LAN_NET
         host = 1 + int.from_bytes(os.urandom(8), "big") % ((1 << 32 - prefix) - 2)
-        return Lan(socket.inet_ntoa(struct.pack(">I", net + host)), prefix, where, port)
+        return Lan("{}.{}.{}.{}".format(*struct.pack(">I", net + host)), prefix, where, port)
+
     own, slash, prefix_text = address.partition("/")
-    if not is_ipv4(own) or slash and not re.match(r"([89]|[12]\d|30)$", prefix_text, re.ASCII):
+    if not parse_ipv4(own) or slash and not re.match(r"([89]|[12]\d|30)$", prefix_text, re.ASCII):
         raise Fatal("--lan-address is not an IPv4 address: {!r}".format(address), "such as 10.9.0.1 or 10.9.0.1/24")
     return Lan(own, int(prefix_text or 16), where, port)
 
@@ -2569,6 +2576,10 @@ def ask_helper(path: str) -> Tuple[str, str]:
 
 def check_ports(ports: Sequence[Port]) -> None:
     """Refuse ports that cannot be had, before the boot. All at once: one may be asked for twice."""
+    if not ports:
+        return
+    import socket
+
     with ExitStack() as stack:
         for port in ports:
             probe = stack.enter_context(socket.socket(
@@ -2593,9 +2604,11 @@ def choose_lan(options: argparse.Namespace, kernel: str, has_multicast: bool) ->
     if not has_multicast:
         raise Fatal("kernel has no multicast network for --lan: " + kernel,
                     "Debian 12's has it; Debian 13's and all from 6.16 on have none")
+    import socket
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(lan.group) + bytes(4))
+            probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, parse_ipv4(lan.group) + bytes(4))
         except OSError as error:
             raise Fatal("host has no network for --lan, {}: {}".format(error.strerror, lan.group),
                         "it needs a route for multicast, such as: ip route add 224.0.0.0/4 dev lo")
@@ -2654,6 +2667,8 @@ def await_words(source: int, words: bytes, lifeline: int) -> None:
 
 
 def publish(port: Port) -> None:
+    import socket
+
     request = '{{"execute":"add_hostfwd","arguments":{{"proto":"{}","host_addr":"{}","host_port":{},' \
         '"guest_addr":"{}","guest_port":{}}}}}'.format(*port[:3], GUEST_ADDRESS, port.guest_port)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
@@ -2669,6 +2684,8 @@ def start_slirp4netns(network: Network, lifeline: int) -> Tuple[int, int]:
 
     It is connected here and not by the kernel, as it answers, and publishes ports, from then on only.
     """
+    import socket
+
     parent = os.getpid()
     messages, writer = os.pipe()
     ready = os.dup(writer)
@@ -2836,10 +2853,9 @@ DISK_FAILURE = (r"(?:critical space allocation|I/O) error(?:,| on) dev (?:{0})|"
 OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
 MEMORY_LOST = "Kernel mode signal 7"                           # SIGBUS: relay_signal() in arch/um/kernel/trap.c
 # arch/um/os-Linux/skas/process.c before 6.16: ESRCH, or the wait status after a SIGKILL
-KILLED_PROCESS = re.compile(br"(userspace - |Failed to get registers|wait_stub_done : ).{0,120}"
-                            br"(errno = 3|status = 0x9)\s")
+KILLED_PROCESS = br"(userspace - |Failed to get registers|wait_stub_done : ).{0,120}(errno = 3|status = 0x9)\s"
 # arch/um/os-Linux/skas/mem.c, and arch/um/kernel/tlb.c before 6.10: an area of a process cannot be mapped on the host
-AREAS_LOST = re.compile(br"ran out of memory on the host side|Failed to flush page for|fix_range_common: failed")
+AREAS_LOST = br"ran out of memory on the host side|Failed to flush page for|fix_range_common: failed"
 AREAS_S = 1.0                        # how often to look how many areas the processes have
 AREAS_MARGIN = 8                     # of vm.max_map_count: the kernel needs some itself, and maps some together
 LOST_PROCESS = b"Unexpectedly lost MM child!"                  # arch/um/kernel/skas/mmu.c, 6.16 and later
@@ -2889,7 +2905,7 @@ def build_network_args(network: Network) -> List[str]:
         words = ["eth0=slirp,,./slirp,control_addr_255.255.255.255"]
     if network.lan:
         # A MAC of our own: kernels of old make the same one in every guest.
-        mac = ":".join("{:02x}".format(byte) for byte in b"\2\0" + socket.inet_aton(network.lan.address))
+        mac = ":".join("{:02x}".format(byte) for byte in b"\2\0" + parse_ipv4(network.lan.address))
         words.append("eth1=mcast,{},{},{}".format(mac, network.lan.group, network.lan.port))
     return words
 
@@ -2973,6 +2989,8 @@ def ask_mconsole(directory: int, umid: str, command: bytes) -> None:
 
     The guest may have put anything in its place: a link is not followed. The path of a socket has 107 bytes.
     """
+    import socket
+
     opened: List[int] = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
         client.settimeout(1)
@@ -4196,7 +4214,7 @@ class Session:
         failure = self._disk_failure.search(self._console, max(0, len(self._console) - len(content) - 200))
         if failure and not self._told:
             raise explain_disk_failure(self._spec, failure.group())
-        if AREAS_LOST.search(self._console) and not KILLED_PROCESS.search(self._console) and not self._told:
+        if re.search(AREAS_LOST, self._console) and not re.search(KILLED_PROCESS, self._console) and not self._told:
             raise explain_areas()
         if LOST_PROCESS in self._console and not self._told:   # it may be the agent
             raise Fatal("a process of the guest was killed on the host" + self._suspect_limit(),
@@ -4440,7 +4458,7 @@ class Session:
         result = (killed_by(number_field(fields, b"signal", 1, SIGNALS_MAX)) if b"signal" in fields else
                   Result(number_field(fields, b"exit", 0, 255)))
         self._reader.restore_offset(number_field(fields, b"stdin", 0, self._reader.delivered))
-        if KILLED_PROCESS.search(self._console):  # it has a segmentation fault, as it sees it
+        if re.search(KILLED_PROCESS, self._console):  # it has a segmentation fault, as it sees it
             self._warn("a process of the guest was killed on the host" + self._suspect_limit())
             result = killed_by(signal.SIGKILL) if result.signal == signal.SIGSEGV else result
         if OUT_OF_MEMORY not in self._console:
@@ -4602,7 +4620,7 @@ class OptionParser(argparse.ArgumentParser):
 
             if not equals:
                 following = words[index:index + 1]
-                is_value = any(is_blank(word) or LAN_GROUP.match(word) for word in following)
+                is_value = any(is_blank(word) or re.fullmatch(LAN_GROUP, word) for word in following)
                 if action.nargs == "?" and not is_value:
                     continue                      # --lan without a group: the command follows
 
@@ -5265,6 +5283,8 @@ def main(argv: List[str]) -> int:
             follow_ancestor(options.die_with)
         spec = build_spec(options, command, ignored)
         if options.dry_run:
+            import shlex
+
             write_stdout(" ".join(map(shlex.quote, build_command_line(spec, name_disk(spec, None)))) + "\n")
             return 0
         result = run(spec, started)

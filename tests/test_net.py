@@ -500,7 +500,7 @@ def test_what_is_no_port_is_refused(text):
         port = parse_port(text)
     except Fatal:
         return
-    assert apppot_start.is_ipv4(port.host) and 0 < port.host_port < 65536 and 0 < port.guest_port < 65536
+    assert apppot_start.parse_ipv4(port.host) and 0 < port.host_port < 65536 and 0 < port.guest_port < 65536
 
 
 # --- A LAN between guests -----------------------------------------------------------------------------------
@@ -535,14 +535,14 @@ def test_two_guests_of_a_lan_reach_each_other_by_addresses_of_their_own(lan_node
     job = {"SLURM_JOB_ID": NONCE}
     server = lan_node.start("--lan", "sh", "-c", serve, wrap=lan, env=job)
     address = server.stdout.readline().decode().strip()
-    assert address.startswith("100.") and apppot_start.is_ipv4(address)
+    assert address.startswith("100.") and apppot_start.parse_ipv4(address)
     talk = f"import socket; s = socket.create_connection(('{address}', 8000), 20); s.sendall(b'!'); print(s.recv(99))"
     look = f'hostname; echo "$APPPOT_LAN_ADDRESS"; sudo -n hostname; python3 -c "{talk}"'
     other = lan_node.start("--lan", "sh", "-c", look, wrap=lan, env=job)
     status, stdout, stderr = lan_node.finish(other)
     *names, said = stdout.decode().split()
     assert (status, stderr, said) == (0, b"", f"b'{NONCE}!'"), stdout
-    assert len(set(names)) == 1 and apppot_start.is_ipv4(names[0]) and names[0] != address
+    assert len(set(names)) == 1 and apppot_start.parse_ipv4(names[0]) and names[0] != address
     assert lan_node.finish(server)[0] == 0
 
 
