@@ -1830,12 +1830,12 @@ def choose_memory(asked: Optional[str], grants: Grants) -> Tuple[Amount, Tuple[i
     return mem, tuple(min(floor, mem.value) for floor in floors)
 
 
-def find_job_limit(grants: Grants) -> int:
-    """MiB of a cgroup that is the job's own, as it allows what the job was granted; 0 if there is none."""
+def find_job_limit(grants: Grants) -> Optional[int]:
+    """MiB of a cgroup that is the job's own, as it allows what the job was granted; None if there is none."""
     limits = [limit for limit in grants.mem_limits             # memory.high slows down and kills nobody
               if limit.source in ("cgroup's memory.max", "cgroup's memory.limit_in_bytes")]
     if not grants.mem or not limits or smallest(limits).value > 1.25 * smallest(grants.mem).value:
-        return 0
+        return None
     return smallest(limits).value
 
 
@@ -1941,23 +1941,6 @@ BATCH_VARIABLES = re.compile(
 THREAD_VARIABLES = (b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREADS")
 
 
-class Bind(NamedTuple):
-    """A file or directory of the host that the guest sees."""
-    source: bytes                    # absolute path, links resolved
-    target: bytes                    # absolute path in the guest
-    read_only: bool
-    is_directory: bool
-
-    @property
-    def directory(self) -> bytes:
-        """What hostfs can mount of it: a directory."""
-        return self.source if self.is_directory else os.path.dirname(self.source)
-
-    @property
-    def name(self) -> bytes:
-        return b"" if self.is_directory else os.path.basename(self.source)
-
-
 class NodeView(NamedTuple):
     """What the guest says where a program asks it about the node."""
     host_names: bytes = b"apppot"    # its own, the last without a domain
@@ -2035,68 +2018,6 @@ def check_timers(cpus: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < used + cpus:
         raise Fatal("limit of pending signals (ulimit -i) is {}, {} are needed".format(hard, used + cpus),
                     "raise the limit; without them the guest's clock stands still")
-
-
-def find_job_directory() -> Tuple[bytes, bytes]:
-    """The current directory, links resolved, and as $PWD names it: scripts use the name that the user knows."""
-    hint = "cd to another one, or run without a job directory: --no-job-dir"
-    with blaming("current directory cannot be used as job directory", ".", hint):
-        directory = os.getcwdb()
-    if not is_current(directory):                 # the guest opens it by its path
-        parents = [directory[:index] or b"/" for index, byte in enumerate(directory) if byte == ord("/")]
-        closed = next((os.fsdecode(path) for path in parents if not os.access(path, os.X_OK)), "")
-        raise Fatal("current directory cannot be reached by its path{}: {}".format(
-            ", {} cannot be searched".format(closed) if closed else "", os.fsdecode(directory)), hint)
-
-    alias = os.environb.get(b"PWD", b"")
-    known = alias.startswith(b"/") and b".." not in alias.split(b"/") and is_current(alias)
-    return directory, os.path.normpath(alias) if known else directory
-
-
-def is_current(path: bytes) -> bool:
-    try:
-        return os.path.samefile(path, b".")
-    except OSError:
-        return False
-
-
-def parse_bind(text: str) -> Bind:
-    """SRC[:DST[:ro]]; colons may be part of a name that exists."""
-    words = text.split(":")
-    for count in range(len(words), 0, -1):
-        source = ":".join(words[:count])
-        if os.path.lexists(source):
-            break
-    else:
-        raise Fatal("--bind names no file or directory: " + (words[0] or repr(text)),
-                    "write --bind SRC[:DST[:ro]], with SRC on this machine")
-    target, mode = words[count:], "rw"
-    if target and "/" not in target[-1]:
-        mode = target.pop()
-    place = os.path.normpath(target[0] if target else os.path.abspath(source))
-    if len(target) > 1 or mode not in ("ro", "rw") or not place.strip("/") or not place.startswith("/"):
-        raise Fatal("--bind has no such place or mode in the guest: " + text,
-                    "write --bind SRC[:DST[:ro]], with DST an absolute path below /")
-    with blaming("--bind cannot be used", source, "is it a link that leads nowhere?"):
-        kind = name_kind(source)
-    if kind not in ("", "a directory"):
-        raise Fatal("--bind is {}: {}".format(kind, source), "bind files and directories; it may be in one of these")
-    if not os.access(source, os.R_OK | (os.X_OK if os.path.isdir(source) else 0)):
-        raise Fatal("--bind cannot be read: " + source, "check its permissions")
-    return Bind(os.fsencode(os.path.realpath(source)), os.fsencode("/" + place.strip("/")), mode == "ro",
-                os.path.isdir(source))
-
-
-def find_home(home: str, binds: Iterable[Bind]) -> bytes:
-    """A home directory that is bound to its own path, by itself or with what it is in."""
-    home = os.path.normpath(home)
-    for bind in binds:
-        target = os.fsdecode(bind.target)
-        if os.path.isabs(home) and bind.is_directory and is_below(home, target):
-            shown = os.path.join(os.fsdecode(bind.source), os.path.relpath(home, target))
-            if os.path.realpath(home) == os.path.realpath(shown):
-                return os.fsencode(home)
-    return b""
 
 
 def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: bool) -> Dict[bytes, bytes]:
@@ -2712,67 +2633,266 @@ def start_slirp4netns(network: Network, lifeline: int) -> Tuple[int, int]:
     return pid, guest.detach()
 
 
+# --- Shares -------------------------------------------------------------------------------------------------
+# A share is what the guest sees of the host. The VMM offers all shares of a run, the kernel may open what is in them,
+# and the agent mounts each by its tag.
+
+class Share(NamedTuple):
+    """A directory of the host, or one file in it."""
+    tag: str                         # spool, save, job, layer0, bind0, ...
+    directory: bytes                 # absolute path, links resolved
+    only_file: Optional[bytes]       # the name of that file; None: all of the directory
+    read_only: bool
+
+    @property
+    def path(self) -> bytes:
+        return self.directory if self.only_file is None else os.path.join(self.directory, self.only_file)
+
+
+class Bind(NamedTuple):
+    """A share that the user asked for."""
+    share: Share
+    target: bytes                    # absolute path in the guest
+
+
+def describe_share(share: Share) -> str:
+    return "share {} is {}{}".format(share.tag, os.fsdecode(share.path), ", read-only" if share.read_only else "")
+
+
+def make_share(tag: str, path: bytes, read_only: bool) -> Share:
+    """A VMM shares directories only, so a file is shared with the directory that it is in."""
+    if os.path.isdir(path):
+        return Share(tag, path, None, read_only)
+    return Share(tag, os.path.dirname(path), os.path.basename(path), read_only)
+
+
+def find_job_directory() -> Tuple[bytes, bytes]:
+    """The current directory, links resolved, and as $PWD names it: scripts use the name that the user knows."""
+    hint = "cd to another one, or run without a job directory: --no-job-dir"
+    with blaming("current directory cannot be used as job directory", ".", hint):
+        directory = os.getcwdb()
+    if not is_current(directory):                 # the guest opens it by its path
+        parents = [directory[:index] or b"/" for index, byte in enumerate(directory) if byte == ord("/")]
+        closed = next((os.fsdecode(path) for path in parents if not os.access(path, os.X_OK)), "")
+        raise Fatal("current directory cannot be reached by its path{}: {}".format(
+            ", {} cannot be searched".format(closed) if closed else "", os.fsdecode(directory)), hint)
+
+    alias = os.environb.get(b"PWD", b"")
+    known = alias.startswith(b"/") and b".." not in alias.split(b"/") and is_current(alias)
+    return directory, os.path.normpath(alias) if known else directory
+
+
+def is_current(path: bytes) -> bool:
+    try:
+        return os.path.samefile(path, b".")
+    except OSError:
+        return False
+
+
+def parse_bind(text: str, tag: str) -> Bind:
+    """SRC[:DST[:ro]]; colons may be part of a name that exists."""
+    words = text.split(":")
+    for count in range(len(words), 0, -1):
+        source = ":".join(words[:count])
+        if os.path.lexists(source):
+            break
+    else:
+        raise Fatal("--bind names no file or directory: " + (words[0] or repr(text)),
+                    "write --bind SRC[:DST[:ro]], with SRC on this machine")
+
+    target = words[count:]
+    mode = target.pop() if target and "/" not in target[-1] else "rw"
+    place = os.path.normpath(target[0] if target else os.path.abspath(source))
+    is_below_root = place.startswith("/") and place.strip("/")
+    if len(target) > 1 or mode not in ("ro", "rw") or not is_below_root:
+        raise Fatal("--bind has no such place or mode in the guest: " + text,
+                    "write --bind SRC[:DST[:ro]], with DST an absolute path below /")
+
+    check_bound(source)
+    share = make_share(tag, os.fsencode(os.path.realpath(source)), mode == "ro")
+    return Bind(share, os.fsencode("/" + place.strip("/")))
+
+
+def check_bound(source: str) -> None:
+    with blaming("--bind cannot be used", source, "is it a link that leads nowhere?"):
+        kind = name_kind(source)
+    if kind not in ("", "a directory"):
+        raise Fatal("--bind is {}: {}".format(kind, source),
+                    "bind files and directories; it may be in one of these")
+    if not os.access(source, os.R_OK | (os.X_OK if os.path.isdir(source) else 0)):
+        raise Fatal("--bind cannot be read: " + source, "check its permissions")
+
+
+def find_home(home: str, binds: Iterable[Bind]) -> Optional[bytes]:
+    """A home directory that is bound to its own path, by itself or with what it is in."""
+    home = os.path.normpath(home)
+    for share, place in binds:
+        target = os.fsdecode(place)
+        if os.path.isabs(home) and share.only_file is None and is_below(home, target):
+            shown = os.path.join(os.fsdecode(share.directory), os.path.relpath(home, target))
+            if os.path.realpath(home) == os.path.realpath(shown):
+                return os.fsencode(home)
+    return None
+
+
+class MountPoints:
+    """Makes on the host what the guest mounts on where that is the host's: in the job directory or another bind.
+
+    Only the guest knows where its links lead, so it asks. What is made is removed at the end, by whoever lives, from a
+    list. This lies beside the run directory, in which the guest could change it.
+    """
+
+    def __init__(self, shares: Iterable[Share], umask: int, run: PrivateDirectory) -> None:
+        self._shares = {share.tag.encode(): share for share in shares}
+        self._umask = umask                       # of the command
+        self._run = run
+        self._once = os.O_EXCL                    # when the list is made
+
+    def make(self, request: bytes) -> int:
+        """Make the directory (d) or file (f) and what is missing above it; return 0 or the errno.
+
+        The request names the share by its tag, and then the path in it.
+        """
+        match = re.fullmatch(br"([df])(job|bind\d{1,4})((?:/[^/\0]+)+)", request)
+        names = match.group(3).split(b"/")[1:] if match else []
+        if not match or {b".", b".."} & set(names):
+            raise Misfit("no mount point")
+        try:
+            self._make_all(self._find_source(match.group(2)), names, match.group(1) == b"d")
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    def _make_all(self, path: bytes, names: List[bytes], is_directory: bool) -> None:
+        place = open_place(path)
+        try:
+            for name in names[:-1]:
+                path = os.path.join(path, name)
+                self._make_missing(path, place, True)
+                below = os.open(name, os.O_PATH | DIRECTORY, dir_fd=place)
+                os.close(place)
+                place = below
+            self._make_missing(os.path.join(path, names[-1]), place, is_directory)
+        finally:
+            os.close(place)
+
+    def _find_source(self, tag: bytes) -> bytes:
+        """The directory of this share, if the guest may write there."""
+        share = self._shares.get(tag)
+        if not share or share.only_file is not None:
+            raise Misfit("no such share")
+        if share.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return share.directory
+
+    def _make_missing(self, path: bytes, place: int, is_directory: bool) -> None:
+        name = os.path.basename(path)
+        try:
+            os.stat(name, dir_fd=place, follow_symlinks=False)
+            return
+        except FileNotFoundError:
+            self._record(path)
+        inode = 0                                 # no file has it
+        try:
+            mode = 0o777 & ~self._umask
+            if is_directory:
+                os.mkdir(name, dir_fd=place)
+                made = os.open(name, DIRECTORY, dir_fd=place)
+            else:
+                mode &= 0o666
+                made = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=place)
+            inode = os.fstat(made).st_ino
+            os.fchmod(made, mode)                 # not less the runner's own umask
+            os.close(made)
+        finally:
+            self._record(b"%d" % inode)
+
+    def _record(self, word: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(self._run.path + RECORD, flags | self._once, 0o600)
+        self._once = 0
+        with os.fdopen(descriptor, "ab", 0) as file:
+            file.write(word + b"\0")
+
+
 # --- A run --------------------------------------------------------------------------------------------------
 
-class RunSpec(NamedTuple):
-    """One run, decided: nothing below parses options or looks at the environment again."""
-    command: Tuple[str, ...]
-    kernel: str
-    image: str
+SPOOL = "spool"                      # in the run directory: what is too long for the channel
+GIVEN = "given"                      # in the directory of --save-changes: what the guest gets of it
+
+
+class Disk(NamedTuple):
+    """The disk that the guest boots from."""
+    image: str                       # absolute path
     cow: Optional[str]               # of COW:BASE; None: a private one for this run
-    write: bool
+    write: bool                      # into the image itself
     root: RootDevice
-    disk_bytes: int                  # the root file system is to have so many; 0: as many as in the image
+    size: Optional[int]              # bytes that the root file system gets; None: as many as it has in the image
+
+    @property
+    def is_persistent(self) -> bool:
+        return self.write or self.cow is not None
+
+    @property
+    def written_file(self) -> Optional[str]:
+        """What of the host is written when the guest writes its disk; None: files of this run in scratch."""
+        return self.image if self.write else self.cow
+
+
+class Guest(NamedTuple):
+    """What a VMM is told of the guest."""
+    disk: Disk
+    shares: Tuple[Share, ...]
     mem_mib: int
-    ram_directory: str
-    scratch: str                     # the run directory is made in it
-    umid: str
-    extra: Tuple[str, ...]
-    empty: Optional[str]             # this program is to carry the channel
-    empty_asked: bool                # and without it there is to be no run
+    cpus: int
+    network: Network
+    name: str
+    extra: Tuple[str, ...]           # of --extra
+
+
+class Job(NamedTuple):
+    """What the agent is told: the command and all that it finds in the guest."""
+    command: Tuple[str, ...]
     environment: Dict[bytes, bytes]
-    job_directory: bytes             # empty: none
-    job_alias: bytes
+    directory: Optional[bytes]
+    alias: Optional[bytes]           # the name by which the user knows the directory
     binds: Tuple[Bind, ...]
-    cwd: bytes
+    cwd: Optional[bytes]
+    home: Optional[bytes]            # the caller's, if --bind shows it; None: the command has one in the appliance
     as_root: bool
     umask: int
     ignored_signals: Tuple[int, ...]  # of the caller's, as under nohup: the command ignores them, too
+    limits: Tuple[Limit, ...]        # the caller's, for the command
     terminal: Optional[bool]         # whether the command gets one; None: where the caller has one
+    node: NodeView
+    layers: Tuple[str, ...]          # changes files to merge, in this order
+    force_changes: bool              # merge those of another base, too
+    saved_changes: Optional[str]     # where to write a changes file after the command
+
+
+class RunSpec(NamedTuple):
+    """One run, decided: nothing below parses options or looks at the environment again."""
+    job: Job
+    guest: Guest
+    kernel: str
+    mode: str                        # as choose_mode() has it
+    empty: Optional[str]             # this program is to carry the channel
+    empty_asked: bool                # and without it there is to be no run
+    scratch: str                     # the run directory is made in it
+    ram_directory: str
     timeout_s: Optional[float]
     boot_timeout_s: float
     kill_after_s: float
     verbose: bool
-    cpus: int = 1
-    mode: str = ""                   # as choose_mode() has it
-    notes: Tuple[str, ...] = ()      # for -v: how it was decided
-    network: Network = Network()
-    node: NodeView = NodeView()
-    layers: Tuple[str, ...] = ()     # changes files to merge, in this order
-    force_changes: bool = False      # merge those of another base, too
-    saved_changes: Optional[str] = None   # where to write a changes file after the command
-    in_job: bool = False             # of a batch system
-    home: bytes = b""                # the caller's, if --bind shows it; empty: the command has one in the appliance
-    limits: Tuple[Limit, ...] = ()   # the caller's, for the command
-    limit_mib: int = 0               # of the job's cgroup, which is why the guest has no more memory; 0: not so
-
-    @property
-    def persistent(self) -> bool:
-        return self.write or self.cow is not None
-
-    @property
-    def is_mapped(self) -> bool:
-        """Whether the root file system is on two disks in a row."""
-        return self.disk_bytes > 0 and not self.write
-
-    @property
-    def disk_file(self) -> str:
-        """What of the host is written when the guest writes its disk; empty: files of this run in scratch."""
-        return self.image if self.write else self.cow or ""
+    notes: Tuple[str, ...]           # for -v: how it was decided
+    in_job: bool                     # of a batch system
+    limit_mib: Optional[int]         # of the job's cgroup, if that is why the guest has no more memory
 
     @property
     def disk_directory(self) -> str:
-        return os.path.dirname(self.disk_file) if self.disk_file else self.scratch
+        """The directory that must have room for what the guest writes to its disk."""
+        written = self.guest.disk.written_file
+        return self.scratch if written is None else os.path.dirname(written)
 
 
 class Directories(NamedTuple):
@@ -2780,10 +2900,16 @@ class Directories(NamedTuple):
     run: PrivateDirectory            # with the COW file, the hostfs root and the mconsole
     ram: PrivateDirectory            # for the file that is the guest's memory; may be the same
     save: PrivateDirectory           # beside the changes file that is to be, until it is complete; may be the same
-    saved_name: str = ""             # of the changes file in save/GIVEN: one that no program of the guest foresees
+    saved_name: Optional[str] = None  # of the changes file in save/GIVEN: one that no program of the guest foresees
 
     def list_distinct(self) -> List[PrivateDirectory]:
         return list({directory.fd: directory for directory in (self.run, self.ram, self.save)}.values())
+
+    def list_shares(self) -> List[Share]:
+        shares = [Share("spool", os.fsencode(os.path.join(self.run.path, SPOOL)), None, False)]
+        if self.saved_name:
+            shares.append(Share("save", os.fsencode(os.path.join(self.save.path, GIVEN)), None, False))
+        return shares
 
 
 class Launch(NamedTuple):
@@ -2808,28 +2934,37 @@ class Machine(NamedTuple):
     spool: int                       # descriptor of the directory for what is too long for the channel
 
 
+def list_shares(job: Job) -> Tuple[Share, ...]:
+    shares = [Share("job", job.directory, None, False)] if job.directory is not None else []
+    shares += [make_share("layer{}".format(number), os.fsencode(layer), True)
+               for number, layer in enumerate(job.layers)]
+    shares += [bind.share for bind in job.binds]
+    return tuple(shares)
+
+
 def find_room(spec: RunSpec) -> int:
     """Bytes that the guest's disk can take at most: what is free beside its file, and what that has already."""
     status = os.statvfs(spec.disk_directory)
     room = status.f_bavail * status.f_frsize
-    return room + (os.stat(spec.disk_file).st_blocks * 512 if spec.disk_file else 0)
+    written = spec.guest.disk.written_file
+    return room if written is None else room + os.stat(written).st_blocks * 512
 
 
 def describe_keeping(spec: RunSpec, home_stays: bool) -> Tuple[str, str]:
     """What to tell the user of an interactive shell at its start and at its end, which may be nothing."""
-    places = [os.fsdecode(bind.target) for bind in spec.binds if not bind.read_only]
-    job = os.fsdecode(spec.job_alias)
+    places = [os.fsdecode(bind.target) for bind in spec.job.binds if not bind.share.read_only]
+    job = os.fsdecode(spec.job.alias or b"")
     if job and not any(is_below(job, place) for place in places):
         places.insert(0, job)
 
     kept = " and ".join(places)
     rest = ("{} stays; all else{} " if kept else "{}{} ").format(kept, "" if home_stays else ", in HOME too,")
     write = "what you write in " if kept else "what you write"
-    if spec.persistent:
-        where = "the COW file " + spec.cow if spec.cow else "the image " + spec.image
+    if spec.guest.disk.is_persistent:
+        where = "the COW file " + spec.guest.disk.cow if spec.guest.disk.cow else "the image " + spec.guest.disk.image
         return write + rest + "goes into " + where, ""
-    if spec.saved_changes:
-        return write + rest + "goes into {} at the end".format(spec.saved_changes), ""
+    if spec.job.saved_changes:
+        return write + rest + "goes into {} at the end".format(spec.job.saved_changes), ""
     return (write + rest + "is gone at the end (to keep it: --bind DIR, --save-changes FILE, --write)",
             "what you wrote{} is gone".format(" outside of " + kept if kept else ""))
 
@@ -2863,36 +2998,44 @@ CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kep
 MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
 MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
 RESERVED_NAMES = (".", "..", "hostfs", "cow", "disk", "base", "image", "net", "net-api", "slirp")
-SPOOL = "hostfs/spool"
-GIVEN = "given"                      # in the directory of --save-changes: what the guest gets of it
 
 
 def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
     """argv of the kernel. Paths are relative to the run directory: no length, blank or comma of a path can hurt."""
+    guest = spec.guest
+    channel = "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD)
     return [
-        spec.kernel, disk, *build_root_args(spec), "rw", "mem={}M".format(spec.mem_mib), "con=null", "con0=null,fd:1",
-        "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD), "uml_dir=.", "umid=" + spec.umid, HOSTFS_ROOT,
+        spec.kernel,
+        disk, *build_root_args(guest.disk), "rw", "mem={}M".format(guest.mem_mib),
+        "con=null", "con0=null,fd:1", channel,
+        "uml_dir=.", "umid=" + guest.name, HOSTFS_ROOT,
         "init=" + AGENT, SAYS_ALL, *SKIPPED_AT_BOOT,
-        *build_cpu_args(spec), *build_network_args(spec.network), *spec.extra]
+        *build_cpu_args(spec), *build_network_args(guest.network), *guest.extra]
 
 
-def build_root_args(spec: RunSpec) -> List[str]:
+def is_mapped(disk: Disk) -> bool:
+    """Whether the root file system is on two disks in a row."""
+    return disk.size is not None and not disk.write
+
+
+def build_root_args(disk: Disk) -> List[str]:
     """A root file system larger than its image has it goes on in a second disk, both in a row by device mapper.
 
     Documentation/admin-guide/device-mapper/dm-init.rst, in sectors; ubd devices have major 98 and 16 minors each.
     """
-    if not spec.is_mapped:
-        return ["root=/dev/ubda{}".format(spec.root.partition or "")]
-    first, rest = (size // COW_SECTOR for size in (spec.root.length, spec.disk_bytes - spec.root.length))
-    table = "0 {0} linear 98:{1} 0,{0} {2} linear 98:16 0".format(first, spec.root.partition, rest)
+    if disk.size is None or disk.write:
+        return ["root=/dev/ubda{}".format(disk.root.partition or "")]
+    first = disk.root.length // COW_SECTOR
+    rest = (disk.size - disk.root.length) // COW_SECTOR
+    table = "0 {0} linear 98:{1} 0,{0} {2} linear 98:16 0".format(first, disk.root.partition, rest)
     return ["ubd1c=disk", "root=/dev/dm-0", 'dm-mod.create="root,,,rw,{}"'.format(table)]
 
 
 def build_cpu_args(spec: RunSpec) -> List[str]:
     """How system calls are trapped, where the kernel has a choice, and how many CPUs; several need its seccomp mode."""
-    chosen = any(word.startswith("seccomp=") for word in spec.extra)
+    chosen = any(word.startswith("seccomp=") for word in spec.guest.extra)
     mode = [] if chosen or not spec.mode else ["seccomp=" + spec.mode]
-    return mode + (["ncpus={}".format(spec.cpus)] if spec.cpus > 1 else [])
+    return mode + (["ncpus={}".format(spec.guest.cpus)] if spec.guest.cpus > 1 else [])
 
 
 def build_network_args(network: Network) -> List[str]:
@@ -2921,64 +3064,55 @@ def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
         return link
 
     # c: no lock of the kernel's own, which would meet ours.
-    if spec.write:
-        return "ubd0c=" + kernel_path("image", spec.image)
-    cow = kernel_path("cow", spec.cow) if spec.cow else "cow"
-    return "ubd0c={},{}".format(cow, kernel_path("base", spec.image))
+    if spec.guest.disk.write:
+        return "ubd0c=" + kernel_path("image", spec.guest.disk.image)
+    cow = kernel_path("cow", spec.guest.disk.cow) if spec.guest.disk.cow else "cow"
+    return "ubd0c={},{}".format(cow, kernel_path("base", spec.guest.disk.image))
 
 
 def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, int]]:
     """Which files of the host the kernel may open, and with which rights: what confines a guest's root."""
     rules: List[Tuple[AnyPath, int]] = [(directories.run.path, READ_WRITE), (directories.ram.path, READ_WRITE)]
-    if spec.saved_changes:
-        rules.append((os.path.join(directories.save.path, GIVEN), READ_WRITE))
     rules += [(path, READ_FILE) for path in ("/etc/ld.so.cache", "/proc/cpuinfo")]
     rules += [("/dev/" + name, READ_FILE | WRITE_FILE) for name in ("null", "zero", "ptmx", "pts", "tty")]
-    rules.append((spec.image, READ_FILE | (WRITE_FILE if spec.write else 0)))
-    if spec.cow:
-        rules.append((spec.cow, READ_FILE | WRITE_FILE))
+    rules.append((spec.guest.disk.image, READ_FILE | (WRITE_FILE if spec.guest.disk.write else 0)))
+    if spec.guest.disk.cow:
+        rules.append((spec.guest.disk.cow, READ_FILE | WRITE_FILE))
     programs = [spec.kernel]
     if spec.empty:
         programs += [spec.empty, "/bin/sh"]
-    if spec.network.kind == SLIRP:                # the kernel executes it
-        programs.append(spec.network.helper)
+    if spec.guest.network.kind == SLIRP:                # the kernel executes it
+        programs.append(spec.guest.network.helper)
         rules += [("/etc/" + name, READ_FILE) for name in ("host.conf", "resolv.conf", "nsswitch.conf", "hosts")]
-    if spec.job_directory:
-        rules.append((spec.job_directory, READ_WRITE))
-    rules += [(layer, READ_FILE) for layer in spec.layers]
-    rules += [(bind.source, READ_ONLY if bind.read_only else READ_WRITE) for bind in spec.binds]
+    rules += [(share.path, READ_ONLY if share.read_only else READ_WRITE) for share in spec.guest.shares]
     rules += [(path, READ_FILE | EXECUTE) for program in programs for path in [program, *list_libraries(program)]]
     # A disk or a socket that the user gives to the kernel.
-    words = [word for argument in spec.extra for word in re.split("[=,]", argument) if word.startswith("/")]
+    words = [word for argument in spec.guest.extra for word in re.split("[=,]", argument) if word.startswith("/")]
     return rules + [(word, READ_WRITE) for word in words]
 
 
 def fill_run_directory(spec: RunSpec, directories: Directories) -> None:
-    """What the guest finds under its hostfs root, and the COW file."""
-    os.makedirs(os.path.join(directories.run.path, SPOOL))
-    hostfs = os.path.join(os.fsencode(directories.run.path), b"hostfs")
-    if spec.saved_changes:
-        os.mkdir(GIVEN, 0o700, dir_fd=directories.save.fd)
-        os.symlink(os.path.join(os.fsencode(directories.save.path), GIVEN.encode()), os.path.join(hostfs, b"save"))
-    for number, layer in enumerate(spec.layers):
-        os.symlink(os.path.dirname(os.fsencode(layer)), os.path.join(hostfs, b"layer%d" % number))
-    if spec.job_directory:
-        os.symlink(spec.job_directory, os.path.join(hostfs, b"job"))
-    for number, bind in enumerate(spec.binds):
-        os.symlink(bind.directory, os.path.join(hostfs, b"bind%d" % number))
-    if not spec.write and not spec.cow:
-        os.close(open_cow(os.path.join(directories.run.path, "cow"), spec.image))
-    if spec.disk_bytes:
-        enlarge_disk(spec, directories.run.path)
+    """Make what the guest finds under its hostfs root, and the files of its disk."""
+    run = directories.run.path
+    hostfs = os.path.join(run, "hostfs")
+    os.mkdir(hostfs)
+    for share in spec.guest.shares:
+        os.symlink(share.directory, os.path.join(os.fsencode(hostfs), share.tag.encode()))
+
+    disk = spec.guest.disk
+    if not disk.is_persistent:
+        os.close(open_cow(os.path.join(run, "cow"), disk.image))
+    if disk.size is not None:
+        enlarge_disk(disk, disk.size, run)
 
 
-def enlarge_disk(spec: RunSpec, directory: str) -> None:
+def enlarge_disk(disk: Disk, size: int, directory: str) -> None:
     """Make the image itself larger, or the second disk behind it; sparse in either case."""
-    path = spec.image if spec.write else os.path.join(directory, "disk")
-    size = max(spec.disk_bytes, os.path.getsize(path)) if spec.write else spec.disk_bytes - spec.root.length
+    path = disk.image if disk.write else os.path.join(directory, "disk")
+    length = max(size, os.path.getsize(path)) if disk.write else size - disk.root.length
     try:
         with open(path, "ab") as file:
-            file.truncate(size)
+            file.truncate(length)
     except OSError as error:
         raise Fatal("file of --disk cannot be made, {}: {}".format(error.strerror, path),
                     "ask for less, or name another directory with --tmpdir")
@@ -3047,7 +3181,7 @@ def spawn_kernel(spec: RunSpec, argv: List[str], launch: Launch) -> int:
             if launch.rules:
                 confine(launch.rules)
             environment = dict(os.environ, TMPDIR=launch.directories.ram.path)
-            if spec.network.kind == SLIRP:        # it would run programs for the guest, and read ~/.slirprc
+            if spec.guest.network.kind == SLIRP:        # it would run programs for the guest, and read ~/.slirprc
                 environment.update(PATH=os.devnull, HOME=".")
             try:
                 os.execve(argv[0], argv, environment)
@@ -3248,27 +3382,31 @@ class AreaWatch:
 
 
 def explain_disk_failure(spec: RunSpec, said: bytes) -> Fatal:
-    """Why the guest's disk cannot be written or read, of which the guest's kernel said so, as far as it can be seen."""
-    if not spec.disk_file:
+    """Why the guest's disk cannot be written or read, as far as the host sees it; its kernel said that it cannot."""
+    disk = spec.guest.disk
+    written = disk.written_file
+    if written is None:
         full = explain_full_scratch(spec.scratch)
     else:
-        full = explain_full("directory of the {}".format("image" if spec.write else "COW file"), spec.disk_directory,
-                            "free some; {} is as after a power failure and can be used again".format(spec.disk_file))
+        full = explain_full("directory of the " + ("image" if disk.write else "COW file"), spec.disk_directory,
+                            "free some; {} is as after a power failure and can be used again".format(written))
     if full:
         return full
+
     if said.startswith(b"EXT4"):
-        return Fatal("root file system is damaged: " + (spec.disk_file or spec.image),
+        return Fatal("root file system is damaged: " + (written or disk.image),
                      "run with -v to see the guest's console; `e2fsck -fn` looks at an image")
     return Fatal("disk of the guest had an I/O error, and its files are these: {}, {}".format(
-        spec.image, spec.disk_file or spec.scratch), "was one of them out of room, or its disk or server at fault?")
+        disk.image, written or spec.scratch), "was one of them out of room, or its disk or server at fault?")
 
 
 def explain_panic(what: str, spec: RunSpec) -> Fatal:
     if MEMORY_LOST in what:
         return Fatal("directory for the guest's memory became full: {}, where it may have {}".format(
-            spec.ram_directory, format_mib(spec.mem_mib)), "other files took its room; --tmpdir names another one")
+            spec.ram_directory, format_mib(spec.guest.mem_mib)),
+            "other files took its room; --tmpdir names another one")
     if "mount root" in what:
-        return Fatal("guest cannot mount its root file system: " + spec.image,
+        return Fatal("guest cannot mount its root file system: " + spec.guest.disk.image,
                      "run with -v to see the guest's console; is the image damaged? `e2fsck -fn` tells")
     return Fatal("guest panicked: " + what, "run with -v to see the guest's console")
 
@@ -3283,7 +3421,7 @@ def explain_kernel_end(status: int, console: str, spec: RunSpec, was_up: bool) -
         return Fatal("guest was killed by signal 9", "was the memory that the job asked for used up?")
     no_module = "No module named 'apppot_init'" in console
     if panic and ("init failed" in panic.group(1) or no_module) or "No working init" in console:
-        return no_agent(AGENT_MODULE if no_module else AGENT, spec.image)
+        return no_agent(AGENT_MODULE if no_module else AGENT, spec.guest.disk.image)
     if panic:
         return explain_panic(panic.group(1).strip(), spec)
     if was_up:
@@ -3478,7 +3616,7 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: i
     suspended = False
     corpses: Set[int] = set()
     dead_since = time.monotonic()
-    placer = Placer(kernel, spec.cpus)
+    placer = Placer(kernel, spec.guest.cpus)
     areas = AreaWatch(kernel)
     poll = select.poll()
     poll.register(launch.lifeline, select.POLLIN)
@@ -3498,9 +3636,9 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: i
         if (read_process(runner)[0] == "T") != suspended:
             suspended = not suspended
             if suspended:
-                ask_mconsole(directory, spec.umid, b"stop")
+                ask_mconsole(directory, spec.guest.name, b"stop")
             else:
-                resume_guest(os.getpid(), directory, spec.umid)
+                resume_guest(os.getpid(), directory, spec.guest.name)
         before, corpses = corpses, find_corpses(kernel)
         if suspended or not before & corpses:
             dead_since = time.monotonic()
@@ -3543,10 +3681,10 @@ def run_kernel(spec: RunSpec, directories: Directories, keep: Dict[int, int], li
 
     with blaming("run directory cannot be used", directories.run.path, SCRATCH_HINT):
         os.fchdir(directories.run.fd)
-        if spec.network.kind == SLIRP:
-            os.symlink(spec.network.helper, "slirp")
-    if spec.network.kind == SLIRP4NETNS:
-        helper, keep[KERNEL_NETWORK_FD] = start_slirp4netns(spec.network, lifeline)
+        if spec.guest.network.kind == SLIRP:
+            os.symlink(spec.guest.network.helper, "slirp")
+    if spec.guest.network.kind == SLIRP4NETNS:
+        helper, keep[KERNEL_NETWORK_FD] = start_slirp4netns(spec.guest.network, lifeline)
     rules = list_rules(spec, directories) if is_confined(spec.empty) else []
     launch = Launch(directories, rules, keep, lifeline, helper)
     pids = start_kernel(spec, launch)
@@ -3619,39 +3757,69 @@ def end_supervisor(pid: int, report: int) -> None:
 # --- The job record -----------------------------------------------------------------------------------------
 
 FIRST_PIDS = range(1000, 4000000)
+Fields = List[Tuple[bytes, bytes]]   # as encode_fields() takes them
 
 
-def build_job(spec: RunSpec, stdio: Stdio, saved_name: str = "") -> bytes:
-    uid, gid = os.getuid(), os.getgid()
+def build_job(spec: RunSpec, stdio: Stdio, saved_name: Optional[str]) -> bytes:
+    job = spec.job
     fields = [
-        (b"job", spec.job_directory), (b"alias", spec.job_alias), (b"cwd", spec.cwd), (b"user", user_name(uid)),
-        (b"uid", b"%d" % uid), (b"root", b"%d" % spec.as_root), (b"umask", b"%d" % spec.umask),
-        (b"stdio", stdio.kinds), (b"confined", b"%d" % is_confined(spec.empty)),
-        (b"persistent", b"%d" % spec.persistent), (b"force", b"%d" % spec.force_changes),
-        (b"disk", b"%d" % spec.disk_bytes), (b"home", spec.home),
-        (b"pid", b"%d" % choose_first_pid()), *describe_node(spec.node)]
-    if stdio.terminal:
-        # In hexadecimal, as values hold no NUL.
-        fields += [(b"modes", stdio.terminal.modes.hex().encode()), (b"window", stdio.terminal.window.hex().encode()),
-                   (b"foreground", b"%d" % stdio.at_once)]
-    fields += [(b"group", b"%d=%s" % (group, group_name(group)))
-               for group in [gid] + [group for group in os.getgroups() if group != gid]]
-    fields += [(b"layer", os.fsencode(layer)) for layer in spec.layers]
-    if spec.layers:
-        fields += [(b"room", b"%d" % find_room(spec)), (b"scratch", os.fsencode(spec.disk_directory))]
-    if spec.saved_changes:
-        fields += [(b"save", os.fsencode(spec.saved_changes)), (b"save-name", saved_name.encode())]
+        (b"arg", os.fsencode(word)) for word in job.command]
+    fields += [(b"env", name + b"=" + value) for name, value in job.environment.items()]
+    fields += [
+        (b"cwd", job.cwd or b""), (b"umask", b"%d" % job.umask), (b"home", job.home or b""),
+        (b"pid", b"%d" % choose_first_pid())]
+    fields += [(b"ignore", b"%d" % number) for number in job.ignored_signals]
+    fields += [(b"limit", b"%d %d %d" % limit) for limit in job.limits]
+
+    fields += describe_caller(job.as_root)
+    fields += describe_stdio(stdio)
+    fields += describe_node(job.node)
+    fields += describe_network(spec.guest.network)
+    fields += describe_disk(spec)
+
+    fields += [
+        (b"job", job.directory or b""), (b"alias", job.alias or b""),
+        (b"confined", b"%d" % is_confined(spec.empty))]
     # A name holds no slash, and a target begins with one.
-    fields += [(b"bind", (b"r" if bind.read_only else b"w") + bind.name + bind.target) for bind in spec.binds]
-    fields += [(b"ignore", b"%d" % number) for number in spec.ignored_signals]
-    fields += [(b"limit", b"%d %d %d" % limit) for limit in spec.limits]
-    fields += [(b"env", name + b"=" + value) for name, value in spec.environment.items()]
-    fields += describe_network(spec.network)
-    fields += [(b"arg", os.fsencode(word)) for word in spec.command]
+    fields += [(b"bind", (b"r" if share.read_only else b"w") + (share.only_file or b"") + target)
+               for share, target in job.binds]
+    fields += [(b"layer", os.fsencode(layer)) for layer in job.layers]
+    fields.append((b"force", b"%d" % job.force_changes))
+    if job.saved_changes is not None and saved_name is not None:
+        fields += [(b"save", os.fsencode(job.saved_changes)), (b"save-name", saved_name.encode())]
     return encode_fields(fields)
 
 
-def describe_node(node: NodeView) -> List[Tuple[bytes, bytes]]:
+def describe_caller(as_root: bool) -> Fields:
+    """The account that the command runs in, with its groups, the own one first."""
+    uid = os.getuid()
+    gid = os.getgid()
+    groups = [gid] + [group for group in os.getgroups() if group != gid]
+    return [
+        (b"user", user_name(uid)), (b"uid", b"%d" % uid), (b"root", b"%d" % as_root),
+        *[(b"group", b"%d=%s" % (group, group_name(group))) for group in groups]]
+
+
+def describe_stdio(stdio: Stdio) -> Fields:
+    fields = [(b"stdio", stdio.kinds)]
+    if stdio.terminal:
+        # In hexadecimal, as values hold no NUL.
+        fields += [
+            (b"modes", stdio.terminal.modes.hex().encode()),
+            (b"window", stdio.terminal.window.hex().encode()),
+            (b"foreground", b"%d" % stdio.at_once)]
+    return fields
+
+
+def describe_disk(spec: RunSpec) -> Fields:
+    disk = spec.guest.disk
+    fields = [(b"persistent", b"%d" % disk.is_persistent), (b"disk", b"%d" % (disk.size or 0))]
+    if spec.job.layers:                           # the agent looks whether these have room
+        fields += [(b"room", b"%d" % find_room(spec)), (b"scratch", os.fsencode(spec.disk_directory))]
+    return fields
+
+
+def describe_node(node: NodeView) -> Fields:
     # The zone in hexadecimal, as values hold no NUL.
     return [(b"name", node.host_names), (b"hosts", node.hosts), (b"resolver", node.resolver),
             (b"zone", node.zone.hex().encode()), (b"zone-name", node.zone_name)]
@@ -3662,16 +3830,17 @@ def choose_first_pid() -> int:
     return FIRST_PIDS.start + int.from_bytes(os.urandom(8), "big") % len(FIRST_PIDS)
 
 
-def describe_network(network: Network) -> List[Tuple[bytes, bytes]]:
-    """What the agent configures, as fields of the job."""
+def describe_network(network: Network) -> Fields:
+    """What the agent configures, and what the command finds of it in its environment."""
     fields = []
     if network.kind:
         name = "vec0" if network.kind == SLIRP4NETNS else "eth0"
         fields = [("interface", "{}={}/24".format(name, GUEST_ADDRESS)), ("gateway", GATEWAY),
                   ("nameserver", NAMESERVER)]
     if network.lan:
-        fields += [("interface", "eth1={}/{}".format(network.lan.address, network.lan.prefix)),
-                   ("lan", network.lan.address)]
+        address = network.lan.address
+        fields += [("interface", "eth1={}/{}".format(address, network.lan.prefix)), ("lan", address),
+                   ("env", "APPPOT_LAN_ADDRESS=" + address)]
     return [(name.encode(), value.encode()) for name, value in fields]
 
 
@@ -3963,86 +4132,6 @@ def die_of(number: int) -> None:
         pass
 
 
-class MountPoints:
-    """Makes on the host what the guest mounts on where that is the host's: in the job directory or another bind.
-
-    Only the guest knows where its links lead, so it asks. What is made is removed at the end, by whoever lives, from a
-    list. This lies beside the run directory, in which the guest could change it.
-    """
-
-    def __init__(self, spec: RunSpec, run: PrivateDirectory) -> None:
-        self._spec, self._run = spec, run
-        self._once = os.O_EXCL                    # when the list is made
-
-    def make(self, request: bytes) -> int:
-        """Make the directory (d) or file (f) and what is missing above it; return 0 or the errno.
-
-        The request names what hostfs has mounted, and the rest of the path.
-        """
-        match = re.fullmatch(br"([df])(job|bind\d{1,4})((?:/[^/\0]+)+)", request)
-        names = match.group(3).split(b"/")[1:] if match else []
-        if not match or {b".", b".."} & set(names):
-            raise Misfit("no mount point")
-        try:
-            self._make_all(self._find_source(match.group(2)), names, match.group(1) == b"d")
-        except OSError as error:
-            return error.errno or errno.EIO
-        return 0
-
-    def _make_all(self, path: bytes, names: List[bytes], is_directory: bool) -> None:
-        place = open_place(path)
-        try:
-            for name in names[:-1]:
-                path = os.path.join(path, name)
-                self._make_missing(path, place, True)
-                below = os.open(name, os.O_PATH | DIRECTORY, dir_fd=place)
-                os.close(place)
-                place = below
-            self._make_missing(os.path.join(path, names[-1]), place, is_directory)
-        finally:
-            os.close(place)
-
-    def _find_source(self, name: bytes) -> bytes:
-        """The directory of the host that hostfs shows under this name, if the guest may write there."""
-        if name == b"job" and self._spec.job_directory:
-            return self._spec.job_directory
-        number = int(name[4:] or len(self._spec.binds))
-        if number >= len(self._spec.binds) or not self._spec.binds[number].is_directory:
-            raise Misfit("no such bind")
-        if self._spec.binds[number].read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return self._spec.binds[number].source
-
-    def _make_missing(self, path: bytes, place: int, is_directory: bool) -> None:
-        name = os.path.basename(path)
-        try:
-            os.stat(name, dir_fd=place, follow_symlinks=False)
-            return
-        except FileNotFoundError:
-            self._record(path)
-        inode = 0                                 # no file has it
-        try:
-            mode = 0o777 & ~self._spec.umask
-            if is_directory:
-                os.mkdir(name, dir_fd=place)
-                made = os.open(name, DIRECTORY, dir_fd=place)
-            else:
-                mode &= 0o666
-                made = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=place)
-            inode = os.fstat(made).st_ino
-            os.fchmod(made, mode)                 # not less the runner's own umask
-            os.close(made)
-        finally:
-            self._record(b"%d" % inode)
-
-    def _record(self, word: bytes) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(self._run.path + RECORD, flags | self._once, 0o600)
-        self._once = 0
-        with os.fdopen(descriptor, "ab", 0) as file:
-            file.write(word + b"\0")
-
-
 class Session:
     """The runner's side of one run: drives the channel from boot to result, one event at a time."""
 
@@ -4057,7 +4146,7 @@ class Session:
         self._lock = threading.Lock()
         self._written: Dict[int, int] = {}        # bytes of each output stream that the guest is to hear of
         self._console = b""
-        disks = "(?:ubda|ubdb|dm-0)" if spec.is_mapped else "ubda"
+        disks = "(?:ubda|ubdb|dm-0)" if is_mapped(spec.guest.disk) else "ubda"
         self._disk_failure = re.compile(DISK_FAILURE.format(disks).encode())
         self._wakeup, self._to_wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
@@ -4070,7 +4159,8 @@ class Session:
         self._deadlines: Dict[str, float] = {"boot": time.monotonic() + spec.boot_timeout_s}
         if spec.timeout_s is not None:
             self._deadlines["wall"] = time.monotonic() + spec.timeout_s
-        self.file_limit = dict(limit[:2] for limit in spec.limits).get(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+        limits = dict(limit[:2] for limit in spec.job.limits)
+        self.file_limit = limits.get(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
         self._timed_out = False
         self._report: Optional[str] = None        # the supervisor's, of the kernel's end
         self._channel_open = True
@@ -4087,7 +4177,7 @@ class Session:
         self._keys_end = False
         self._line_room = LINE_WINDOW
         self._reader = InputReader(self, machine.spool)
-        self._mount_points = MountPoints(spec, machine.directories.run)
+        self._mount_points = MountPoints(spec.guest.shares, spec.job.umask, machine.directories.run)
         self._workers: List[Worker] = list(self._writers.values())
         if stdio.kinds[:1] == b"p":
             self._workers.append(self._reader)
@@ -4326,14 +4416,14 @@ class Session:
         if self.stdio.terminal:
             self._fitting |= {CREDIT, STOPPED}
             self._open_terminal(self.stdio.terminal)
-        if self._spec.saved_changes:
+        if self._spec.job.saved_changes:
             self._fitting.add(SAVING)
 
     def _greet(self, hello: Dict[bytes, List[bytes]]) -> None:
         directories = self._machine.directories
         if directories.ram != directories.run:    # the kernel's file in it has no name any more
             remove_private(directories.ram)
-        if self._spec.layers:                     # merging takes its time
+        if self._spec.job.layers:                     # merging takes its time
             self._deadlines.pop("boot", None)
         protocol = text_field(hello, b"protocol")
         if protocol != str(PROTOCOL):
@@ -4416,9 +4506,9 @@ class Session:
             self.stdio.terminal.release()
         # The supervisor sees to that, too, but later, and SIGSTOP of everything may be near.
         directory = self._machine.directories.run.fd
-        ask_mconsole(directory, self._spec.umid, b"stop")
+        ask_mconsole(directory, self._spec.guest.name, b"stop")
         os.kill(os.getpid(), signal.SIGSTOP)
-        resume_guest(self._machine.supervisor, directory, self._spec.umid)
+        resume_guest(self._machine.supervisor, directory, self._spec.guest.name)
         if self.stdio.terminal:
             self._resume(self.stdio.terminal)
 
@@ -4464,7 +4554,7 @@ class Session:
         if OUT_OF_MEMORY not in self._console:
             return result
         self._warn("guest was out of memory, of which it has {}, and killed a process; ask the batch system for "
-                   "more, or with --mem".format(format_mib(self._spec.mem_mib)))
+                   "more, or with --mem".format(format_mib(self._spec.guest.mem_mib)))
         return result._replace(out_of_memory=True)
 
     def _suspect_limit(self) -> str:
@@ -4487,9 +4577,10 @@ class Session:
             pass
 
     def _lose_network(self) -> None:
+        helper = self._spec.guest.network.helper
         if not self._running:
-            raise Fatal("network helper was killed: " + self._spec.network.helper, "--net none runs without a network")
-        self._warn("network helper was killed, the command goes on without a network: " + self._spec.network.helper)
+            raise Fatal("network helper was killed: " + helper, "--net none runs without a network")
+        self._warn("network helper was killed, the command goes on without a network: " + helper)
         self.post(encode_frame(NETWORK_LOST, b"vec0"))
 
     def _explain_end(self) -> Fatal:
@@ -4516,7 +4607,7 @@ class Session:
         if over_limit:
             raise over_limit
         if not self._running or self._told:       # nothing to forward to: die of it, as any program would
-            if number not in self._spec.ignored_signals:
+            if number not in self._spec.job.ignored_signals:
                 self._result = killed_by(number)
             return
         if number == signal.SIGTERM and self._terminated:
@@ -4841,7 +4932,7 @@ def choose_image(options: argparse.Namespace) -> Tuple[str, Optional[str], RootD
     return image, cow, root
 
 
-def choose_umid(options: argparse.Namespace) -> str:
+def choose_name(options: argparse.Namespace) -> str:
     """The name of the guest; the other words of the user's on the kernel command line are looked at, too."""
     umid = options.umid or "guest"
     if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in RESERVED_NAMES:
@@ -4884,10 +4975,13 @@ def check_map(image: str, write: bool, mem_mib: int) -> None:
             "or make the image smaller")
 
 
-def choose_disk(options: argparse.Namespace, root: RootDevice, cow: Optional[str], kernel: str, can_map: bool) -> int:
-    """Bytes that the root file system is to have; 0: what it has in the image."""
-    if not options.disk:
-        return DISK_MIB << 20 if can_map and not cow and not options.write and root.length < DISK_MIB << 20 else 0
+def choose_disk_size(options: argparse.Namespace, root: RootDevice, cow: Optional[str], kernel: str,
+                     can_map: bool) -> Optional[int]:
+    """Bytes that the root file system gets; None: what it has in the image."""
+    if options.disk is None:
+        is_small = root.length < DISK_MIB << 20
+        return DISK_MIB << 20 if is_small and can_map and not cow and not options.write else None
+
     wanted = parse_size_mib(options.disk, "--disk") << 20
     if wanted > FILE_MAX:
         raise Fatal("--disk is more than a file can have: " + options.disk, "give a size such as 20G")
@@ -4900,65 +4994,94 @@ def choose_disk(options: argparse.Namespace, root: RootDevice, cow: Optional[str
     if not options.write and not can_map:
         raise Fatal("kernel has no device mapper for --disk: " + kernel,
                     "`make kernel` builds one that has it; or `make image IMAGE_SIZE={}`".format(options.disk))
-    return 0 if wanted == root.length else wanted
+    return None if wanted == root.length else wanted
+
+
+def choose_layers(options: argparse.Namespace) -> Tuple[str, ...]:
+    paths = options.changes or (read_variable("APPPOT_CHANGES") or "").split(":")
+    return tuple(check_layer_file(path) for path in paths if path)
+
+
+def choose_environment(options: argparse.Namespace, notes: List[str]) -> Dict[bytes, bytes]:
+    environment = select_environment(dict(os.environb), options.env, options.clean_env)
+    threads = limit_threads(environment)
+    environment.update(threads)
+    if threads:
+        notes.append("threads of a process do not run in parallel: {}".format(
+            " ".join(name.decode() + "=1" for name in threads)))
+    return environment
+
+
+def decide_job(options: argparse.Namespace, command: Tuple[str, ...], ignored: Tuple[int, ...],
+               limits: Tuple[Limit, ...], notes: List[str]) -> Job:
+    directory, alias = find_job_directory() if options.job_dir else (None, None)
+    binds = tuple(parse_bind(text, "bind{}".format(number)) for number, text in enumerate(options.bind))
+    is_other_home = options.root and os.getuid() != 0
+    return Job(
+        command=command,
+        environment=choose_environment(options, notes),
+        directory=directory,
+        alias=alias,
+        binds=binds,
+        cwd=None if options.cwd is None else os.fsencode(options.cwd),
+        home=None if is_other_home else find_home(os.environ.get("HOME", ""), binds),
+        as_root=options.root,
+        umask=os.umask(0o077),                    # what the runner makes is nobody else's
+        ignored_signals=ignored,
+        limits=limits,
+        terminal=options.terminal,
+        node=view_node(notes),
+        layers=choose_layers(options),
+        force_changes=options.force_changes,
+        saved_changes=None if options.save_changes is None else check_saved_changes(options.save_changes))
 
 
 def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: Tuple[int, ...] = ()) -> RunSpec:
     """Decide everything and check all that can be checked before anything is started."""
-    limits = take_limits()
-    directory, alias = find_job_directory() if options.job_dir else (b"", b"")
+    job_notes: List[str] = []
+    job = decide_job(options, command, ignored, take_limits(), job_notes)
     image, cow, root = choose_image(options)
     kernel = find_kernel(options)
     features = read_features(kernel)
     candidates = scratch_candidates(options.tmpdir)
     grants = find_own_grants()
+
     mem, floors = choose_memory(options.mem, grants)
     mem, ram_directory = place_memory(mem, floors, candidates)
     check_map(image, options.write, mem.value)
-    cpus, notes = decide_cpus(options.cpus, grants, kernel, features.smp, options.ptrace)
+    cpus, cpu_notes = decide_cpus(options.cpus, grants, kernel, features.smp, options.ptrace)
     check_limits(mem.value, os.path.getsize(image), cpus.value)
-    umid = choose_umid(options)
-    timeout_s = None if options.timeout is None else parse_seconds(options.timeout, "--timeout")
+
+    name = choose_name(options)
     network = choose_network(options, kernel, features)
-    binds = tuple(parse_bind(text) for text in options.bind)
-    home = b"" if options.root and os.getuid() else find_home(os.environ.get("HOME", ""), binds)
-    environment = select_environment(dict(os.environb), options.env, options.clean_env)
-    threads = limit_threads(environment)
-    environment.update(threads)
-    if threads:
-        notes += ("threads of a process do not run in parallel: {}".format(
-            " ".join(name.decode() + "=1" for name in threads)),)
-    if network.lan:
-        environment[b"APPPOT_LAN_ADDRESS"] = network.lan.address.encode()
     empty, empty_asked = find_empty(options.io, options.empty)
-    node_notes: List[str] = []
-    layers = options.changes or [path for path in (read_variable("APPPOT_CHANGES") or "").split(":") if path]
+    disk_size = choose_disk_size(options, root, cow, kernel, features.device_mapper)
+    disk = Disk(os.path.abspath(image), cow, options.write, root, disk_size)
+    guest = Guest(disk, list_shares(job), mem.value, cpus.value, network, name, tuple(options.extra))
+    has_own_mem = options.mem or read_variable("APPPOT_MEM")
     return RunSpec(
-        command=command, kernel=kernel, image=os.path.abspath(image), cow=cow, write=options.write, root=root,
-        disk_bytes=choose_disk(options, root, cow, kernel, features.device_mapper),
-        mem_mib=mem.value, cpus=cpus.value, mode=choose_mode(features, options.ptrace, options.extra),
-        ram_directory=ram_directory, scratch=choose_scratch(candidates),
-        umid=umid, extra=tuple(options.extra),
-        environment=environment, network=network, node=view_node(node_notes), empty=empty, empty_asked=empty_asked,
-        job_directory=directory, job_alias=alias, binds=binds, home=home,
-        layers=tuple(check_layer_file(path) for path in layers), force_changes=options.force_changes,
-        saved_changes=check_saved_changes(options.save_changes) if options.save_changes else None,
-        cwd=os.fsencode(options.cwd or ""), as_root=options.root,
-        umask=os.umask(0o077),                    # what the runner makes is nobody else's
-        ignored_signals=ignored,
-        terminal=options.terminal, timeout_s=timeout_s,
+        job=job,
+        guest=guest,
+        kernel=kernel,
+        mode=choose_mode(features, options.ptrace, options.extra),
+        empty=empty,
+        empty_asked=empty_asked,
+        scratch=choose_scratch(candidates),
+        ram_directory=ram_directory,
+        timeout_s=None if options.timeout is None else parse_seconds(options.timeout, "--timeout"),
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
-        kill_after_s=parse_seconds(options.kill_after, "--kill-after", True), verbose=options.verbose,
-        in_job=bool(grants.systems), limits=limits,
-        limit_mib=0 if options.mem or read_variable("APPPOT_MEM") else find_job_limit(grants),
-        notes=(*grants.notes, *notes, *node_notes, "memory " + describe_memory(mem, ram_directory),
-               describe_cpus(cpus)))
+        kill_after_s=parse_seconds(options.kill_after, "--kill-after", True),
+        verbose=options.verbose,
+        notes=(*grants.notes, *cpu_notes, *job_notes, "memory " + describe_memory(mem, ram_directory),
+               describe_cpus(cpus)),
+        in_job=bool(grants.systems),
+        limit_mib=None if has_own_mem else find_job_limit(grants))
 
 
 # --- Running ------------------------------------------------------------------------------------------------
 
 def make_directories(spec: RunSpec, stack: ExitStack) -> Directories:
-    """Make and fill the private directories of a run."""
+    """Make the private directories of a run."""
     def make(parent: str) -> PrivateDirectory:
         with blaming("private directory cannot be made", parent, SCRATCH_HINT):
             return stack.enter_context(private_directory(parent))
@@ -4967,13 +5090,19 @@ def make_directories(spec: RunSpec, stack: ExitStack) -> Directories:
     directories = Directories(run, run, run)
     if spec.ram_directory != spec.scratch:
         directories = directories._replace(ram=make(spec.ram_directory))
-    if spec.saved_changes:
-        suffix = ".tar" if spec.saved_changes.endswith(".tar") else ".tar.gz"
+    if spec.job.saved_changes is not None:
+        suffix = ".tar" if spec.job.saved_changes.endswith(".tar") else ".tar.gz"
         directories = directories._replace(
-            save=make(os.path.dirname(spec.saved_changes)), saved_name=os.urandom(8).hex() + suffix)
-    with blaming("run directory cannot be filled", run.path, SCRATCH_HINT):
-        fill_run_directory(spec, directories)
+            save=make(os.path.dirname(spec.job.saved_changes)), saved_name=os.urandom(8).hex() + suffix)
     return directories
+
+
+def fill_directories(spec: RunSpec, directories: Directories) -> None:
+    with blaming("run directory cannot be filled", directories.run.path, SCRATCH_HINT):
+        os.mkdir(SPOOL, 0o700, dir_fd=directories.run.fd)
+        if directories.saved_name:
+            os.mkdir(GIVEN, 0o700, dir_fd=directories.save.fd)
+        fill_run_directory(spec, directories)
 
 
 def run(spec: RunSpec, started: float) -> Result:
@@ -4987,26 +5116,29 @@ def run(spec: RunSpec, started: float) -> Result:
 
     with ExitStack() as stack:
         mask = stack.enter_context(signals_held())
-        stdio = stack.enter_context(connect_stdio(spec.terminal))
+        stdio = stack.enter_context(connect_stdio(spec.job.terminal))
         stack.callback(say, "nothing left")
-        locks = [open_image(spec.image, spec.write)]
-        if spec.cow:
-            locks.append(open_cow(spec.cow, spec.image))
+        locks = [open_image(spec.guest.disk.image, spec.guest.disk.write)]
+        if spec.guest.disk.cow:
+            locks.append(open_cow(spec.guest.disk.cow, spec.guest.disk.image))
         directories = make_directories(spec, stack)
+        shares = (*directories.list_shares(), *spec.guest.shares)
+        spec = spec._replace(guest=spec.guest._replace(shares=shares))
+        fill_directories(spec, directories)
         locks += [directory.fd for directory in directories.list_distinct()]
 
-        for note in ("run directory " + directories.run.path,) + spec.notes:
+        for note in ("run directory " + directories.run.path, *spec.notes, *map(describe_share, shares)):
             say(note)
-        say(describe(spec.network))
+        say(describe(spec.guest.network))
         say("hostfs is " + describe_confinement(spec.empty))
-        say("management console: uml_mconsole " + os.path.join(directories.run.path, spec.umid, "mconsole"))
+        say("management console: uml_mconsole " + os.path.join(directories.run.path, spec.guest.name, "mconsole"))
 
         machine = stack.enter_context(start_machine(spec, stdio.terminal, directories, locks))
         if not spec.empty:
             say("kernel started")
         result = Session(machine, spec, stdio, show, say).run(mask)
-        if spec.saved_changes:
-            place_changes(directories.save, directories.saved_name, spec.saved_changes)
+        if spec.job.saved_changes is not None and directories.saved_name:
+            place_changes(directories.save, directories.saved_name, spec.job.saved_changes)
     return result
 
 

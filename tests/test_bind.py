@@ -13,7 +13,6 @@ import sys
 
 import pytest
 from conftest import assert_error, make_node, needs_root, wait_for
-from test_init import SPEC
 
 import apppot_start
 
@@ -180,19 +179,20 @@ def mount_points(tmp_path):
     (tmp_path / "job").mkdir()
     (tmp_path / "outside").mkdir()
     (tmp_path / "job/link").symlink_to(tmp_path / "outside")
-    places = [os.fsencode(tmp_path / name) for name in ("job", "outside")]
-    binds = (
-        apppot_start.Bind(places[1], b"/ro", True, True),
-        apppot_start.Bind(places[1] + b"/f", b"/f", False, False),
+    job, outside = (os.fsencode(tmp_path / name) for name in ("job", "outside"))
+    shares = (
+        apppot_start.Share("job", job, None, False),
+        apppot_start.Share("bind0", outside, None, True),
+        apppot_start.Share("bind1", outside, b"f", False),
+        apppot_start.Share("save", outside, None, False),
     )
-    spec = SPEC._replace(job_directory=places[0], binds=binds)
     with apppot_start.private_directory(str(tmp_path)) as run:
-        yield apppot_start.MountPoints(spec, run)
+        yield apppot_start.MountPoints(shares, 0o22, run)
     assert sorted(os.listdir(tmp_path)) == ["job", "outside"] and os.listdir(tmp_path / "outside") == []
 
 
 NO_PATHS = ["", "d", "djob", "djob/", "djob//x", "djob/../x", "djob/x/..", "djob/./x", "djob/x\0y"]
-NO_SOURCES = ["job/x", "xjob/x", "d/job/x", "dbind9/x", "dbind1/x", "dbind/x", "dhostfs/x"]
+NO_SOURCES = ["job/x", "xjob/x", "d/job/x", "dbind9/x", "dbind1/x", "dbind/x", "dhostfs/x", "dsave/x"]
 
 
 @pytest.mark.parametrize("words", [*NO_PATHS, *NO_SOURCES])
@@ -213,7 +213,8 @@ def test_what_is_no_longer_what_was_made_stays(tmp_path, change):
     job = tmp_path / "job"
     job.mkdir()
     with apppot_start.private_directory(str(tmp_path)) as run:
-        points = apppot_start.MountPoints(SPEC._replace(job_directory=os.fsencode(job)), run)
+        share = apppot_start.Share("job", os.fsencode(job), None, False)
+        points = apppot_start.MountPoints([share], 0o22, run)
         assert points.make(b"djob/a/b") == points.make(b"fjob/f") == 0
         if change == "replaced":
             for name in ("a/b", "f"):

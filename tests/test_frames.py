@@ -13,7 +13,7 @@ import pytest
 from conftest import DEADLINE_S, assert_error, wait_for
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_init import SPEC
+from test_init import SPEC, make_spec
 
 import apppot_start
 from apppot_start import (
@@ -80,7 +80,7 @@ class Guest:
         directories = apppot_start.Directories(*[apppot_start.PrivateDirectory(str(directory), place)] * 3)
         self.session = Session(
             apppot_start.Machine(1, from_guest, to_guest, console, -1, report, directories, place),
-            SPEC._replace(boot_timeout_s=60, saved_changes=str(directory / "saved") if saves else None),
+            make_spec(saved_changes=str(directory / "saved") if saves else None),
             apppot_start.Stdio(kinds, terminal, False), self.shown.append, lambda text: None,
         )  # fmt: skip
         self._ours += [self.session._wakeup, self.session._to_wakeup]

@@ -16,12 +16,29 @@ import apppot_start
 
 VALUES = st.binary(max_size=30).filter(lambda value: b"\0" not in value)
 NAMES = VALUES.filter(lambda name: name and b"=" not in name)
-SPEC = apppot_start.RunSpec(
-    command=(), kernel="/k", image="/i", cow=None, write=False, root=apppot_start.RootDevice(0, "", 0, 0),
-    disk_bytes=0, mem_mib=64, ram_directory="/", scratch="/", umid="guest", extra=(), empty=None, empty_asked=False,
-    environment={}, job_directory=b"/j", job_alias=b"/a", binds=(), cwd=b"", as_root=False, umask=0o22,
-    ignored_signals=(), terminal=None, timeout_s=None, boot_timeout_s=1, kill_after_s=1, verbose=False,
+JOB = apppot_start.Job(
+    command=(), environment={}, directory=b"/j", alias=b"/a", binds=(), cwd=None, home=None, as_root=False,
+    umask=0o22, ignored_signals=(), limits=(), terminal=None, node=apppot_start.NodeView(), layers=(),
+    force_changes=False, saved_changes=None,
 )  # fmt: skip
+DISK = apppot_start.Disk(image="/i", cow=None, write=False, root=apppot_start.RootDevice(0, "", 0, 0), size=None)
+GUEST = apppot_start.Guest(
+    disk=DISK, shares=(), mem_mib=64, cpus=1, network=apppot_start.Network(), name="guest", extra=()
+)
+SPEC = apppot_start.RunSpec(
+    job=JOB, guest=GUEST, kernel="/k", mode="", empty=None, empty_asked=False, scratch="/", ram_directory="/",
+    timeout_s=None, boot_timeout_s=60, kill_after_s=1, verbose=False, notes=(), in_job=False, limit_mib=None,
+)  # fmt: skip
+
+
+def make_spec(**changes):
+    """SPEC with some fields of the job, the disk or the guest changed; the shares are those of the job."""
+    job, disk, guest = (
+        base._replace(**{name: value for name, value in changes.items() if name in base._fields})
+        for base in (JOB, DISK, GUEST)
+    )
+    shares = apppot_start.list_shares(job)
+    return SPEC._replace(job=job, guest=guest._replace(disk=disk, shares=shares))
 
 
 def make_account(home=b"/home/ann"):
@@ -33,7 +50,7 @@ ACCOUNT = make_account()
 
 def make_job(stdio=b"npp", **changes):
     stdio = apppot_start.Stdio(stdio, None, False)
-    return apppot_init.parse_job(apppot_start.build_job(SPEC._replace(**changes), stdio))
+    return apppot_init.parse_job(apppot_start.build_job(make_spec(**changes), stdio, None))
 
 
 # --- The job ------------------------------------------------------------------------------------------------
@@ -42,7 +59,7 @@ def make_job(stdio=b"npp", **changes):
 @given(st.lists(VALUES), st.dictionaries(NAMES, VALUES), VALUES)
 def test_the_guest_understands_every_job_that_the_host_describes(words, environment, directory):
     command = tuple(map(os.fsdecode, words))
-    job = make_job(command=command, environment=environment, job_directory=directory, cwd=directory)
+    job = make_job(command=command, environment=environment, directory=directory, cwd=directory)
     assert job.argv == tuple(words) and job.environment == environment
     assert job.job_directory == job.cwd == directory and job.job_alias == b"/a"
 
@@ -62,7 +79,8 @@ def test_the_job_tells_who_the_caller_is_and_how_the_streams_are():
 def test_binds_are_told_with_any_name(binds):
     told = make_job(
         binds=tuple(
-            apppot_start.Bind(b"/dir/" + name, b"/" + target, read_only, not name) for name, target, read_only in binds
+            apppot_start.Bind(apppot_start.Share("bind", b"/dir", name or None, read_only), b"/" + target)
+            for name, target, read_only in binds
         )
     )
     assert [(bind.name, bind.target, bind.read_only) for bind in told.binds] == [
@@ -75,7 +93,7 @@ def test_a_terminal_is_told_with_its_modes_and_size():
     os.write(keyboard, b"")
     terminal = apppot_start.Terminal(screen, screen)
     assert apppot_start.decode_modes(terminal.modes) == termios.tcgetattr(screen)
-    job = apppot_init.parse_job(apppot_start.build_job(SPEC, apppot_start.Stdio(b"ttt", terminal, True)))
+    job = apppot_init.parse_job(apppot_start.build_job(SPEC, apppot_start.Stdio(b"ttt", terminal, True), None))
     assert (job.modes, job.window, job.foreground) == (terminal.modes, terminal.window, True)
     before = termios.tcgetattr(screen)
     terminal.acquire()
@@ -222,21 +240,20 @@ def test_a_shell_without_script_and_command_is_interactive(line, is_shell):
     "changed, home_stays, begin, end",
     [
         ({}, False, "what you write in /a stays; all else, in HOME too, is gone at the end (", "outside of /a"),
-        ({"job_alias": b""}, False, "what you write, in HOME too, is gone at the end", "what you wrote is"),
+        ({"alias": None}, False, "what you write, in HOME too, is gone at the end", "what you wrote is"),
         ({"write": True}, False, "in /a stays; all else, in HOME too, goes into the image /i", None),
         ({"cow": "/cow"}, False, "in /a stays; all else, in HOME too, goes into the COW file /cow", None),
         ({"saved_changes": "/saved"}, False, "all else, in HOME too, goes into /saved at the end", None),
         ({"binds": "/data /ro:ro /home"}, True, "in /a and /data and /home stays; all else is gone", "of /a and"),
         ({"binds": "/a/data"}, False, "in /a and /a/data stays", "outside of"),
-        ({"binds": "/", "job_alias": b"/a"}, False, "what you write in / stays", "outside of /"),
+        ({"binds": "/"}, False, "what you write in / stays", "outside of /"),
     ],
 )  # fmt: skip
 def test_a_shell_s_user_is_told_what_stays(changed, home_stays, begin, end):
     def bind(text):
         place, _, mode = text.partition(":")
-        return apppot_start.Bind(b"/", place.encode(), mode == "ro", True)
+        return apppot_start.Bind(apppot_start.Share("bind", b"/", None, mode == "ro"), place.encode())
 
-    spec = SPEC._replace(**changed)
-    spec = spec._replace(binds=tuple(bind(text) for text in str(changed.get("binds", "")).split()))
-    told = apppot_start.describe_keeping(spec, home_stays)
+    changed = dict(changed, binds=tuple(bind(text) for text in changed.get("binds", "").split()))
+    told = apppot_start.describe_keeping(make_spec(**changed), home_stays)
     assert begin in told[0] and (end in told[1] if end else not told[1])

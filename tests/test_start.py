@@ -172,15 +172,15 @@ def find_grants(environment, files, machine_mib=65536):
 @pytest.mark.parametrize("variables, limit, wanted", [
     ({"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"}, 200, 200),
     ({"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"}, 220, 220),       # as AllowedRAMSpace=110 has it
-    ({"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"}, 4000, 0),        # that of others, too
-    ({"SLURM_JOB_ID": "1"}, 200, 0),
-    ({}, 200, 0),
+    ({"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"}, 4000, None),     # that of others, too
+    ({"SLURM_JOB_ID": "1"}, 200, None),
+    ({}, 200, None),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["memory.max", "memory.high"])
 def test_the_limit_of_a_job_is_told_from_others(variables, limit, wanted, name):
     files = {"/proc/self/cgroup": "0::/a\n", "/proc/self/mountinfo": "1 1 0:1 / /c rw - cgroup2 none rw\n",
              "/c/a/" + name: str(limit << 20)}  # fmt: skip
-    assert apppot_start.find_job_limit(find_grants(variables, files)) == (wanted if name == "memory.max" else 0)
+    assert apppot_start.find_job_limit(find_grants(variables, files)) == (wanted if name == "memory.max" else None)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_the_guest_s_memory_leaves_room_in_the_least_limit(environment, files, m
 
 def test_how_system_calls_are_trapped_is_chosen_and_extra_overrides():
     def build(mode, cpus, *extra):
-        return apppot_start.build_cpu_args(SimpleNamespace(cpus=cpus, extra=extra, mode=mode))
+        return apppot_start.build_cpu_args(SimpleNamespace(guest=SimpleNamespace(cpus=cpus, extra=extra), mode=mode))
 
     assert build("auto", 2) == ["seccomp=auto", "ncpus=2"] and build("off", 1) == ["seccomp=off"]
     assert build("auto", 2, "seccomp=on") == ["ncpus=2"] and build("", 1) == []
