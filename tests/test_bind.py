@@ -365,8 +365,9 @@ def test_colons_and_modes_are_told_apart(tmp_path):
         ("{}://x//y/", "/x/y", False),
     ):
         path = str(tmp_path / "a:b")
-        bind = apppot_start.parse_bind(text.format(path))
-        assert bind == (os.fsencode(path), os.fsencode(target.format(path)), read_only, True), shlex.quote(text)
+        share = apppot_start.Share("bind0", os.fsencode(path), None, read_only)
+        bind = apppot_start.parse_bind(text.format(path), "bind0")
+        assert bind == (share, os.fsencode(target.format(path))), shlex.quote(text)
 
 
 def test_a_cow_file_made_here_is_what_a_kernel_makes(node):
