@@ -218,7 +218,7 @@ def test_an_image_archive_is_refused_with_the_command_that_takes_its_layers_out(
     result = snap("apply", archive, place / "root")
     assert result.returncode == 125 and os.listdir(place / "root") == []
     assert_error(result, "image archive of " + ("one layer" if count == 1 else "2 layers"), archive)
-    command = result.stderr.decode().strip().rpartition("take out what is wanted: ")[2]
+    command = result.stderr.decode().strip().rpartition("take out the layers that you want: ")[2]
     subprocess.run(["sh", "-ec", command], cwd=place, check=True)
     merge(place / "root", *sorted(place.glob("layer?.tar")))
     assert sorted(os.listdir(place / "root")) == [f"file{number}" for number in range(count)]
