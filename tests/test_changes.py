@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes files: real trees, compared by a canonical dump that shares no code with what it judges."""
+"""Changes files: real trees, compared by a dump that shares no code with what it judges."""
 
 import contextlib
 import gzip
@@ -37,6 +37,7 @@ NOTHING = changes.compile_exclude([])
 def fresh_place():
     """A directory in memory, where the kernel has user attributes there (6.6), else on the disk."""
     path = pathlib.Path(tempfile.mkdtemp(prefix="apppot-test-", dir="/dev/shm"))
+
     try:
         os.setxattr(path, "user.a", b"")
         os.removexattr(path, "user.a")
@@ -59,10 +60,11 @@ def place():
 
 def snap(*words, **options):
     """The command itself."""
-    return subprocess.run([sys.executable, TOP / "changes.py", *words], capture_output=True, timeout=120, **options)
+    command = [sys.executable, TOP / "changes.py", *words]
+    return subprocess.run(command, capture_output=True, timeout=120, **options)
 
 
-# --- Trees: made from a description, and described by a dump ------------------------------------------------
+# --- Trees: made from a description, and described by a dump --------------------------------------
 
 NO_ID = 2**32 - 1
 ACL = struct.pack("<I" + "HHI" * 5, 2, 1, 6, NO_ID, 2, 6, 12345, 4, 4, NO_ID, 16, 6, NO_ID, 32, 4, NO_ID)
@@ -105,6 +107,7 @@ def build(node, name, directory):
     where = {"dir_fd": directory}
     path = b"/proc/self/fd/%d/%b" % (directory, name)
     kind = node["kind"]
+
     if kind == "directory":
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o700, **where)
@@ -126,7 +129,9 @@ def build(node, name, directory):
     elif kind == "fifo":
         os.mkfifo(name, **where)
     else:
-        os.mknod(name, stat.S_IFCHR if kind == "char" else stat.S_IFBLK, os.makedev(*node["device"]), **where)
+        file_type = stat.S_IFCHR if kind == "char" else stat.S_IFBLK
+        os.mknod(name, file_type, os.makedev(*node["device"]), **where)
+
     if IS_ROOT:
         os.chown(name, node["uid"], node["gid"], follow_symlinks=False, **where)
     if kind != "symlink":
@@ -166,7 +171,7 @@ def find_holes(descriptor, size):
 
 
 def dump(root):
-    """All that is to know about a tree: type, mode, owner, mtime, attributes, content, holes, names of one inode."""
+    """Of each file its type, mode, owner, mtime, attributes, names, content and holes."""
     found, inodes = {}, {}
 
     def visit(directory, path):
@@ -179,16 +184,20 @@ def dump(root):
             via = b"/proc/self/fd/%d/%b" % (directory, name)
             attributes = [(key, os.getxattr(via, key, follow_symlinks=False))
                           for key in sorted(os.listxattr(via, follow_symlinks=False))]  # fmt: skip
+
             owner = (status.st_uid, status.st_gid) if IS_ROOT else None
             fields = [kind, stat.S_IMODE(status.st_mode), owner, status.st_mtime_ns, attributes]
+
             if kind == stat.S_IFDIR:
                 if name != b".":
-                    descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+                    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                    descriptor = os.open(name, flags, dir_fd=directory)
                     visit(descriptor, full + b"/")
                     os.close(descriptor)
             else:
                 inodes.setdefault(status.st_ino, []).append(full)
                 fields.append(inodes[status.st_ino])
+
             if kind == stat.S_IFREG:
                 descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory)
                 pieces = find_holes(descriptor, status.st_size)
@@ -199,6 +208,7 @@ def dump(root):
                 fields.append(os.readlink(name, dir_fd=directory))
             elif kind in (stat.S_IFCHR, stat.S_IFBLK):
                 fields.append(status.st_rdev)
+
             found[full] = fields
 
     if isinstance(root, int):
@@ -217,7 +227,13 @@ def diff(one, other, output):
 
 
 def merge(root, *layers, force=False):
-    changes.run_apply([os.fsencode(layer) for layer in layers], os.fsencode(root), False, force, QUIET)
+    paths = [os.fsencode(layer) for layer in layers]
+    changes.run_apply(paths, os.fsencode(root), False, force, QUIET)
+
+
+def squash(output, *layers):
+    paths = [os.fsencode(layer) for layer in layers]
+    changes.run_squash(paths, os.fsencode(output), False, QUIET)
 
 
 def names_in(layer):
@@ -228,7 +244,7 @@ def names_in(layer):
 many = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-# --- Any two trees ------------------------------------------------------------------------------------------
+# --- Any two trees --------------------------------------------------------------------------------
 
 
 @many
@@ -248,18 +264,21 @@ def test_applying_the_difference_makes_one_tree_of_the_other(old, new):
 @many
 @given(roots, roots)
 def test_what_differs_from_the_recorded_base_makes_the_same_tree_elsewhere(old, new):
-    """One tree changes in place and is compared with its manifest; another, made alike, gets the changes."""
+    """One tree changes and is compared with its manifest; another like it gets the changes."""
     with fresh_place() as place:
         here, there, target, state = (place / name for name in ("here", "there", "target", "state"))
         make(here, old), make(there, old), make(target, new)
+
         (here / "var/lib/apppot").mkdir(parents=True)
         shutil.move(here / "var", state)
         base = changes.compare_trees(os.fsencode(here), os.fsencode(target), NOTHING, QUIET)
         os.utime(here, ns=(0, old["mtime"]))
         (state / "lib/apppot").mkdir(parents=True, exist_ok=True)
+
         manifest = record(here, place)
         changes.write_layer(os.fsencode(target), base, os.fsencode(place / "edit.tar"), QUIET)
         merge(here, place / "edit.tar")
+
         plan = changes.find_changes(os.fsencode(here), manifest, NOTHING, QUIET)
         changes.write_layer(os.fsencode(here), plan, os.fsencode(place / "saved.tar.gz"), QUIET)
         merge(there, place / "saved.tar.gz")
@@ -279,7 +298,7 @@ def test_layers_squashed_into_one_do_what_they_do_one_by_one(first, second, thir
         a, b, c, other = (place / name for name in "abcd")
         make(a, first), make(b, second), make(c, third), make(other, first)
         layers = [diff(a, b, place / "ab.tar.gz"), diff(b, c, place / "bc.tar.gz")]
-        changes.run_squash([os.fsencode(layer) for layer in layers], os.fsencode(place / "ac.tar.gz"), False, QUIET)
+        squash(place / "ac.tar.gz", *layers)
         merge(other, place / "ac.tar.gz")
         assert dump(other) == dump(c)
         merge(a, *layers)
@@ -290,6 +309,7 @@ def test_deep_paths_and_long_names_survive(place):
     for name, parts in (("long", [b"n" * 255] * 20), ("many", [b"d"] * 2500)):
         a, b = place / (name + "-a"), place / (name + "-b")
         a.mkdir(), b.mkdir()
+
         descriptor = os.open(b, os.O_RDONLY)
         for part in parts:
             os.mkdir(part, dir_fd=descriptor)
@@ -298,10 +318,12 @@ def test_deep_paths_and_long_names_survive(place):
             descriptor = below
         os.close(os.open(b"bottom", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor))
         os.close(descriptor)
+
         layer = diff(a, b, place / "deep.tar.gz")
         merge(a, layer)
         assert names_in(diff(a, b, place / "none.tar.gz")) == ["var/lib/apppot/changes.json"]
         assert len(names_in(layer)) == len(parts) + 3
+
         (place / "empty").mkdir(exist_ok=True)
         merge(b, diff(b, place / "empty", place / "gone.tar.gz"))
         assert os.listdir(b) == []
@@ -336,7 +358,7 @@ def test_files_over_8_gib_keep_their_size_and_their_holes(place):
     assert b"9663676416" in listing
 
 
-# --- What is seen as changed --------------------------------------------------------------------------------
+# --- What is seen as changed ----------------------------------------------------------------------
 
 
 def appliance(place, name="system"):
@@ -404,13 +426,15 @@ def test_the_changes_file_does_not_contain_itself(place):
     assert snap("base", "--root", root).returncode == 0
     assert snap("changes", "--root", root, "c.tar.gz", cwd=root / "etc").returncode == 0
     assert snap("changes", "--root", root, "c.tar.gz", cwd=root / "etc").returncode == 0
-    assert not [name for name in names_in(root / "etc/c.tar.gz") if "c.tar" in name or ".apppot" in name]
+    names = names_in(root / "etc/c.tar.gz")
+    assert not [name for name in names if "c.tar" in name or ".apppot" in name]
 
 
 @needs_root
 def test_mounts_are_neither_saved_nor_deleted_nor_entered(place):
     root = appliance(place)
     assert snap("base", "--root", root).returncode == 0
+
     script = f"""
         mkdir -p {root}/task/job
         mount -t tmpfs none {root}/task/job; mount -t tmpfs none {root}/etc
@@ -418,11 +442,15 @@ def test_mounts_are_neither_saved_nor_deleted_nor_entered(place):
         {sys.executable} {TOP}/changes.py changes --root {root} {place}/c.tar.gz
         {sys.executable} {TOP}/changes.py apply {place}/evil.tar.gz {root}
         cat {root}/etc/one; ls {root}/etc {root}/task/job"""
+
     make_layer(place / "evil.tar.gz", [("etc/one", b"theirs"), ("etc/new", b""), ("task/.wh.job", b""),
                                        (".wh.etc", b""), ("task/job/x", b""), ("usr/x", b"1")])  # fmt: skip
+
     result = subprocess.run(["unshare", "-m", "sh", "-ec", script], capture_output=True, check=True)
+
     assert [name for name in names_in(place / "c.tar.gz") if "apppot" not in name] == ["."]
-    assert result.stdout.split() == [b"mine", f"{root}/etc:".encode(), b"one", f"{root}/task/job:".encode(), b"file"]
+    shown = ["mine", f"{root}/etc:", "one", f"{root}/task/job:", "file"]
+    assert result.stdout.decode().split() == shown
     assert result.stderr.count(b"warning: ") == 5 and (root / "usr/x").read_text() == "1"
 
 
@@ -436,12 +464,13 @@ def test_a_new_base_has_an_id_of_its_own_and_the_first_keeps_that_of_the_image(p
     assert snap("base", "--root", root).returncode == 0 and identity.read_text() != before
 
 
-# --- The format ---------------------------------------------------------------------------------------------
+# --- The format -----------------------------------------------------------------------------------
 
 
 def make_layer(path, members, **options):
     """By Python's tarfile: (name, content), or (name, dict of TarInfo's fields)."""
-    with tarfile.open(path, options.pop("mode", "w:gz"), format=tarfile.PAX_FORMAT, **options) as tar:
+    mode = options.pop("mode", "w:gz")
+    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT, **options) as tar:
         for name, what in members:
             info = tarfile.TarInfo(name)
             content = what if isinstance(what, bytes) else b""
@@ -468,9 +497,11 @@ def test_the_label_says_what_it_is(place):
 
 @pytest.mark.parametrize("text", [b"\x1b[2J", b"\xc2\x9b2J", b"9" * 5000, b'"'])
 def test_a_label_writes_nothing_to_a_terminal_but_text(place, text):
-    lines = b'{\n"format": 1,\n"base": "%b",\n"created": "%b",\n"tool": "%b",\n"crc32": ""\n}\n' % (text, text, text)
-    make_layer(place / "fields", [("var/lib/apppot/changes.json", lines)])
-    make_layer(place / "format", [("var/lib/apppot/changes.json", lines.replace(b": 1", b": " + text))])
+    fields = b"".join(b'"%b": "%b",\n' % (key, text) for key in (b"base", b"created", b"tool"))
+    label = b'{\n"format": 1,\n%b"crc32": ""\n}\n' % fields
+    name = "var/lib/apppot/changes.json"
+    make_layer(place / "fields", [(name, label)])
+    make_layer(place / "format", [(name, label.replace(b": 1", b": " + text))])
     for name in ("fields", "format"):
         result = snap("show", place / name)
         assert result.returncode == 0 and result.stderr == b""
@@ -480,11 +511,13 @@ def test_a_label_writes_nothing_to_a_terminal_but_text(place, text):
 def test_show_lists_what_was_added_modified_and_deleted(place):
     root = appliance(place)
     snap("base", "--root", root)
-    (root / "etc/one").write_text("new"), (root / "etc/new\n").write_text("12345"), (root / "etc/two").unlink()
+    (root / "etc/one").write_text("new"), (root / "etc/new\n").write_text("12345")
+    (root / "etc/two").unlink()
     saved(root, place)
     lines = snap("show", place / "c.tar.gz").stdout.decode().splitlines()
     assert [line.split() for line in lines[:-2]] == [
-        ["M", "directory", "/etc"], ["D", "/etc/two"], ["A", "5", "/etc/new\\n"], ["M", "3", "/etc/one"]]  # fmt: skip
+        ["M", "directory", "/etc"], ["D", "/etc/two"],
+        ["A", "5", "/etc/new\\n"], ["M", "3", "/etc/one"]]  # fmt: skip
     assert lines[-2] == "1 added, 2 modified, 1 deleted, 8 B" and "base 11111111-" in lines[-1]
     printed = snap("changes", "--root", root, "-n").stdout.decode().splitlines()
     assert printed == lines[:-1]
@@ -494,22 +527,28 @@ def test_show_lists_what_was_added_modified_and_deleted(place):
 def test_a_damaged_layer_is_refused_or_makes_the_right_tree(place, name):
     root, other = appliance(place), appliance(place, "other")
     snap("base", "--root", root)
-    (root / "etc/one").write_text("new"), (root / "etc/two").unlink(), os.truncate(root / "usr/bin/tool", 5000)
+    (root / "etc/one").write_text("new"), (root / "etc/two").unlink()
+    os.truncate(root / "usr/bin/tool", 5000)
     snap("changes", "--root", root, place / name)
+
     whole = (place / name).read_bytes()
     before = dump(other)
     merge(other, place / name)
     right = dump(other)
     assert right != before
     shutil.rmtree(other), make_appliance_again(other, place)
+
     damaged = place / ("damaged-" + name)
     accepted = []
-    variants = [whole[:length] for length in range(len(whole))] + [whole + b"\0", whole + b"x", whole + whole]
+    variants = [whole + b"\0", whole + b"x", whole + whole]
+    variants += [whole[:length] for length in range(len(whole))]
+
     step = 1 if name.endswith("gz") else 7
     for position in range(0, len(whole), step):
         changed = bytearray(whole)
         changed[position] ^= 1 << position % 8
         variants.append(bytes(changed))
+
     for variant in variants:
         damaged.write_bytes(variant)
         try:
@@ -517,11 +556,13 @@ def test_a_damaged_layer_is_refused_or_makes_the_right_tree(place, name):
             accepted.append(variant)
         except changes.Fatal as fatal:
             assert re.search("damaged|format|is empty|a text file", fatal.message)
+
     for number, variant in enumerate(accepted):
         damaged.write_bytes(variant)
         root = appliance(place, f"again{number}")
         merge(root, damaged, force=True)
         assert strip_times(dump(root)) == strip_times(right)
+
     assert len(accepted) < len(whole) // 5
 
 
@@ -534,7 +575,9 @@ def strip_times(tree):
     return {path: fields[:3] + fields[4:] for path, fields in tree.items()}
 
 
-@pytest.mark.parametrize("content", [b"\0x", b"no\0tar" * 1000, b"\x1f\x8b", zlib.compress(b"x" * 512), bytes(512)])
+@pytest.mark.parametrize(
+    "content", [b"\0x", b"no\0tar" * 1000, b"\x1f\x8b", zlib.compress(b"x" * 512), bytes(512)]
+)
 def test_what_is_no_layer_is_refused(place, content):
     (place / "l").write_bytes(content), (place / "root").mkdir()
     result = snap("apply", place / "l", place / "root")
@@ -566,7 +609,8 @@ def test_a_layer_for_another_base_is_refused_with_both_ids_unless_forced(place):
 
 def test_of_several_layers_none_is_applied_if_one_is_damaged(place):
     (place / "root").mkdir()
-    make_layer(place / "good", [("file", b"1")]), (place / "bad").write_bytes((place / "good").read_bytes()[:-1])
+    make_layer(place / "good", [("file", b"1")])
+    (place / "bad").write_bytes((place / "good").read_bytes()[:-1])
     result = snap("merge", "--root", place / "root", place / "good", place / "bad")
     assert result.returncode == 125 and os.listdir(place / "root") == []
 
@@ -595,7 +639,9 @@ UNFIT = {
 def test_what_the_tree_cannot_take_is_refused_before_anything_of_it_is_applied(place, case):
     root = appliance(place)
     (root / "link").symlink_to("etc")
-    layers = [make_layer(place / str(number), members) for number, members in enumerate(UNFIT[case])]
+    layers = []
+    for number, members in enumerate(UNFIT[case]):
+        layers.append(make_layer(place / str(number), members))
     before = dump(root)
     result = snap("merge", "--root", root, *layers)
     assert result.returncode == 125 and dump(root) == before
@@ -606,14 +652,17 @@ def test_what_a_layer_clears_out_of_its_way_is_not_in_its_way(place):
     root = appliance(place)
     for name in ("one", "two", "three"):
         (root / name).symlink_to("etc")
+
     layers = [
-        make_layer(place / "1", [(".wh.one", b""), ("one/x", b"1"), ("two", {"type": tarfile.DIRTYPE, "mode": 0o755}),
+        make_layer(place / "1", [(".wh.one", b""), ("one/x", b"1"),
+                                 ("two", {"type": tarfile.DIRTYPE, "mode": 0o755}),
                                  ("two/deep/x", b"2"), ("etc", SYMLINK)]),
         make_layer(place / "2", [("one/y", b"1"), ("two/y", b"2"), ("three", b"now a file"),
                                  ("hard", {"type": LINK, "linkname": "usr/bin/tool"})]),
-        make_layer(place / "3", [(".wh.three", b""), ("three/x", b"3"), (".wh.etc", b""), ("etc/one", b"4"),
-                                 ("h", {"type": LINK, "linkname": "hard"})]),
+        make_layer(place / "3", [(".wh.three", b""), ("three/x", b"3"), (".wh.etc", b""),
+                                 ("etc/one", b"4"), ("h", {"type": LINK, "linkname": "hard"})]),
     ]  # fmt: skip
+
     merge(root, *layers)
     texts = ["one/x", "one/y", "two/deep/x", "two/y", "three/x", "etc/one"]
     assert [(root / name).read_text() for name in texts] == ["1", "1", "2", "2", "3", "4"]
@@ -626,14 +675,19 @@ def test_a_tree_without_permission_or_room_is_left_as_it_is(place):
     (root / "usr/bin").chmod(0o555), (root / "etc/device").write_text("mine")
     run_tool("chown", "-R", "65534:65534", root), place.chmod(0o755)
     before = dump(root)
+
     script = shutil.copy(TOP / "changes.py", place)
-    unprivileged = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, script]
+    become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    unprivileged = [*become, sys.executable, script]
+
     layer = make_layer(place / "l", [("etc/one", b"new"), ("usr/bin/new", b"new")])
     result = subprocess.run([*unprivileged, "apply", layer, root], capture_output=True)
     assert result.returncode == 125 and dump(root) == before
     assert_error(result, "/usr/bin")
+
     device = {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}
-    layer = make_layer(place / "l", [("etc/device", device), ("h", {"type": LINK, "linkname": "etc/device"})])
+    link = {"type": LINK, "linkname": "etc/device"}
+    layer = make_layer(place / "l", [("etc/device", device), ("h", link)])
     result = subprocess.run([*unprivileged, "apply", layer, root], capture_output=True)
     assert result.returncode == 0 and result.stderr.count(b"warning: left out") == 1
     assert (root / "etc/device").read_text() == (root / "h").read_text() == "mine"
@@ -671,20 +725,27 @@ def test_bind_mounts_of_the_same_file_system_are_neither_saved_nor_changed(place
     root, outside = appliance(place), place / "out side"
     outside.mkdir(), (outside / "kept").write_text("kept")
     assert snap("base", "--root", root).returncode == 0
+
     point = root / "etc/mount \n point"
     point.mkdir() if what == "directory" else point.write_text("")
-    members = [("etc/.wh.mount \n point", b""), ("etc/mount \n point/kept", b"evil"), ("etc/.wh..wh..opq", b"")]
     if what == "file":
-        members = [("etc/mount \n point", b"evil"), ("h", {"type": LINK, "linkname": "etc/mount \n point"}),
-                   (".wh.etc", b"")]  # fmt: skip
+        link = {"type": LINK, "linkname": "etc/mount \n point"}
+
+        members = [("etc/mount \n point", b"evil"), ("h", link), (".wh.etc", b"")]
+    else:
+        members = [("etc/.wh.mount \n point", b""), ("etc/mount \n point/kept", b"evil"),
+                   ("etc/.wh..wh..opq", b"")]  # fmt: skip
     make_layer(place / "l", [*members, ("first", b"1")])
+
     source = outside if what == "directory" else outside / "kept"
     script = """
         mount --bind "$1" "$2"; shift 2
         "$1" "$2" changes --root "$3" "$4"; "$1" "$2" merge --root "$3" "$5\""""
-    result = subprocess.run(["unshare", "-m", "sh", "-ec", script, "sh", source, point,
-                             sys.executable, TOP / "changes.py", root, place / "c.tar.gz", place / "l"],
-                            capture_output=True)  # fmt: skip
+    words = [source, point, sys.executable, TOP / "changes.py", root, place / "c.tar.gz", place / "l"]
+    command = ["unshare", "-m", "sh", "-ec", script, "sh", *words]
+
+    result = subprocess.run(command, capture_output=True)
+
     assert result.returncode == 0, result.stderr
     assert [name for name in names_in(place / "c.tar.gz") if "apppot" not in name] == ["etc"]
     assert os.listdir(outside) == ["kept"] and (outside / "kept").read_text() == "kept"
@@ -692,7 +753,7 @@ def test_bind_mounts_of_the_same_file_system_are_neither_saved_nor_changed(place
     assert result.stderr.count(b"as something is mounted on /etc/mount") == 3
 
 
-# --- Layers of others ---------------------------------------------------------------------------------------
+# --- Layers of others -----------------------------------------------------------------------------
 
 
 def test_layers_of_gnu_tar_and_of_tarfile_are_understood(place):
@@ -701,16 +762,19 @@ def test_layers_of_gnu_tar_and_of_tarfile_are_understood(place):
     (tree / ("d" * 200) / ("e" * 100) / "file").write_text("x" * 3000)
     (tree / "link").symlink_to("t" * 150)
     os.link(tree / ("d" * 200) / ("e" * 100) / "file", tree / "hard")
+
     with open(tree / "sparse", "wb") as file:
         file.truncate(1 << 20)
         file.seek(1 << 19)
         file.write(b"x")
+
     if IS_ROOT:
         os.chown(tree / "hard", 3000000, 5000000)
+
     for options in (["--format=gnu"], ["--format=pax", "--sparse"], ["--format=pax", "--xattrs"]):
         root = place / "-".join(options)
         root.mkdir()
-        subprocess.run(["tar", "czf", place / "l", "--numeric-owner", *options, "-C", tree, "."], check=True)
+        run_tool("tar", "czf", place / "l", "--numeric-owner", *options, "-C", tree, ".")
         merge(root, place / "l")
         plain = [{path: (fields[0:3], fields[3] // 10**9 if "gnu" in options[0] else fields[3])
                   for path, fields in dump(one).items()} for one in (root, tree)]  # fmt: skip
@@ -721,10 +785,11 @@ def test_layers_of_gnu_tar_and_of_tarfile_are_understood(place):
 def test_opaque_directories_lose_what_lower_layers_put_there(place):
     root = place / "root"
     (root / "d/old").mkdir(parents=True), (root / "d/file").write_text("x"), (root / "e").mkdir()
-    make_layer(place / "l", [("d/new", b"1"), ("d/.wh..wh..opq", b""), ("d/.wh..wh.plnk", b""), (".wh.e", b""),
-                             ("e/again", b"2"), ("no/.wh.such", b"")])  # fmt: skip
+    make_layer(place / "l", [("d/new", b"1"), ("d/.wh..wh..opq", b""), ("d/.wh..wh.plnk", b""),
+                             (".wh.e", b""), ("e/again", b"2"), ("no/.wh.such", b"")])  # fmt: skip
     merge(root, place / "l")
-    assert sorted(str(path.relative_to(root)) for path in root.rglob("*")) == ["d", "d/new", "e", "e/again"]
+    left = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+    assert left == ["d", "d/new", "e", "e/again"]
 
 
 HOSTILE = {
@@ -772,13 +837,15 @@ def test_a_hostile_layer_reaches_nothing_outside(place, case):
     (outside / "dir").mkdir(parents=True), root.mkdir()
     (outside / "kept").write_text("kept"), (root / "out").symlink_to(outside)
     (root / "outfile").symlink_to(outside / "kept")
-    for member in HOSTILE[case]:
-        fill = {key: value.format(outside=outside) if isinstance(value, str) else value
-                for key, value in member[1].items()} if isinstance(member[1], dict) else member[1]  # fmt: skip
-        HOSTILE_NOW.append((member[0].format(outside=outside), fill))
+
+    def fill(what):
+        if isinstance(what, dict):
+            return {key: fill(value) for key, value in what.items()}
+        return what.format(outside=outside) if isinstance(what, str) else what
+
     before = dump(outside)
-    make_layer(place / "l", HOSTILE_NOW)
-    HOSTILE_NOW.clear()
+    make_layer(place / "l", [(fill(name), fill(what)) for name, what in HOSTILE[case]])
+
     result = snap("apply", place / "l", root)
     assert b"Traceback" not in result.stderr and result.returncode in (0, 125)
     assert dump(outside) == before
@@ -786,13 +853,15 @@ def test_a_hostile_layer_reaches_nothing_outside(place, case):
         assert_error(result)
 
 
-HOSTILE_NOW = []
-parts = st.sampled_from(["a", "b", "out", "..", ".", "", ".wh.a", ".wh.out", ".wh..", ".wh..wh..opq", "c\n"])
+parts = st.sampled_from(
+    ["a", "b", "out", "..", ".", "", ".wh.a", ".wh.out", ".wh..", ".wh..wh..opq", "c\n"]
+)
 paths = st.lists(parts, min_size=1, max_size=4).map("/".join)
 hostile_members = st.lists(st.one_of(
     st.tuples(paths, st.binary(max_size=9)),
     st.tuples(paths, st.fixed_dictionaries({
-        "type": st.sampled_from([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]),
+        "type": st.sampled_from([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE,
+                                 tarfile.FIFOTYPE, tarfile.CHRTYPE]),
         "linkname": st.one_of(paths, st.just("../outside"), st.just("../outside/kept")),
         "mode": st.integers(0, 0o7777)})),
 ), min_size=1, max_size=8)  # fmt: skip
@@ -804,7 +873,8 @@ def test_no_layer_reaches_anything_outside(members):
     with fresh_place() as place:
         outside, root = place / "outside", place / "root"
         outside.mkdir(), (root / "a").mkdir(parents=True)
-        (outside / "kept").write_text("kept"), (root / "out").symlink_to(outside), (root / "a/b").write_text("b")
+        (outside / "kept").write_text("kept"), (root / "out").symlink_to(outside)
+        (root / "a/b").write_text("b")
         (root / "b").symlink_to("../outside/kept")
         before = dump(outside)
         with contextlib.suppress(changes.Fatal):
@@ -818,34 +888,38 @@ def test_no_layer_reaches_anything_outside(members):
 def test_any_bytes_are_refused_without_a_traceback(noise, how):
     with fresh_place() as place:
         header = changes.encode_header(changes.Member(b"a", b"x", 0o644, 0, 0, len(noise), 0))
-        content = [noise, header + noise + bytes(-len(noise) % 512), zlib.compress(noise), bytes(1 << 20)][how]
-        (place / "l").write_bytes(content)
+        member = header + noise + bytes(-len(noise) % 512)
+        (place / "l").write_bytes([noise, member, zlib.compress(noise), bytes(1 << 20)][how])
         with pytest.raises(changes.Fatal):
             changes.check_layer(os.fsencode(place / "l"), QUIET)
 
 
 @needs_root
 def test_devices_are_made_by_root_alone(place):
-    make_layer(place / "l", [("null", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}), ("file", b"1")])
+    device = {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}
+    make_layer(place / "l", [("null", device), ("file", b"1")])
     (place / "mine").mkdir(), (place / "theirs").mkdir()
     os.chown(place / "theirs", 65534, 65534), place.chmod(0o755)
     assert snap("apply", place / "l", place / "mine").returncode == 0
     assert stat.S_ISCHR((place / "mine/null").stat().st_mode)
     script = shutil.copy(TOP / "changes.py", place)
-    result = subprocess.run(["setpriv", "--reuid=65534", "--clear-groups", sys.executable, script, "apply", place / "l",
-                             place / "theirs"], capture_output=True)  # fmt: skip
-    assert result.returncode == 0 and b"warning: left out, only root makes devices: /null" in result.stderr
+    become = ["setpriv", "--reuid=65534", "--clear-groups"]
+    command = [*become, sys.executable, script, "apply", place / "l", place / "theirs"]
+    result = subprocess.run(command, capture_output=True)
+    assert result.returncode == 0
+    assert b"warning: left out, only root makes devices: /null" in result.stderr
     assert os.listdir(place / "theirs") == ["file"]
 
 
-# --- Full disks, files that change, many files --------------------------------------------------------------
+# --- Full disks, files that change, many files ----------------------------------------------------
 
 
 @needs_root
 def test_a_file_system_with_too_few_inodes_is_left_as_it_is_but_those_that_come_free_count(place):
     (place / "small").mkdir()
-    make_layer(place / "many", [("new/%d" % number, b"") for number in range(40)])
-    make_layer(place / "other", [("old/.wh..wh..opq", b"")] + [("new/%d" % number, b"") for number in range(40)])
+    members = [("new/%d" % number, b"") for number in range(40)]
+    make_layer(place / "many", members)
+    make_layer(place / "other", [("old/.wh..wh..opq", b""), *members])
     script = f"""
         mount -t tmpfs -o size=1m,nr_inodes=60 none {place}/small; cd {place}/small
         mkdir old; touch old/$(seq -s ' old/' 30)
@@ -883,16 +957,20 @@ def test_a_file_that_changes_while_it_is_saved_is_told_and_the_layer_is_valid(pl
     for name in ("grows", "shrinks", "goes", "turns"):
         (root / name).write_bytes(b"x" * 100000)
     os.link(root / "goes", root / "goes too")
+
     plan = changes.compare_trees(os.fsencode(place / "a"), os.fsencode(root), NOTHING, QUIET)
+
     with open(root / "grows", "ab") as file:
         file.write(b"more")
     os.truncate(root / "shrinks", 10)
     (root / "goes").unlink(), (root / "turns").unlink()
     (root / "turns").symlink_to("grows")
+
     told = []
     report = changes.Report()
     report.warn = told.append
     changes.write_layer(os.fsencode(root), plan, os.fsencode(place / "l.tar.gz"), report)
+
     assert len(told) == 4 and "changed while it was saved: /grows" in told
     merge(place / "a", place / "l.tar.gz")
     assert (place / "a/grows").read_bytes() == b"x" * 100000
@@ -956,14 +1034,16 @@ def test_only_a_file_is_replaced_by_a_layer(place):
         result = snap("diff", place / "a", place / "a", "-o", place / name)
         assert result.returncode == 125
         assert_error(result, "not a regular file", place / name)
-    assert sorted(os.listdir(place)) == ["a", "fifo", "link"] and stat.S_ISFIFO(os.lstat(place / "fifo").st_mode)
+    assert sorted(os.listdir(place)) == ["a", "fifo", "link"]
+    assert stat.S_ISFIFO(os.lstat(place / "fifo").st_mode)
 
 
 def test_interrupted_saving_leaves_no_temporary_file(place):
     (place / "a").mkdir(), (place / "b").mkdir(), (place / "out").mkdir()
     (place / "b/file").write_bytes(os.urandom(64 << 20))
-    process = subprocess.Popen([sys.executable, TOP / "changes.py", "diff", place / "a", place / "b", "-o",
-                                place / "out/l.tar.gz"], stderr=subprocess.PIPE)  # fmt: skip
+    words = ["diff", place / "a", place / "b", "-o", place / "out/l.tar.gz"]
+    command = [sys.executable, TOP / "changes.py", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while not os.listdir(place / "out"):
         assert process.poll() is None
     process.terminate()
@@ -994,13 +1074,15 @@ def test_wrong_usage_is_an_error_and_a_hint(words):
 def test_closed_streams_are_no_traceback(place, closed):
     make_layer(place / "l", [("file", b"1")])
     for name, code in (("l", 0), ("none", 125)):
-        result = subprocess.run(["sh", "-c", f'exec "$@" {closed}>&-', "-", sys.executable, TOP / "changes.py", "show",
-                                 place / name], capture_output=True)  # fmt: skip
+        command = [sys.executable, TOP / "changes.py", "show", place / name]
+        close = ["sh", "-c", f'exec "$@" {closed}>&-', "-"]
+        result = subprocess.run([*close, *command], capture_output=True)
         assert result.returncode == code and b"Traceback" not in result.stdout + result.stderr
 
 
 def test_what_may_not_be_read_is_named_with_its_whole_path(place):
-    (place / "a").mkdir(), (place / "b/sub").mkdir(parents=True), (place / "b/sub/file").write_text("secret")
+    (place / "a").mkdir(), (place / "b/sub").mkdir(parents=True)
+    (place / "b/sub/file").write_text("secret")
     for path in (place, place / "a", place / "b"):
         path.chmod(0o777)
     become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if IS_ROOT else []
@@ -1018,11 +1100,11 @@ def test_changes_without_a_base_say_so(place):
     assert_error(result, "no base is recorded", place)
 
 
-# --- Programs that no one here wrote ------------------------------------------------------------------------
+# --- Programs that no one here wrote --------------------------------------------------------------
 
 
 def make_oci_image(layout, layers):
-    """An OCI image of these layers, in a directory, as the specification's image-layout.md has it."""
+    """An OCI image of these layers, in a directory (image-layout.md of the specification)."""
     def put(content):
         digest = hashlib.sha256(content).hexdigest()
         (layout / "blobs/sha256" / digest).write_bytes(content)
@@ -1031,16 +1113,20 @@ def make_oci_image(layout, layers):
     (layout / "blobs/sha256").mkdir(parents=True)
     (layout / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
     kind = "application/vnd.oci.image."
+
     descriptors, plain = [], []
     for layer in layers:
         content = layer.read_bytes()
         descriptors.append({"mediaType": kind + "layer.v1.tar+gzip", **put(content)})
         plain.append("sha256:" + hashlib.sha256(gzip.decompress(content)).hexdigest())
-    config = {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": plain},
+
+    config = {"architecture": "amd64", "os": "linux", "config": {},
+              "rootfs": {"type": "layers", "diff_ids": plain},
               "history": [{"created_by": "test"}] * len(plain)}  # fmt: skip
     manifest = {"schemaVersion": 2, "mediaType": kind + "manifest.v1+json",
                 "config": {"mediaType": kind + "config.v1+json", **put(json.dumps(config).encode())},
                 "layers": descriptors}  # fmt: skip
+
     index = {"schemaVersion": 2, "manifests": [
         {"mediaType": kind + "manifest.v1+json", **put(json.dumps(manifest).encode()),
          "annotations": {"org.opencontainers.image.ref.name": "tag"}}]}  # fmt: skip
@@ -1048,7 +1134,8 @@ def make_oci_image(layout, layers):
 
 
 def run_tool(*words, **options):
-    result = subprocess.run([str(word) for word in words], capture_output=True, timeout=120, **options)
+    command = [str(word) for word in words]
+    result = subprocess.run(command, capture_output=True, timeout=120, **options)
     assert result.returncode == 0, result.stderr.decode()
     return result.stdout
 
@@ -1059,9 +1146,11 @@ def unpack_with_umoci(place, layout):
 
 
 def unpack_with_buildah(place, layout):
-    """buildah's rootfs is copied out of its store, for what it mounts there to be gone at the end."""
-    buildah = ["buildah", "--storage-driver", "vfs", "--root", place / "store", "--runroot", place / "run"]
-    # A relative name, as it makes a reference of it, which may not have every character.
+    """Copy buildah's rootfs out of its store, so that its mounts there are gone at the end."""
+    buildah = ["buildah", "--storage-driver", "vfs"]
+    buildah += ["--root", place / "store", "--runroot", place / "run"]
+
+    # The name is relative, as buildah makes a reference of it, which cannot have every character.
     name = run_tool(*buildah, "from", f"oci:{layout.name}:tag", cwd=layout.parent).decode().strip()
     try:
         tree = run_tool(*buildah, "mount", name).decode().strip()
@@ -1073,7 +1162,7 @@ def unpack_with_buildah(place, layout):
 
 
 def without_holes(tree):
-    """Those tools write zeros where holes were; and who unpacks may have given a new directory another time."""
+    """The files with their content in one piece: those tools write zeros in the place of holes."""
     flat = {}
     for path, fields in tree.items():
         flat[path] = fields
@@ -1092,26 +1181,35 @@ def make_two_trees(place):
     for name in ("to-file", "to-link", "stays", "gone", "again"):
         (a / "dir" / name / "sub").mkdir(parents=True)
         (a / "dir" / name / "sub" / "file").write_text(name)
+
     (a / "link").symlink_to("dir"), os.mkfifo(a / "fifo")
     (a / "file-to-dir").write_text("1"), (a / "odd \udcff\n").write_text("2")
+
     for path in sorted(a.rglob("*"), reverse=True):
         os.utime(path, ns=(0, 1234567890 * 10**9 + 123456789), follow_symlinks=False)
+
     b = place / "b"
     run_tool("cp", "-a", a, b)
     for name in ("to-file", "to-link", "gone", "again"):
         shutil.rmtree(b / "dir" / name)
+
     (b / "dir/to-file").write_text("now a file"), (b / "dir/to-link").symlink_to("no such")
     (b / "dir/again").mkdir(), (b / "dir/again/new").write_text("x")
-    (b / "file-to-dir").unlink(), (b / "file-to-dir").mkdir(0o2775), (b / "file-to-dir/x").write_text("x")
+    (b / "file-to-dir").unlink(), (b / "file-to-dir").mkdir(0o2775)
+    (b / "file-to-dir/x").write_text("x")
+
     (b / "link").unlink(), (b / "link").mkdir()
     (b / "etc/one").unlink(), (b / "odd \udcff\n").unlink()
     (b / ("n" * 255)).write_text("long"), (b / "\udcfe\n").write_text("odd")
+
     os.link(b / "etc/two", b / "two"), (b / "setuid").write_text("s"), (b / "caps").write_text("c")
     os.chown(b / "setuid", 3000000, 4000000), (b / "setuid").chmod(0o6755)
     os.chmod(b / "etc/three", 0o600)
-    os.setxattr(b / "caps", "security.capability", CAPABILITY), os.setxattr(b / "caps", "user.a", b"1\0\n=")
+    os.setxattr(b / "caps", "security.capability", CAPABILITY)
+    os.setxattr(b / "caps", "user.a", b"1\0\n=")
     os.setxattr(b / "dir/stays", "system.posix_acl_default", ACL)
     os.mknod(b / "device", stat.S_IFCHR | 0o620, os.makedev(1, 3))
+
     with open(b / "sparse", "wb") as file:
         file.truncate(1 << 20), file.seek(1 << 19), file.write(b"x")
     return a, b
@@ -1128,7 +1226,8 @@ def test_other_tools_unpack_base_and_layer_to_the_same_tree(place, unpack):
     (place / "ours").mkdir()
     merge(place / "ours", *layers)
     theirs, ours = without_holes(dump(theirs)), without_holes(dump(place / "ours"))
-    if unpack == unpack_with_buildah:  # its vfs store copies trees without default ACLs and the time of their root
+    if unpack == unpack_with_buildah:
+        # Its vfs store copies trees without default ACLs and without the time of their root.
         for tree in (theirs, ours):
             tree[b"."][3], tree[b"dir/stays"][4] = None, None
     assert theirs == ours
@@ -1139,13 +1238,20 @@ def test_a_layer_of_umoci_repack_merges_to_the_same_tree(place):
     a, b = make_two_trees(place)
     (place / "empty").mkdir()
     make_oci_image(place / "oci", [diff(place / "empty", a, place / "base.tar.gz")])
+
     rootfs = unpack_with_umoci(place, place / "oci")
     merge(rootfs, diff(a, b, place / "layer.tar.gz"))
     run_tool("umoci", "repack", "--image", f"{place}/oci:tag", place / "bundle")
+
     index = json.loads((place / "oci/index.json").read_text())
-    manifest = json.loads((place / "oci/blobs" / index["manifests"][0]["digest"].replace(":", "/")).read_text())
-    layers = [place / "oci/blobs" / layer["digest"].replace(":", "/") for layer in manifest["layers"]]
+
+    def locate(descriptor):
+        return place / "oci/blobs" / descriptor["digest"].replace(":", "/")
+
+    manifest = json.loads(locate(index["manifests"][0]).read_text())
+    layers = [locate(layer) for layer in manifest["layers"]]
     assert len(layers) == 2
+
     (place / "ours").mkdir()
     merge(place / "ours", *layers)
     shutil.rmtree(place / "bundle")
@@ -1153,7 +1259,7 @@ def test_a_layer_of_umoci_repack_merges_to_the_same_tree(place):
     assert without_holes(dump(place / "ours")) == without_holes(dump(theirs))
 
 
-# --- In an appliance ----------------------------------------------------------------------------------------
+# --- In an appliance ------------------------------------------------------------------------------
 
 CHANGE_EVERYTHING = """
 set -e
@@ -1198,31 +1304,41 @@ def test_changes_of_one_run_merge_into_a_fresh_boot_as_if_the_image_had_been_wri
     copy = writable_copy(node, image)
     in_guest(node, CHANGE_EVERYTHING + "sync; apppot-snap changes c.tar.gz", "--write", image=copy)
     written = in_guest(node, DESCRIBE, image=copy)
-    again = "apppot-snap merge c.tar.gz; apppot-snap changes again.tar.gz; cmp c.tar.gz again.tar.gz\n"
-    merged = in_guest(node, "set -e\n" + again + DESCRIBE)
-    assert written.splitlines() == merged.splitlines()
-    assert b"opt/link l 777 0 0 1234567890.1234567890 nowhere 1 7" in merged and len(merged) > 100000
+
+    again = "apppot-snap merge c.tar.gz; apppot-snap changes again.tar.gz\n"
+    merged = in_guest(node, "set -e\n" + again + "cmp c.tar.gz again.tar.gz\n" + DESCRIBE)
+    assert written.splitlines() == merged.splitlines() and len(merged) > 100000
+    assert b"opt/link l 777 0 0 1234567890.1234567890 nowhere 1 7" in merged
+
     listing = snap("show", node.job / "c.tar.gz").stdout.decode()
-    assert "D              /etc/issue\n" in listing and "/usr/bin/rev\n" in listing and "excluded" not in listing
-    assert not [line for line in listing.splitlines() if "/usr/bin/cut" in line or "/var/cache" in line]
+    assert "D              /etc/issue\n" in listing and "/usr/bin/rev\n" in listing
+    assert not [word for word in ("excluded", "/usr/bin/cut", "/var/cache") if word in listing]
 
 
 @caller_is_root
 def test_nothing_has_changed_in_a_fresh_boot(node):
-    listing = in_guest(node, "apppot-snap changes -n; apppot-snap changes; ls ~/job/").decode().splitlines()
+    script = "apppot-snap changes -n; apppot-snap changes; ls ~/job/"
+    listing = in_guest(node, script).decode().splitlines()
     assert listing[-2].startswith("0 added, ") and " 0 deleted, 0 B" in listing[-2]
     assert re.match(r"apppot\.\d{4}-\d\d-\d\d\.changes\.tar\.gz$", listing[-1])
 
 
 @caller_is_root
 def test_a_damaged_or_foreign_layer_leaves_a_live_system_as_it_was(node):
-    in_guest(node, "echo new > /etc/motd; apppot-snap changes c.tar.gz; rm -f /etc/issue; apppot-snap changes d.tar.gz")
+    script = """
+        echo new > /etc/motd; apppot-snap changes c.tar.gz
+        rm -f /etc/issue; apppot-snap changes d.tar.gz"""
+    in_guest(node, script)
+
     content = (node.job / "d.tar.gz").read_bytes()
     (node.job / "d.tar.gz").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    make_layer(node.job / "unfit", [("etc/motd", b"new"), ("etc/.wh.issue", b""), ("bin/new", b"new")])
+
+    members = [("etc/motd", b"new"), ("etc/.wh.issue", b""), ("bin/new", b"new")]
+    make_layer(node.job / "unfit", members)
     script = """
         apppot-snap merge c.tar.gz d.tar.gz; echo $?; apppot-snap merge unfit; echo $?
         cat /etc/motd; ls /etc/issue; apppot-snap changes -n | tail -1"""
+
     lines = in_guest(node, script).decode().splitlines()
     assert lines[:2] == ["125", "125"] and "new" not in lines and "/etc/issue" in lines
     assert "0 added, 1 modified" in lines[-1]

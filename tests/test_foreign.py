@@ -30,6 +30,7 @@ from test_changes import (
     needs_root,
     run_tool,
     snap,
+    squash,
     unpack_with_umoci,
     write_many,
 )
@@ -69,13 +70,13 @@ def sparse(text, realsize, stored=b""):
                (b"GNU.sparse.realsize", b"%d" % realsize)) + header(b"s", b"0", len(content)) + content  # fmt: skip
 
 
-# --- Sparse files -------------------------------------------------------------------------------------------
+# --- Sparse files ---------------------------------------------------------------------------------
 
 K = os.urandom(4096)
 SPARSE = {
     "hole": (1 << 20, []), "hole-data": (1 << 20, [(1 << 20) - 4096]), "data-hole": (1 << 20, [0]),
-    "odd": (1000001, [8192]), "many": (8192 * 2000, range(0, 8192 * 2000, 8192)), "tera": ((1 << 40) + 13, [1 << 39]),
-    "n" * 200: (1 << 20, [65536]),
+    "odd": (1000001, [8192]), "many": (8192 * 2000, range(0, 8192 * 2000, 8192)),
+    "tera": ((1 << 40) + 13, [1 << 39]), "n" * 200: (1 << 20, [65536]),
 }  # fmt: skip
 
 
@@ -106,15 +107,18 @@ def test_every_tar_makes_the_same_sparse_files_of_a_layer(place, how, tool):
     (place / "a").mkdir()
     layer = diff(place / "a", make_sparse(place / "b"), place / "l.tar.gz")
     if how == "squash":
-        changes.run_squash([os.fsencode(layer)] * 2, os.fsencode(place / "s.tar"), False, QUIET)
+        squash(place / "s.tar", layer, layer)
         layer = place / "s.tar"
+
     if tool == "ours":
         merge(place / "root", layer)
     elif shutil.which(tool) or tool == "tar":     # bsdtar is not part of every set-up
         run_tool(tool, "-x", "-f", layer, "-C", place / "root")
     else:
         return
-    assert look(place / "root") == look(place / "b") == {name: (SPARSE[name][0], True, True) for name in SPARSE}
+    wanted = {name: (SPARSE[name][0], True, True) for name in SPARSE}
+
+    assert look(place / "root") == look(place / "b") == wanted
 
 
 def test_python_and_go_read_a_hole_at_the_end(place):
@@ -137,12 +141,14 @@ def test_a_sparse_file_in_an_old_format_is_named(place, version):
     result = snap("apply", place / "l", place / "root")
     assert result.returncode == 125 and os.listdir(place / "root") == []
     assert_error(result, "old format", "/file")
-    run_tool("tar", "-c", "-S", "--format=posix", "-f", place / "l", "-C", place / "b", ".")  # as the hint has it
+
+    as_the_hint_says = ["tar", "-c", "-S", "--format=posix"]
+    run_tool(*as_the_hint_says, "-f", place / "l", "-C", place / "b", ".")
     merge(place / "root", place / "l")
     assert (place / "root/file").read_bytes() == bytes(300000)
 
 
-# --- What is no layer ---------------------------------------------------------------------------------------
+# --- What is no layer -----------------------------------------------------------------------------
 
 
 def pack(module, name, content):
@@ -170,8 +176,8 @@ NO_LAYERS = {
 @pytest.mark.parametrize("what", sorted(NO_LAYERS))
 def test_a_file_that_is_no_layer_is_called_by_its_name(place, what):
     (place / "my file").write_bytes(NO_LAYERS[what])
-    for words in (["show"], ["squash", "-o", place / "s"], ["apply"]):
-        result = snap(words[0], place / "my file", *words[1:], *([place / "root"] if words[0] == "apply" else []))
+    for verb, *words in (["show"], ["squash", "-o", place / "s"], ["apply", place / "root"]):
+        result = snap(verb, place / "my file", *words)
         assert result.returncode == 125 and os.listdir(place / "root") == []
         assert_error(result, "changes file is " + what.replace("is empty", "empty"), place / "my file")
         if "xz" in what:
@@ -198,12 +204,17 @@ def archive_of(layout, tool, path):
     if tool == "tar":
         run_tool("tar", "-cf", path, "-C", layout, ".")
     elif tool == "docker":
-        config = next(file for file in (layout / "blobs/sha256").iterdir() if b'"rootfs"' in file.read_bytes()[:1000])
-        layers = [file for file in (layout / "blobs/sha256").iterdir() if file.read_bytes()[:2] == b"\x1f\x8b"]
+        blobs = list((layout / "blobs/sha256").iterdir())
+        config = next(blob for blob in blobs if b'"rootfs"' in blob.read_bytes()[:1000])
+        layers = [blob for blob in blobs if blob.read_bytes()[:2] == b"\x1f\x8b"]
+
         names = ",".join('"%s/layer.tar"' % layer.name for layer in layers)
         manifest = '[{"Config":"%s.json","RepoTags":["a:b"],"Layers":[%s]}]' % (config.name, names)
-        members = [(layer.name + "/layer.tar", gzip.decompress(layer.read_bytes())) for layer in layers]
-        make_layer(path, [*members, (config.name + ".json", config.read_bytes()), ("manifest.json", manifest.encode())])
+        members = []
+        for layer in layers:
+            members.append((layer.name + "/layer.tar", gzip.decompress(layer.read_bytes())))
+        members.append((config.name + ".json", config.read_bytes()))
+        make_layer(path, [*members, ("manifest.json", manifest.encode())])
     else:
         run_tool("tar", "-czf", path, "-C", layout, "blobs", "index.json", "oci-layout")
     return path
@@ -212,7 +223,8 @@ def archive_of(layout, tool, path):
 @pytest.mark.parametrize("tool", ["oci", "tar", "docker"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_image_archive_is_refused_with_the_command_that_takes_its_layers_out(place, tool, count):
-    layers = [make_layer(place / f"l{number}", [(f"file{number}", b"x")]) for number in range(count)]
+    names = [f"file{number}" for number in range(count)]
+    layers = [make_layer(place / name, [(name, b"x")]) for name in names]
     make_oci_image(place / "oci", layers)
     archive = archive_of(place / "oci", tool, place / "it's an image.tar")
     result = snap("apply", archive, place / "root")
@@ -221,20 +233,23 @@ def test_an_image_archive_is_refused_with_the_command_that_takes_its_layers_out(
     command = result.stderr.decode().strip().rpartition("take out the layers that you want: ")[2]
     subprocess.run(["sh", "-ec", command], cwd=place, check=True)
     merge(place / "root", *sorted(place.glob("layer?.tar")))
-    assert sorted(os.listdir(place / "root")) == [f"file{number}" for number in range(count)]
+    assert sorted(os.listdir(place / "root")) == names
 
 
 def test_a_broken_image_archive_is_refused_too(place):
-    for number, text in enumerate([b'[{"Layers": 3}]', b'"Layers"', b'{"Layers":' + b"[" * 100000, b'["Layers"]']):
+    deep = b'{"Layers":' + b"[" * 100000
+    for number, text in enumerate([b'[{"Layers": 3}]', b'"Layers"', deep, b'["Layers"]']):
         make_layer(place / "l", [("manifest.json", text), ("index.json", b"\xff")])
         result = snap("apply", place / "l", place / "root")
         assert result.returncode == 125 and os.listdir(place / "root") == [], number
         assert_error(result, "image archive", place / "l")
 
 
-# --- Layers of other tools ----------------------------------------------------------------------------------
+# --- Layers of other tools ------------------------------------------------------------------------
 
-DIR, LINK, SYMLINK = {"type": tarfile.DIRTYPE, "mode": 0o750, "mtime": 77}, tarfile.LNKTYPE, tarfile.SYMTYPE
+DIR = {"type": tarfile.DIRTYPE, "mode": 0o750, "mtime": 77}
+LINK = tarfile.LNKTYPE
+SYMLINK = tarfile.SYMTYPE
 BASE = [("etc/", DIR), ("etc/one", b"one"), ("etc/two", b"two"), ("d/", DIR), ("d/old", b"old"), ("d/sub/", DIR),
         ("d/sub/x", b"x"), ("f", b"f"), ("s", {"type": SYMLINK, "linkname": "etc"})]  # fmt: skip
 AS_UMOCI = {
@@ -270,10 +285,13 @@ def test_a_layer_of_another_tool_is_merged_as_umoci_does(place, case):
     theirs = dump(unpack_with_umoci(place, place / "oci"))
     merge(place / "root", *layers)
     ours = dump(place / "root")
-    for tree in (theirs, ours):                   # umoci gives some directories the time of what it does in them later
+
+    # umoci gives some directories the time of what it does in them later.
+    for tree in (theirs, ours):
         for fields in tree.values():
             if fields[0] == stat.S_IFDIR and case not in ("kaniko", "root"):
                 fields[3] = None
+
     assert ours == theirs
 
 
@@ -285,7 +303,7 @@ def test_a_name_that_leads_upwards_is_refused(place, name):
         assert_error(result, "unsafe name")
 
 
-# --- Layers made to do harm ---------------------------------------------------------------------------------
+# --- Layers made to do harm -----------------------------------------------------------------------
 # Each of a few KiB or MiB; the first number is of seconds on a machine that does much else.
 
 DEEP = b"d/" * 2000
@@ -346,8 +364,11 @@ def test_memory_that_is_short_is_told_before_anything_is_applied(place, monkeypa
     monkeypatch.setattr(changes, "available_memory", lambda: 1 << 20)
     with pytest.raises(changes.Fatal) as caught:
         merge(place / "root", place / "l")
-    assert "memory" in caught.value.message and "--mem" in caught.value.hint and os.listdir(place / "root") == []
-    monkeypatch.setattr(changes, "available_memory", lambda: 3 << 20)     # no room for an index: it reads twice
+    assert "memory" in caught.value.message and "--mem" in caught.value.hint
+    assert os.listdir(place / "root") == []
+
+    # Without room for an index the headers are read twice.
+    monkeypatch.setattr(changes, "available_memory", lambda: 3 << 20)
     merge(place / "root", place / "l")
     assert len(os.listdir(place / "root")) == 2000
 
@@ -359,14 +380,16 @@ def test_50000_files_are_merged_where_memory_is_that_of_a_guest_of_64_mib(place)
 
 
 def test_attributes_that_cannot_be_kept_are_told_in_a_few_lines(place):
-    pieces = [pax((XATTR + b"no-such.%d" % number, b"1")) + header(b"f%d" % number) for number in range(100)]
-    (place / "l").write_bytes(b"".join(pieces) + END)
+    members = []
+    for number in range(100):
+        members.append(pax((XATTR + b"no-such.%d" % number, b"1")) + header(b"f%d" % number))
+    (place / "l").write_bytes(b"".join(members) + END)
     result = snap("apply", place / "l", place / "root")
     assert result.returncode == 0 and len(os.listdir(place / "root")) == 100
     assert len(result.stderr.splitlines()) == 21 and b"80 more attributes" in result.stderr
 
 
-# --- Any bytes ----------------------------------------------------------------------------------------------
+# --- Any bytes ------------------------------------------------------------------------------------
 
 
 def make_samples():
@@ -374,16 +397,25 @@ def make_samples():
     with fresh_place() as place:
         tree = place / "tree"
         make_sparse(tree)
-        (tree / ("d" * 150) / "sub").mkdir(parents=True), (tree / ("d" * 150) / "sub/file").write_text("x" * 700)
-        (tree / "link").symlink_to("t" * 150), os.link(tree / "odd", tree / "hard"), os.mkfifo(tree / "fifo")
+
+        (tree / ("d" * 150) / "sub").mkdir(parents=True)
+        (tree / ("d" * 150) / "sub/file").write_text("x" * 700)
+        (tree / "link").symlink_to("t" * 150), os.link(tree / "odd", tree / "hard")
+        os.mkfifo(tree / "fifo")
         os.setxattr(tree / "odd", "user.a", b"1\n=")
-        (tree / "many").unlink(), (tree / "hole-data").unlink(), (place / "a").mkdir(), (place / "a/gone").mkdir()
+        (tree / "many").unlink(), (tree / "hole-data").unlink()
+        (place / "a/gone").mkdir(parents=True)
+
         samples = [diff(place / "a", tree, place / "ours.tar").read_bytes()]
-        for how in (["--format=gnu"], ["--format=posix", "--xattrs"], ["--format=ustar", "--exclude=tera"],
-                    ["--format=posix", "-S", "--sparse-version=0.0"], ["--format=posix", "-S", "--sparse-version=0.1"],
-                    ["--format=posix", "-S"], ["--format=gnu", "-S"], ["--format=v7", "--exclude=tera"]):  # fmt: skip
-            small = ["--exclude=tera"] if "-S" not in how else []
-            subprocess.run(["tar", "-c", *how, *small, "-f", place / "l", "-C", tree, "."], stderr=subprocess.DEVNULL)
+
+        for how in ("--format=gnu", "--format=posix --xattrs", "--format=ustar", "--format=v7",
+                    "--format=posix -S --sparse-version=0.0", "--format=gnu -S",
+                    "--format=posix -S --sparse-version=0.1", "--format=posix -S"):  # fmt: skip
+            options = how.split()
+            if "-S" not in options:
+                options.append("--exclude=tera")
+            command = ["tar", "-c", *options, "-f", place / "l", "-C", tree, "."]
+            subprocess.run(command, stderr=subprocess.DEVNULL)
             samples.append((place / "l").read_bytes()[: 1 << 16])
         return samples
 
@@ -403,14 +435,18 @@ changed_bytes = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255))
 def mutate(content, fields, spots, cut):
     """Some header fields replaced, with right checksums, then some bytes, then the end cut."""
     content = bytearray(content)
-    starts = [start for start in range(0, len(content), 512) if content[start + 257 : start + 262] == b"ustar"]
+    starts = range(0, len(content), 512)
+    starts = [start for start in starts if content[start + 257 : start + 262] == b"ustar"]
+
     for number, offset, choice in fields:
         if starts:
             start = starts[number % len(starts)]
-            value = FIELDS[offset][choice % len(FIELDS[offset])][: WIDTHS[offset]].ljust(WIDTHS[offset], b"\0")
-            content[start + offset : start + offset + WIDTHS[offset]] = value
+            width = WIDTHS[offset]
+            value = FIELDS[offset][choice % len(FIELDS[offset])][:width]
+            content[start + offset : start + offset + width] = value.ljust(width, b"\0")
             content[start + 148 : start + 156] = b" " * 8
             content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+
     for offset, value in spots:
         content[offset % len(content)] = value
     return bytes(content[: len(content) - cut])
@@ -428,14 +464,16 @@ def test_no_layer_however_changed_is_anything_but_merged_or_refused(sample, fiel
     content = {"garbage": content + b"\0rubbish", "cut gzip": content[:-9]}.get(packing, content)
     if packing == "flipped gzip":
         content = mutate(content, [], [(0, content[0]), *spots], 0)
+
     with fresh_place() as place:
         root, outside = place / "root", place / "outside"
         root.mkdir(), outside.mkdir(), (root / "link").symlink_to("../outside")
         (place / "l").write_bytes(content)
         before = dump(root)
+
         with contextlib.suppress(changes.Fatal):
             changes.check_layer(os.fsencode(place / "l"), QUIET).__exit__()
-            changes.run_squash([os.fsencode(place / "l")], os.fsencode(place / "s.tar"), False, QUIET)
+            squash(place / "s.tar", place / "l")
         try:
             merge(root, place / "l")
         except changes.Fatal as fatal:
@@ -443,7 +481,7 @@ def test_no_layer_however_changed_is_anything_but_merged_or_refused(sample, fiel
         assert os.listdir(outside) == []
 
 
-# --- In runs ------------------------------------------------------------------------------------------------
+# --- In runs --------------------------------------------------------------------------------------
 
 
 def test_what_is_no_layer_ends_a_run_with_the_right_words(any_node):

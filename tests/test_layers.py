@@ -26,11 +26,18 @@ def show(path):
 
 
 def test_what_one_run_changes_the_next_one_has(any_node):
-    save(any_node, f"echo {NONCE} > /etc/motd; mkdir -p /opt/tool; cp /bin/true /opt/tool; rm /etc/issue; echo h > ~/h")
-    script = "cat /etc/motd; /opt/tool/true && ls /etc/issue; stat -c %u:%a /opt/tool/true; sudo cat /root/h"
+    script = f"""
+        echo {NONCE} > /etc/motd; rm /etc/issue; echo h > ~/h
+        mkdir -p /opt/tool; cp /bin/true /opt/tool"""
+    save(any_node, script)
+
+    script = """
+        cat /etc/motd; /opt/tool/true && ls /etc/issue
+        stat -c %u:%a /opt/tool/true; sudo cat /root/h"""
     result = any_node.run("--changes", "c.tar.gz", "sh", "-c", script)
     assert result.stdout.decode() == f"{NONCE}\n0:755\nh\n" and b"/etc/issue" in result.stderr
-    assert any_node.run("--merge", "c.tar.gz", "--no-job-dir", "cat", "/etc/motd").stdout.decode() == NONCE + "\n"
+    result = any_node.run("--merge", "c.tar.gz", "--no-job-dir", "cat", "/etc/motd")
+    assert result.stdout.decode() == NONCE + "\n"
 
 
 def test_nothing_but_the_command_s_own_changes_is_saved(any_node):
@@ -45,16 +52,21 @@ def test_nothing_but_the_command_s_own_changes_is_saved(any_node):
 def test_layers_are_merged_in_order_and_saved_as_one(node):
     first = save(node, "echo 1 > /opt/a; echo 1 > /opt/b", name="first.tar.gz")
     second = save(node, "echo 2 > /opt/b; rm /opt/a", "--changes", str(first), name="second.tar.gz")
-    assert node.run("--changes", first, "--changes", second, "sh", "-c", "cat /opt/*").stdout == b"1\n2\n"
-    assert node.run("--changes", second, "sh", "-c", "cat /opt/*").stdout == b"2\n"  # needs not the first
-    assert node.run("--changes", second, "--changes", first, "sh", "-c", "cat /opt/*").stdout == b"1\n1\n"
-    both = {"APPPOT_CHANGES": f"{second}:{first}"}
-    assert node.run("sh", "-c", "cat /opt/*", env=both).stdout == b"1\n1\n"
-    assert node.run("--changes", second, "sh", "-c", "cat /opt/*", env={"APPPOT_CHANGES": "/none"}).stdout == b"2\n"
+
+    def read(*options, **more):
+        return node.run(*options, "sh", "-c", "cat /opt/*", **more).stdout
+
+    assert read("--changes", first, "--changes", second) == b"1\n2\n"
+    assert read("--changes", second) == b"2\n"  # it holds the first, too
+    assert read("--changes", second, "--changes", first) == b"1\n1\n"
+
+    assert read(env={"APPPOT_CHANGES": f"{second}:{first}"}) == b"1\n1\n"
+    assert read("--changes", second, env={"APPPOT_CHANGES": "/none"}) == b"2\n"
 
 
 def test_the_command_s_status_stays_and_its_changes_are_saved(any_node):
-    result = any_node.run("--save-changes", "c.tar.gz", "bash", "-c", "echo late > ~/f; kill -USR1 $$")
+    script = "echo late > ~/f; kill -USR1 $$"
+    result = any_node.run("--save-changes", "c.tar.gz", "bash", "-c", script)
     assert result.returncode == 128 + signal.SIGUSR1
     assert any_node.run("--changes", "c.tar.gz", "sh", "-c", "cat ~/f").stdout == b"late\n"
 
@@ -63,12 +75,14 @@ def test_a_file_that_was_there_stays_until_the_new_one_is_complete(any_node):
     target = any_node.job / "c.tar.gz"
     target.write_bytes(b"old")
     os.chown(target, any_node.uid, -1)
+
     process = any_node.start_ready("sleep 100", "--save-changes", "c.tar.gz")
     os.kill(process.pid, signal.SIGKILL)
     assert any_node.finish(process)[0] == -signal.SIGKILL
     any_node.wait_until_gone()
     wait_for(lambda: os.listdir(any_node.job) == ["c.tar.gz"])
     assert target.read_bytes() == b"old"
+
     any_node.run("--save-changes", "c.tar.gz", "true")
     assert show(target) and os.listdir(any_node.job) == ["c.tar.gz"]
     assert target.stat().st_uid == any_node.uid
@@ -89,14 +103,15 @@ def test_a_damaged_layer_ends_the_run_before_the_command(node, damage):
     layer = save(node, "head -c 100000 /dev/urandom > /opt/data")
     content = layer.read_bytes()
     middle = len(content) // 2
-    layer.write_bytes(
-        {
-            "cut": content[:middle],
-            "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
-            "text": b"no layer at all\n" * 100,
-            "longer": content + b"rubbish",
-        }[damage]
-    )
+
+    variants = {
+        "cut": content[:middle],
+        "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "text": b"no layer at all\n" * 100,
+        "longer": content + b"rubbish",
+    }
+    layer.write_bytes(variants[damage])
+
     result = node.run("--changes", "c.tar.gz", "sh", "-c", "echo run > ran")
     assert (result.returncode, result.stdout) == (125, b"") and os.listdir(node.job) == ["c.tar.gz"]
     assert_error(result, layer)
@@ -123,15 +138,20 @@ def test_what_cannot_be_is_refused_before_the_boot(node, words):
 def test_a_full_disk_leaves_the_old_file_and_says_what_is_needed(node):
     out = node.root / "out"
     out.mkdir()
-    around = f'mount -t tmpfs -o size=1m tmpfs {out}; echo old > {out}/c; "$@" || code=$?; cat {out}/*; exit $code'
-    words = ("--root", "--save-changes", f"{out}/c", "sh", "-c", "head -c 3000000 /dev/urandom > /opt/data")
+    around = f"""
+        mount -t tmpfs -o size=1m tmpfs {out}; echo old > {out}/c
+        "$@" || code=$?; cat {out}/*; exit $code"""
+    script = "head -c 3000000 /dev/urandom > /opt/data"
+    words = ("--root", "--save-changes", f"{out}/c", "sh", "-c", script)
     result = node.run(*words, wrap=("unshare", "-m", "sh", "-ec", around, "-"))
     assert (result.returncode, result.stdout) == (125, b"old\n")
     assert_error(result, "/c", "M")
 
 
 def test_the_base_s_boot_does_not_import_what_merging_needs(node):
-    script = "import sys; print([name for name in sys.modules if name in ('changes', 'zlib', 'tarfile')])"
+    script = """if True:
+        import sys
+        print([name for name in sys.modules if name in ('changes', 'zlib', 'tarfile')])"""
     source = (TOP / "apppot_init.py").read_text()
     before = source[: source.index("# --- The changes files")]
     assert "\nimport changes" not in before and "\nimport zlib" not in source
