@@ -35,6 +35,7 @@ import termios
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import (
     Any,
     BinaryIO,
@@ -176,7 +177,8 @@ def explain_exception(error: Exception) -> Fatal:
 # --- Frames and fields --------------------------------------------------------------------------------------
 
 TEXT_MAX = 4096                      # characters of a text from the guest that are shown
-BYTE, COUNT, STREAM_COUNT = (struct.Struct(text) for text in ("<B", "<I", "<BI"))        # payloads of frames
+NOTHING, BYTE, COUNT, STREAM_COUNT = map(struct.Struct, ("", "<B", "<I", "<BI"))         # payloads of frames
+SIGNALS_MAX = 64                     # _NSIG, include/uapi/asm-generic/signal.h
 
 
 def encode_frame(kind: int, payload: bytes = b"") -> bytes:
@@ -1033,6 +1035,30 @@ def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
     finally:
         if terminal:
             terminal.release()
+
+
+class Reporter:
+    """Messages to the user on stderr, which may be a terminal that is raw."""
+
+    def __init__(self, terminal: Optional[Terminal], verbose: bool, started: float) -> None:
+        self._terminal = terminal
+        self._verbose = verbose
+        self._started = started                   # as of time()
+
+    def show(self, content: bytes) -> None:
+        needs_return = self._terminal and self._terminal.is_raw and not self._terminal.ends_lines
+        write_stderr(content.replace(b"\n", b"\r\n") if needs_return else content)
+
+    def tell(self, text: str) -> None:
+        self.show(b"apppot: " + one_line(text) + b"\n")
+
+    def warn(self, text: str) -> None:
+        self.tell("warning: " + text)
+
+    def say(self, text: str) -> None:
+        """A step of the run, for -v."""
+        if self._verbose:
+            self.tell("{:.3f} s: {}".format(time.time() - self._started, text))
 
 
 # --- Images -------------------------------------------------------------------------------------------------
@@ -3400,6 +3426,46 @@ def explain_disk_failure(spec: RunSpec, said: bytes) -> Fatal:
         disk.image, written or spec.scratch), "was one of them out of room, or its disk or server at fault?")
 
 
+class Console:
+    """What the kernel prints, and what that tells of the run."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._spec = spec
+        self._started = time.monotonic()
+        self.tail = b""
+        disks = "(?:ubda|ubdb|dm-0)" if is_mapped(spec.guest.disk) else "ubda"
+        self._disk_failure = re.compile(DISK_FAILURE.format(disks).encode())
+
+    def add(self, content: bytes) -> Optional[Fatal]:
+        """Take what was printed; return why the run has failed if that tells."""
+        self.tail = (self.tail + content)[-CONSOLE_TAIL:]
+        disk_failure = self._disk_failure.search(self.tail, max(0, len(self.tail) - len(content) - 200))
+        if disk_failure:
+            return explain_disk_failure(self._spec, disk_failure.group())
+        if re.search(AREAS_LOST, self.tail) and not re.search(KILLED_PROCESS, self.tail):
+            return explain_areas()
+        if LOST_PROCESS in self.tail:             # it may be the agent
+            hint = MORE_CPU_TIME if self._suspect_limit() else "look for who did, then run the job again"
+            return Fatal("a process of the guest was killed on the host" + self._suspect_limit(), hint)
+        return None
+
+    def explain_killed_process(self) -> str:
+        """What to say if a process of the guest was killed on the host; empty if none was."""
+        if not re.search(KILLED_PROCESS, self.tail):
+            return ""
+        return "a process of the guest was killed on the host" + self._suspect_limit()
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        return OUT_OF_MEMORY in self.tail
+
+    def _suspect_limit(self) -> str:
+        """Whether the host may have killed a process for its CPU time: it is reaped already, and nobody can ask."""
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        is_possible = 0 <= hard <= time.monotonic() - self._started
+        return ", perhaps for its CPU time: the limit (ulimit -t) is {} s".format(hard) if is_possible else ""
+
+
 def explain_panic(what: str, spec: RunSpec) -> Fatal:
     if MEMORY_LOST in what:
         return Fatal("directory for the guest's memory became full: {}, where it may have {}".format(
@@ -3844,14 +3910,118 @@ def describe_network(network: Network) -> Fields:
     return [(name.encode(), value.encode()) for name, value in fields]
 
 
+# --- The channel --------------------------------------------------------------------------------------------
+
+LINE_WINDOW = 3072                   # bytes to the guest that it has not read: from 3968 on UML stops the line for good
+INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
+
+
+class Channel:
+    """The runner's end of the line to the agent.
+
+    Any thread posts frames and thereby wakes the main thread, which sends and receives.
+    """
+
+    def __init__(self, from_guest: int, to_guest: int, spool_directory: int) -> None:
+        self.from_guest = from_guest
+        self.to_guest = to_guest                  # non-blocking
+        self._spool = spool_directory
+        self.wakeup, self.to_wakeup = os.pipe()
+        os.set_blocking(self.wakeup, False)
+        os.set_blocking(self.to_wakeup, False)
+
+        self._outbox: Deque[bytes] = collections.deque()
+        self._unsent = b""                        # the rest of a frame
+        self._room = LINE_WINDOW
+        self._lock = threading.Lock()
+        self._written: Dict[int, int] = {}        # bytes of each output stream that the guest has not heard of
+
+        self.is_open = True
+        self.is_greeted = False                   # the agent's first bytes have come
+        self.fitting = {HELLO}                    # types of frames that the guest may send now
+        self._received = bytearray()
+
+    # Any thread calls these.
+
+    def post(self, kind: int, payload: bytes = b"") -> None:
+        if len(payload) > INLINE_MAX:
+            kind |= SPOOLED
+            payload = spool(self._spool, payload)
+        self._outbox.append(encode_frame(kind, payload))
+        self.wake()
+
+    def acknowledge(self, kind: int, count: int) -> None:
+        """One frame tells of all that was written since the last, however slowly the guest reads."""
+        with self._lock:
+            self._written[kind] = self._written.get(kind, 0) + count
+        self.wake()
+
+    def wake(self) -> None:
+        try:
+            os.write(self.to_wakeup, b"\0")
+        except BlockingIOError:
+            pass                                  # a full pipe wakes as well
+
+    # The main thread calls these.
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._outbox
+
+    @property
+    def can_send(self) -> bool:
+        return bool(self._room and (self._outbox or self._unsent or self._written))
+
+    def send(self) -> None:
+        while self.can_send:
+            self._unsent = self._unsent or self._take_unsent()
+            try:
+                sent = os.write(self.to_guest, self._unsent[:self._room])
+            except BlockingIOError:
+                return
+            except BrokenPipeError:               # the guest is gone, and the supervisor's report tells how
+                self._outbox.clear()
+                self._unsent = b""
+                return
+            self._unsent = self._unsent[sent:]
+            self._room -= sent
+
+    def _take_unsent(self) -> bytes:
+        with self._lock:
+            if self._written:
+                return encode_frame(ACK, STREAM_COUNT.pack(*self._written.popitem()))
+        return self._outbox.popleft()
+
+    def take_credit(self, count: int) -> None:
+        """The guest has read so many bytes more."""
+        self._room += check_range(count, 1, LINE_WINDOW - self._room)
+
+    def receive(self) -> Iterator[Tuple[int, bytes]]:
+        """Read once, and return the frames; Misfit for one that the guest may not send when its turn comes."""
+        content = os.read(self.from_guest, PIPE_SIZE)
+        self.is_open = bool(content)
+        self._received += content
+        if not self.is_greeted:
+            _, magic, rest = self._received.partition(MAGIC)
+            self.is_greeted = bool(magic)
+            self._received = rest if magic else self._received[-len(MAGIC):]
+
+        for kind, payload in decode_frames(self._received) if self.is_greeted else ():
+            if kind not in self.fitting:
+                raise Misfit("a frame of type {}, now".format(kind))
+            yield kind, payload
+
+    @property
+    def is_greeted_again(self) -> bool:
+        return MAGIC in self._received
+
+
 # --- Streams ------------------------------------------------------------------------------------------------
 
-INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
 # Bytes of stdin frames on their way. A pty holds 8 KiB and must not be full: `empty` moves bytes one way at a time,
 # so it and the agent would each wait for the other to read; and of a write that it is stopped in it forgets the rest.
 SPOOL_CHUNK = 1 << 20
 STDIN_WINDOW = 8 << 20
-KEYS_WINDOW = 64 << 10
 ACK_STEP = 512 << 10
 
 
@@ -3861,9 +4031,9 @@ class Worker(threading.Thread):
     Up to Python 3.8 a thread ends by pthread_exit(3), which wants a library (libgcc_s.so.1) that a node may lack.
     """
 
-    def __init__(self, session: "Session") -> None:
+    def __init__(self, channel: Channel) -> None:
         super().__init__(daemon=True)
-        self._session = session
+        self._channel = channel
         self.finished = threading.Event()
         self.failure: Optional[Exception] = None
 
@@ -3873,7 +4043,7 @@ class Worker(threading.Thread):
         except Exception as error:
             self.failure = error
         self.finished.set()
-        self._session.wake()
+        self._channel.wake()
         threading.Event().wait()
 
     def work(self) -> None:
@@ -3886,9 +4056,13 @@ class OutputWriter(Worker):
     A thread, because a descriptor that belongs to the caller must not be made non-blocking.
     """
 
-    def __init__(self, session: "Session", kind: int, descriptor: int) -> None:
-        super().__init__(session)
-        self._kind, self._descriptor = kind, descriptor
+    def __init__(self, channel: Channel, kind: int, descriptor: int, file_limit: int,
+                 terminal: Optional[Terminal]) -> None:
+        super().__init__(channel)
+        self._kind = kind
+        self._descriptor = descriptor
+        self._file_limit = file_limit             # the command's own; RLIM_INFINITY is -1
+        self._terminal = terminal                 # None: what is written is no screen
         self._window = SCREEN_WINDOW if kind == SCREEN else OUTPUT_WINDOW
         self._changed = threading.Condition()
         self._queue = bytearray()
@@ -3901,9 +4075,9 @@ class OutputWriter(Worker):
         return not self._unwritten
 
     @property
-    def is_hung_up(self) -> bool:
-        """Whether it stopped at a terminal that is gone: nobody misses what was written there."""
-        return self.error is not None and is_hung_up(self._descriptor, self.error)
+    def has_lost_output(self) -> bool:
+        """Whether somebody misses what was not written: not the reader of a closed pipe, nor of a closed terminal."""
+        return bool(self.error and self.error.errno != errno.EPIPE and not is_hung_up(self._descriptor, self.error))
 
     def put(self, content: bytes) -> None:
         """Misfit for what the guest may not send before more is written: the queue is in this process's memory."""
@@ -3928,15 +4102,15 @@ class OutputWriter(Worker):
                 del self._queue[:ACK_STEP]
             if not content:
                 break
+
             if self.error is None:
                 self._write(content)
             with self._changed:
                 self._unwritten -= len(content)
-            self._session.acknowledge(self._kind, len(content))
+            self._channel.acknowledge(self._kind, len(content))
 
     def _write(self, content: bytes) -> None:
-        terminal = self._session.stdio.terminal
-        if self._kind == SCREEN and terminal and terminal.ends_lines:
+        if self._terminal and self._terminal.ends_lines:
             content = content.replace(b"\r\n", b"\n")
         rest = memoryview(content)
         try:
@@ -3947,17 +4121,17 @@ class OutputWriter(Worker):
                     select.select([], [self._descriptor], [])
         except OSError as error:
             self.error = error
-            self._session.post(encode_frame(OUTPUT_CLOSED, bytes([self._kind])))
-
+            self._channel.post(OUTPUT_CLOSED, bytes([self._kind]))
 
     def _find_room(self, size: int) -> int:
         """How much of `size` bytes the command's own limit allows in this file; EFBIG if nothing."""
-        limit = self._session.file_limit
-        status = os.fstat(self._descriptor) if limit >= 0 else None
+        status = os.fstat(self._descriptor) if self._file_limit >= 0 else None
         if not status or not stat.S_ISREG(status.st_mode):
             return size
+
         is_appended = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & os.O_APPEND
-        room = limit - (status.st_size if is_appended else os.lseek(self._descriptor, 0, os.SEEK_CUR))
+        offset = status.st_size if is_appended else os.lseek(self._descriptor, 0, os.SEEK_CUR)
+        room = self._file_limit - offset
         if room <= 0:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         return min(size, room)
@@ -3966,9 +4140,9 @@ class OutputWriter(Worker):
 class InputReader(Worker):
     """Reads the caller's stdin, no further ahead of the command than STDIN_WINDOW bytes."""
 
-    def __init__(self, session: "Session", spool: int) -> None:
-        super().__init__(session)
-        self._spool = spool
+    def __init__(self, channel: Channel, scratch: str) -> None:
+        super().__init__(channel)
+        self._scratch = scratch
         self._room = STDIN_WINDOW
         self.delivered = 0                        # bytes
         self._changed = threading.Condition()
@@ -3978,7 +4152,8 @@ class InputReader(Worker):
         except OSError:
             self._start_offset = None             # not a file: what is read is gone
 
-    def credit(self, count: int) -> None:
+    def take_credit(self, count: int) -> None:
+        """The command has read so many bytes more."""
         with self._changed:
             self._room += check_range(count, 1, STDIN_WINDOW - self._room)
             self._changed.notify()
@@ -3998,7 +4173,7 @@ class InputReader(Worker):
 
     def restore_offset(self, consumed: int) -> None:
         """Leave a file where the command stopped reading, so that the next reader of a shell loop goes on there."""
-        if self._start_offset is not None and self.ident is not None:
+        if self._start_offset is not None:
             self.stop()
             self.finished.wait()
             os.lseek(0, self._start_offset + consumed, os.SEEK_SET)
@@ -4009,14 +4184,14 @@ class InputReader(Worker):
             while self._wait_for_room():
                 content = self._read()
                 if not content:
-                    self._session.post(encode_frame(STDIN_EOF))
+                    self._channel.post(STDIN_EOF)
                     return
                 with self._changed:
                     self._room -= len(content)
                     self.delivered += len(content)
-                self._send(content)
+                self._channel.post(STDIN, content)
         except OSError as error:
-            raise explain_full_scratch(self._session.scratch) or Fatal(
+            raise explain_full_scratch(self._scratch) or Fatal(
                 "stdin cannot be passed on: " + str(error.strerror),
                 "did a program of the guest's root change /run/apppot/spool?")
 
@@ -4050,11 +4225,60 @@ class InputReader(Worker):
                 else:
                     raise explain_bad_input(error)
 
-    def _send(self, content: bytes) -> None:
-        if len(content) <= INLINE_MAX:
-            self._session.post(encode_frame(STDIN, content))
-            return
-        self._session.post(encode_frame(STDIN | SPOOLED, spool(self._spool, content)))
+
+class Streams:
+    """The command's standard streams that are relayed, each by a thread."""
+
+    def __init__(self, channel: Channel, stdio: Stdio, scratch: str, limits: Iterable[Limit]) -> None:
+        soft_limits = {limit.number: limit.soft for limit in limits}
+        file_limit = soft_limits.get(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+        self.writers: Dict[int, OutputWriter] = {}
+        for kind, number in ((STDOUT, 1), (STDERR, 2)):
+            if stdio.kinds[number] == ord("p"):
+                self.writers[kind] = OutputWriter(channel, kind, number, file_limit, None)
+        if stdio.terminal:
+            self.writers[SCREEN] = OutputWriter(
+                channel, SCREEN, stdio.terminal.output, file_limit, stdio.terminal)
+        self.reader = InputReader(channel, scratch) if stdio.kinds[:1] == b"p" else None
+
+    def start(self) -> None:
+        try:
+            for worker in self._list_workers():
+                worker.start()
+        except RuntimeError as error:
+            raise Fatal("thread of the runner cannot be started: {}".format(error), PROCESSES_HINT)
+
+    def _list_workers(self) -> List[Worker]:
+        return [*self.writers.values(), *([self.reader] if self.reader else [])]
+
+    @property
+    def is_idle(self) -> bool:
+        return all(writer.is_idle for writer in self.writers.values())
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all output is written, or cannot be."""
+        return all(writer.finished.is_set() for writer in self.writers.values())
+
+    def complete(self) -> None:
+        """The guest sends no more output."""
+        for writer in self.writers.values():
+            writer.complete()
+
+    def check(self, has_ended: bool) -> None:
+        """Raise what a thread failed by. A command that has ended did without the rest of its stdin."""
+        for worker in self._list_workers():
+            if worker.failure and not (has_ended and worker is self.reader):
+                raise worker.failure
+
+    def check_written(self) -> bool:
+        """Whether all output was written; False if the command's own limit kept it from that, else Fatal."""
+        errors = [writer.error for writer in self.writers.values() if writer.has_lost_output]
+        for error in errors:
+            if error and error.errno != errno.EFBIG:
+                raise Fatal("output of the command cannot be written: " + str(error.strerror),
+                            "is the disk full that its output goes to, or the connection lost?")
+        return not errors
 
 
 def explain_bad_input(error: OSError) -> Fatal:
@@ -4067,15 +4291,114 @@ def is_hung_up(descriptor: int, error: OSError) -> bool:
     return error.errno == errno.EIO and stat.S_ISCHR(os.fstat(descriptor).st_mode)
 
 
-# --- The session --------------------------------------------------------------------------------------------
+# --- The command's terminal ---------------------------------------------------------------------------------
 
-LINE_WINDOW = 3072                   # bytes to the guest that it has not read: from 3968 on UML stops the line for good
-SIGNALS_MAX = 64                     # _NSIG, include/uapi/asm-generic/signal.h
+KEYS_WINDOW = 64 << 10
 END_OF_FILE = b"\4"                  # Ctrl-D
 TYPED_AHEAD_MAX = 64                 # lines
-POLL_MAX_S = 3600.0                  # poll(2) takes no more than 24 days, and --timeout does
-SAME_SIGNAL_S = 0.1                  # a batch system's and that of a dead parent come at once, and mean one thing
-KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
+
+
+class TerminalLink:
+    """Joins the caller's terminal to the guest's.
+
+    The guest's terminal belongs to a foreground process group, as any terminal does. As long as that is the agent's
+    own group, the command is stopped when it reads, and in that way asks for the caller's terminal.
+    """
+
+    def __init__(self, terminal: Terminal, channel: Channel) -> None:
+        self._terminal = terminal
+        self.keyboard = terminal.input
+        self._channel = channel
+        self._has_started = False                 # the command
+        self._is_given = False                    # to the command
+        self.stopped_by = 0                       # the signal that stopped the command, until this is dealt with
+        self._key_room = KEYS_WINDOW
+        self._keys_end = False
+
+    @property
+    def takes_keys(self) -> bool:
+        return self._is_given and self._key_room > 0 and not self._keys_end
+
+    def start(self, at_once: bool) -> None:
+        """The command has started."""
+        self._has_started = True
+        if at_once:
+            self._give()
+
+    def _give(self) -> None:
+        try:
+            if self._terminal.is_real and self._terminal.is_ours():
+                self._take_typed_ahead()
+            self._terminal.acquire()
+        except (termios.error, OSError):          # in the background for ever, without a shell; or hung up
+            self._send_keys(END_OF_FILE)
+        self._is_given = True
+        self._channel.post(FOREGROUND, b"\1")
+
+    def _take_typed_ahead(self) -> None:
+        """Read as it was typed, in the caller's modes; an end of file would be none any more in a raw terminal."""
+        for _ in range(TYPED_AHEAD_MAX):
+            if not select.select([self.keyboard], [], [], 0)[0]:
+                break
+            self._send_keys(os.read(self.keyboard, INLINE_MAX) or END_OF_FILE)
+
+    def take_keys(self) -> None:
+        try:
+            content = os.read(self.keyboard, min(self._key_room, INLINE_MAX))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if not is_hung_up(self.keyboard, error):    # with -t and no terminal here
+                raise explain_bad_input(error)
+            content = b""
+        self._keys_end = not content
+        self._send_keys(content or END_OF_FILE)
+
+    def _send_keys(self, content: bytes) -> None:
+        self._key_room -= len(content)
+        self._channel.post(KEYS, content)
+
+    def take_credit(self, count: int) -> None:
+        """The command has read so many bytes more."""
+        self._key_room += check_range(count, 1, KEYS_WINDOW - self._key_room)
+
+    def note_stop(self, number: int) -> None:
+        self.stopped_by = check_range(number, 1, SIGNALS_MAX)
+
+    def follow_stop(self) -> None:
+        """The command was stopped: give it the terminal that it wanted, or stop as it would have on the host."""
+        wants_terminal = self.stopped_by in (signal.SIGTTIN, signal.SIGTTOU) and not self._is_given
+        self.stopped_by = 0
+        if wants_terminal:
+            self._give()
+        else:
+            self._terminal.release()
+            # As Ctrl-Z here: the whole process group, unless it has no shell that could continue it.
+            handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            os.kill(0, signal.SIGTSTP)
+            signal.signal(signal.SIGTSTP, handler)
+            self.resume()
+        self._channel.post(SIGNAL, bytes([signal.SIGCONT]))
+
+    def resume(self) -> None:
+        """Go on after a stop, in the foreground or, as `bg` has it, without the terminal."""
+        if self._is_given and self._terminal.is_ours():
+            try:
+                self._terminal.acquire()
+            except termios.error:                 # it was hung up, which says SIGCONT, too
+                return
+            self.tell_window()
+        elif self._is_given:
+            self._is_given = False
+            self._channel.post(FOREGROUND, b"\0")
+
+    def tell_window(self) -> None:
+        if self._has_started:                     # else the job will tell
+            self._channel.post(WINDOW, self._terminal.window)
+
+
+# --- The result ---------------------------------------------------------------------------------------------
+
 USE_UP_S = 60                        # for a job's memory to be used up
 
 
@@ -4132,540 +4455,6 @@ def die_of(number: int) -> None:
         pass
 
 
-class Session:
-    """The runner's side of one run: drives the channel from boot to result, one event at a time."""
-
-    def __init__(self, machine: Machine, spec: RunSpec, stdio: Stdio, show: Callable[[bytes], None],
-                 say: Callable[[str], None]) -> None:
-        self._machine, self._spec, self.stdio, self._show, self._say = machine, spec, stdio, show, say
-        self._received = bytearray()
-        self._greeted = self._running = False
-        self._fitting = {HELLO}                   # types of frames that the guest may send now
-        self._outbox: Deque[bytes] = collections.deque()
-        self._unsent = b""
-        self._lock = threading.Lock()
-        self._written: Dict[int, int] = {}        # bytes of each output stream that the guest is to hear of
-        self._console = b""
-        disks = "(?:ubda|ubdb|dm-0)" if is_mapped(spec.guest.disk) else "ubda"
-        self._disk_failure = re.compile(DISK_FAILURE.format(disks).encode())
-        self._wakeup, self._to_wakeup = os.pipe()
-        os.set_blocking(self._wakeup, False)
-        os.set_blocking(self._to_wakeup, False)
-        self._signals: Deque[int] = collections.deque()
-        self._carried = 0                         # pid of the kernel if `empty` carries the channel
-        self._exchanged = not spec.empty          # whether that is known
-        self._started = time.monotonic()
-        self._farewell = ""                       # to the user of an interactive shell
-        self._deadlines: Dict[str, float] = {"boot": time.monotonic() + spec.boot_timeout_s}
-        if spec.timeout_s is not None:
-            self._deadlines["wall"] = time.monotonic() + spec.timeout_s
-        limits = dict(limit[:2] for limit in spec.job.limits)
-        self.file_limit = limits.get(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
-        self._timed_out = False
-        self._report: Optional[str] = None        # the supervisor's, of the kernel's end
-        self._channel_open = True
-        self._terminated = 0.0                    # when one SIGTERM was forwarded; 0: none
-        self._told: Union[Result, Fatal, None] = None          # by the guest; the writers may still be at work
-        self._result: Optional[Result] = None
-        outputs = {kind: number for kind, number in ((STDOUT, 1), (STDERR, 2)) if stdio.kinds[number] == ord("p")}
-        if stdio.terminal:
-            outputs[SCREEN] = stdio.terminal.output
-        self._writers = {kind: OutputWriter(self, kind, descriptor) for kind, descriptor in outputs.items()}
-        self._has_terminal = False                # the command, its foreground
-        self._stopped = 0                         # the signal that stopped the command, until this is dealt with
-        self._key_room = KEYS_WINDOW
-        self._keys_end = False
-        self._line_room = LINE_WINDOW
-        self._reader = InputReader(self, machine.spool)
-        self._mount_points = MountPoints(spec.guest.shares, spec.job.umask, machine.directories.run)
-        self._workers: List[Worker] = list(self._writers.values())
-        if stdio.kinds[:1] == b"p":
-            self._workers.append(self._reader)
-
-    @property
-    def scratch(self) -> str:
-        return self._spec.scratch
-
-    # Called from other threads.
-
-    def post(self, frame: bytes) -> None:
-        self._outbox.append(frame)
-        self.wake()
-
-    def acknowledge(self, kind: int, count: int) -> None:
-        """One frame tells of all that was written since the last, however slowly the guest reads them."""
-        with self._lock:
-            self._written[kind] = self._written.get(kind, 0) + count
-        self.wake()
-
-    def wake(self) -> None:
-        try:
-            os.write(self._to_wakeup, b"\0")
-        except BlockingIOError:
-            pass                                  # it is full, so it wakes
-
-    # The main thread.
-
-    def run(self, mask: Iterable[int]) -> Result:
-        """Until there is a result, or a Fatal; signals have been held back, and are let in by the mask before that."""
-        signal.set_wakeup_fd(self._to_wakeup)
-        for number in FORWARDED_SIGNALS + (signal.SIGTSTP,):
-            self._queue_signal(number)
-        held = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        try:
-            while self._result is None:
-                self._step()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
-            if self.stdio.terminal:
-                self.stdio.terminal.release()
-        if self._farewell:
-            self._show(b"apppot: " + one_line(self._farewell) + b"\n")
-        return self._result
-
-    def _queue_signal(self, number: int) -> None:
-        signal.signal(number, lambda received, frame: self._signals.append(received))
-
-    def _take_signal(self, number: int) -> None:
-        terminal = self.stdio.terminal
-        if number == signal.SIGTSTP:
-            self._suspend()
-        elif number == signal.SIGCONT and terminal:
-            self._resume(terminal)
-        elif number == signal.SIGWINCH and terminal:
-            self._tell_window(terminal)
-        else:
-            self._forward_signal(number)
-
-    def _step(self) -> None:
-        poll = select.poll()
-        from_guest, to_guest = self._machine.from_guest, self._machine.to_guest
-        poll.register(self._wakeup, select.POLLIN)
-        if self._report is None:
-            poll.register(self._machine.report, select.POLLIN)
-            poll.register(self._machine.console, select.POLLIN)
-        if self._channel_open:
-            poll.register(from_guest, select.POLLIN)
-            if self._has_unsent and self._line_room:
-                poll.register(to_guest, select.POLLOUT)
-        terminal = self.stdio.terminal
-        if terminal and self._has_terminal and self._key_room > 0 and not self._keys_end:
-            poll.register(terminal.input, select.POLLIN)
-        left = min([*self._deadlines.values(), time.monotonic() + POLL_MAX_S]) - time.monotonic()
-        ready = dict(poll.poll(max(0, left) * 1000))
-        if self._wakeup in ready:
-            os.read(self._wakeup, 4096)
-        while self._signals:
-            self._take_signal(self._signals.popleft())
-        if self._machine.console in ready:
-            self._take_console()
-        if from_guest in ready:
-            self._take_frames()
-        if terminal:
-            self._serve_terminal(terminal, terminal.input in ready)
-        if to_guest in ready:
-            self._send()
-        if self._machine.report in ready:
-            self._take_report()
-        for name in [name for name, due in self._deadlines.items() if due <= time.monotonic()]:
-            del self._deadlines[name]
-            self._expire(name)
-        self._finish_if_done()
-
-    @property
-    def _has_unsent(self) -> bool:
-        return bool(self._outbox or self._unsent or self._written)
-
-    def _take_unsent(self) -> bytes:
-        with self._lock:
-            if self._written:
-                return encode_frame(ACK, STREAM_COUNT.pack(*self._written.popitem()))
-        return self._outbox.popleft()
-
-    def _send(self) -> None:
-        while self._has_unsent and self._line_room:
-            self._unsent = self._unsent or self._take_unsent()
-            try:
-                sent = os.write(self._machine.to_guest, self._unsent[:self._line_room])
-            except BlockingIOError:
-                return
-            except BrokenPipeError:               # the guest is gone; the report tells how
-                self._outbox.clear()
-                self._unsent = b""
-                return
-            self._unsent = self._unsent[sent:]
-            self._line_room -= sent
-
-    def _take_console(self) -> bool:
-        content = os.read(self._machine.console, 65536)
-        self._console = (self._console + content)[-CONSOLE_TAIL:]
-        if self._spec.verbose:
-            self._show(show_console(content))
-        failure = self._disk_failure.search(self._console, max(0, len(self._console) - len(content) - 200))
-        if failure and not self._told:
-            raise explain_disk_failure(self._spec, failure.group())
-        if re.search(AREAS_LOST, self._console) and not re.search(KILLED_PROCESS, self._console) and not self._told:
-            raise explain_areas()
-        if LOST_PROCESS in self._console and not self._told:   # it may be the agent
-            raise Fatal("a process of the guest was killed on the host" + self._suspect_limit(),
-                        MORE_CPU_TIME if self._suspect_limit() else "look for who did, then run the job again")
-        return bool(content)
-
-    def _take_frames(self) -> None:
-        if not self._exchanged:
-            self._exchange_channel()
-            return
-        content = os.read(self._machine.from_guest, PIPE_SIZE)
-        if self._carried and content:
-            self._wake_writer()
-        self._channel_open = bool(content)
-        self._received += content
-        if not self._greeted:
-            _, magic, rest = self._received.partition(MAGIC)
-            self._greeted = bool(magic)
-            self._received = rest if magic else self._received[-len(MAGIC):]
-            if not magic:
-                return
-        try:
-            for kind, payload in decode_frames(self._received):
-                self._obey(kind, payload)
-        except Misfit as misfit:
-            if MAGIC in self._received:
-                raise Fatal("guest rebooted before the command ended", "it ends with the command by itself")
-            raise Fatal("guest sent what is no message of AppPot ({})".format(misfit),
-                        "did something in the appliance write to /dev/ttyS0?")
-
-    def _exchange_channel(self) -> None:
-        machine = self._machine
-        self._carried = exchange_channel(machine.directories.run.fd, machine.from_guest, machine.to_guest)
-        self._exchanged = True
-        self._say("kernel started, the channel is carried by {}".format(self._spec.empty) if self._carried else
-                  "kernel started, without {}, which does not work".format(self._spec.empty))
-
-    def _wake_writer(self) -> None:
-        """Have User-Mode Linux look whether its full pty has room again: the SIGIO of the pty's own comes too early."""
-        try:
-            os.kill(self._carried, signal.SIGIO)
-        except OSError:
-            pass                                  # it is dead
-
-    def _obey(self, kind: int, payload: bytes) -> None:
-        """Misfit for a frame that a guest would not send which keeps to the rules, whatever made it do so."""
-        if kind not in self._fitting:
-            raise Misfit("a frame of type {}, now".format(kind))
-        if kind in self._writers:
-            self._writers[kind].put(payload)
-        elif kind == CREDIT:
-            self._take_credit(*unpack_exactly(STREAM_COUNT, payload))
-        elif kind == RECEIVED:
-            self._line_room += check_range(unpack_exactly(COUNT, payload)[0], 1, LINE_WINDOW - self._line_room)
-        elif kind == STOPPED:
-            self._stopped = check_range(unpack_exactly(BYTE, payload)[0], 1, SIGNALS_MAX)
-        elif kind == WARNING:
-            self._warn(payload[:TEXT_MAX].decode("utf-8", "replace"))
-        elif kind == HELLO:
-            self._greet(decode_fields(payload))
-        elif kind == STARTED:
-            self._begin_relay(check_range(unpack_exactly(BYTE, payload)[0], 0, IS_SHELL | HOME_STAYS))
-        elif kind == RESULT:
-            self._take_result(decode_fields(payload))
-        elif kind == MOUNT_POINT:
-            self.post(encode_frame(MADE, COUNT.pack(self._mount_points.make(payload))))
-        else:
-            check_range(len(payload), 0, 0)
-            self._take_event(kind)
-
-    def _take_event(self, kind: int) -> None:
-        if kind == STDIN_CLOSED:
-            self._fitting.remove(STDIN_CLOSED)
-            self._reader.close_input()
-        elif kind == TERMINATE:                   # Ctrl-Alt-Del by mconsole
-            self._forward_signal(signal.SIGTERM)
-        elif kind == SAVING:                      # the command has ended, and what comes now takes its time
-            self._say("saving the changes")
-            self._fitting = {RECEIVED, WARNING, RESULT}
-            self._deadlines.clear()
-
-    def _warn(self, text: str) -> None:
-        self._show(b"apppot: warning: " + one_line(text) + b"\n")
-
-    def _take_credit(self, stream: int, count: int) -> None:
-        if stream == STDIN and self._reader in self._workers:
-            self._reader.credit(count)
-        elif stream == KEYS:
-            self._key_room += check_range(count, 1, KEYS_WINDOW - self._key_room)
-        else:
-            raise Misfit("credit for {}".format(stream))
-
-    def _begin_relay(self, what: int) -> None:
-        self._say("command started")
-        terminal = self.stdio.terminal
-        if what & IS_SHELL and terminal and terminal.is_real and os.isatty(2):
-            begin, self._farewell = describe_keeping(self._spec, bool(what & HOME_STAYS))
-            self._show(b"apppot: " + one_line(begin) + b"\n")
-        self._running = True
-        self._deadlines.pop("boot", None)
-        self._fitting = {RECEIVED, WARNING, TERMINATE, RESULT, *self._writers}
-        try:
-            for worker in self._workers:
-                worker.start()
-        except RuntimeError as error:
-            raise Fatal("thread of the runner cannot be started: {}".format(error), PROCESSES_HINT)
-        if self._reader in self._workers:
-            self._fitting |= {CREDIT, STDIN_CLOSED}
-        if self.stdio.terminal:
-            self._fitting |= {CREDIT, STOPPED}
-            self._open_terminal(self.stdio.terminal)
-        if self._spec.job.saved_changes:
-            self._fitting.add(SAVING)
-
-    def _greet(self, hello: Dict[bytes, List[bytes]]) -> None:
-        directories = self._machine.directories
-        if directories.ram != directories.run:    # the kernel's file in it has no name any more
-            remove_private(directories.ram)
-        if self._spec.job.layers:                     # merging takes its time
-            self._deadlines.pop("boot", None)
-        protocol = text_field(hello, b"protocol")
-        if protocol != str(PROTOCOL):
-            raise Fatal("appliance has an agent of protocol {}, this runner speaks {}".format(protocol[:60], PROTOCOL),
-                        "use the apppot_start.py that belongs to the image")
-        self._say("agent {} in base {}".format(
-            text_field(hello, b"agent"), text_field(hello, b"base") or "without id"))
-        self._fitting = {STARTED, RECEIVED, WARNING, RESULT, MOUNT_POINT}
-        job = build_job(self._spec, self.stdio, directories.saved_name)
-        with blaming("job cannot be passed on", directories.run.path, SCRATCH_HINT):
-            self.post(encode_frame(JOB | SPOOLED, spool(self._machine.spool, job)) if len(job) > INLINE_MAX
-                      else encode_frame(JOB, job))
-
-    # The terminal. The guest's one belongs to a foreground process group, as any does; while that is the agent's own,
-    # the command is stopped when it reads, and asks that way for the caller's.
-
-    def _open_terminal(self, terminal: Terminal) -> None:
-        for number in (signal.SIGWINCH, signal.SIGCONT):
-            self._queue_signal(number)
-            signal.siginterrupt(number, False)    # tcsetattr() in the background is to begin again
-        if self.stdio.at_once:
-            self._give_terminal(terminal)
-
-    def _give_terminal(self, terminal: Terminal) -> None:
-        try:
-            if terminal.is_real and terminal.is_ours():
-                self._take_typed_ahead(terminal)
-            terminal.acquire()
-        except (termios.error, OSError):          # in the background for ever, without a shell; or hung up
-            self._send_keys(END_OF_FILE)
-        self._has_terminal = True
-        self.post(encode_frame(FOREGROUND, b"\1"))
-
-    def _serve_terminal(self, terminal: Terminal, has_keys: bool) -> None:
-        if has_keys:
-            self._take_keys(terminal)
-        if self._stopped and not self._outbox and all(writer.is_idle for writer in self._writers.values()):
-            self._follow_stop(terminal)           # not before all is written: this may stop us, too
-
-    def _take_typed_ahead(self, terminal: Terminal) -> None:
-        """Read as it was typed, in the caller's modes; an end of file would be none any more in a raw terminal."""
-        for _ in range(TYPED_AHEAD_MAX):
-            if not select.select([terminal.input], [], [], 0)[0]:
-                break
-            self._send_keys(os.read(terminal.input, INLINE_MAX) or END_OF_FILE)
-
-    def _take_keys(self, terminal: Terminal) -> None:
-        try:
-            content = os.read(terminal.input, min(self._key_room, INLINE_MAX))
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if not is_hung_up(terminal.input, error):          # with -t and no terminal here
-                raise explain_bad_input(error)
-            content = b""
-        self._keys_end = not content
-        self._send_keys(content or END_OF_FILE)
-
-    def _send_keys(self, content: bytes) -> None:
-        self._key_room -= len(content)
-        self.post(encode_frame(KEYS, content))
-
-    def _follow_stop(self, terminal: Terminal) -> None:
-        """The command was stopped: give it the terminal that it wanted, or stop as it would have on the host."""
-        number, self._stopped = self._stopped, 0
-        if number in (signal.SIGTTIN, signal.SIGTTOU) and not self._has_terminal:
-            self._give_terminal(terminal)
-        else:
-            terminal.release()
-            # As Ctrl-Z here: the whole process group, unless it has no shell that could continue it.
-            handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-            os.kill(0, signal.SIGTSTP)
-            signal.signal(signal.SIGTSTP, handler)
-            self._resume(terminal)
-        self.post(encode_frame(SIGNAL, bytes([signal.SIGCONT])))
-
-    def _suspend(self) -> None:
-        # By default SIGTSTP does nothing to a process group without a shell, as a batch job's is.
-        if self.stdio.terminal:
-            self.stdio.terminal.release()
-        # The supervisor sees to that, too, but later, and SIGSTOP of everything may be near.
-        directory = self._machine.directories.run.fd
-        ask_mconsole(directory, self._spec.guest.name, b"stop")
-        os.kill(os.getpid(), signal.SIGSTOP)
-        resume_guest(self._machine.supervisor, directory, self._spec.guest.name)
-        if self.stdio.terminal:
-            self._resume(self.stdio.terminal)
-
-    def _tell_window(self, terminal: Terminal) -> None:
-        self.post(encode_frame(WINDOW, terminal.window))
-
-    def _resume(self, terminal: Terminal) -> None:
-        """Go on after a stop, in the foreground or, as `bg` has it, without the terminal."""
-        if self._has_terminal and terminal.is_ours():
-            try:
-                terminal.acquire()
-            except termios.error:                 # it was hung up, which says SIGCONT, too
-                return
-            self._tell_window(terminal)
-        elif self._has_terminal:
-            self._has_terminal = False
-            self.post(encode_frame(FOREGROUND, b"\0"))
-
-    def _take_result(self, fields: Dict[bytes, List[bytes]]) -> None:
-        while select.select([self._machine.console], [], [], 0)[0] and self._take_console():
-            pass                                  # the kernel may have said before that its disk failed
-        self._told = self._read_failure(fields) if b"error" in fields else self._read_end(fields)
-        self._fitting = set()
-        self._say("result record: status {}".format(self._told.status))
-        for writer in self._writers.values():
-            writer.complete()
-
-    def _read_failure(self, fields: Dict[bytes, List[bytes]]) -> Fatal:
-        if b"disk" in fields:
-            return explain_disk_failure(self._spec, b"")
-        status = number_field(fields, b"status", EXIT_FAILED, EXIT_NOT_FOUND)
-        return Fatal(text_field(fields, b"error"), text_field(fields, b"hint"), status)
-
-    def _read_end(self, fields: Dict[bytes, List[bytes]]) -> Result:
-        if not self._running or (b"exit" in fields) == (b"signal" in fields):
-            raise Misfit("no end of a command")
-        result = (killed_by(number_field(fields, b"signal", 1, SIGNALS_MAX)) if b"signal" in fields else
-                  Result(number_field(fields, b"exit", 0, 255)))
-        self._reader.restore_offset(number_field(fields, b"stdin", 0, self._reader.delivered))
-        if re.search(KILLED_PROCESS, self._console):  # it has a segmentation fault, as it sees it
-            self._warn("a process of the guest was killed on the host" + self._suspect_limit())
-            result = killed_by(signal.SIGKILL) if result.signal == signal.SIGSEGV else result
-        if OUT_OF_MEMORY not in self._console:
-            return result
-        self._warn("guest was out of memory, of which it has {}, and killed a process; ask the batch system for "
-                   "more, or with --mem".format(format_mib(self._spec.guest.mem_mib)))
-        return result._replace(out_of_memory=True)
-
-    def _suspect_limit(self) -> str:
-        """Whether the host may have killed a process for its CPU time: the kernel has reaped it, and nobody can ask."""
-        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        is_possible = 0 <= hard <= time.monotonic() - self._started
-        return ", perhaps for its CPU time: the limit (ulimit -t) is {} s".format(hard) if is_possible else ""
-
-    def _take_report(self) -> None:
-        message = os.read(self._machine.report, 4096)
-        if message.startswith(LOST):
-            self._lose_network()
-            message = message[len(LOST):]
-            if not message:
-                return
-        self._report = message.decode("utf-8", "surrogateescape")
-        if not self._report:                      # the supervisor is dead: what it would have ended is ours now
-            kill_children()
-        while self._take_console():               # to its end: nobody is left to write
-            pass
-
-    def _lose_network(self) -> None:
-        helper = self._spec.guest.network.helper
-        if not self._running:
-            raise Fatal("network helper was killed: " + helper, "--net none runs without a network")
-        self._warn("network helper was killed, the command goes on without a network: " + helper)
-        self.post(encode_frame(NETWORK_LOST, b"vec0"))
-
-    def _explain_end(self) -> Fatal:
-        what, _, rest = (self._report or "").partition(" ")
-        console = self._console.decode("utf-8", "replace")
-        if what == "fatal":
-            message, _, hint = rest.partition("\0")
-            return Fatal(message, hint)
-        if what == "bug":
-            self._show(os.fsencode(rest))
-            return explain_bug("the supervisor", os.fsencode(rest))
-        if what == "empty" and not self._greeted:
-            return Fatal("`empty` does not start the kernel: {}".format(self._spec.empty),
-                         "build it from github.com/mezantrop/empty for this machine; --io builtin does without it")
-        if what != "ended":
-            who = {"empty": "`empty`, which carried the channel,", "helper": "a helper process of the kernel"}.get(
-                what, "the supervisor process of the run")
-            return (blame_cpu_limit(0 if what else self._machine.supervisor, who)
-                    or Fatal(who + " was killed", "look for who did, then run the job again"))
-        return explain_kernel_end(int(rest), console, self._spec, self._greeted)
-
-    def _forward_signal(self, number: int) -> None:
-        over_limit = blame_cpu_limit(os.getpid(), "the runner") if number == signal.SIGXCPU else None
-        if over_limit:
-            raise over_limit
-        if not self._running or self._told:       # nothing to forward to: die of it, as any program would
-            if number not in self._spec.job.ignored_signals:
-                self._result = killed_by(number)
-            return
-        if number == signal.SIGTERM and self._terminated:
-            if time.monotonic() > self._terminated + SAME_SIGNAL_S:
-                self._expire("kill")
-            return
-        self.post(encode_frame(SIGNAL, bytes([number])))
-        if number == signal.SIGTERM:
-            self._terminated = time.monotonic()
-            if self._spec.kill_after_s > 0:
-                self._deadlines["kill"] = time.monotonic() + self._spec.kill_after_s
-
-    def _expire(self, name: str) -> None:
-        if name == "boot":
-            raise Fatal("guest did not start within {:g} s".format(self._spec.boot_timeout_s),
-                        "run with -v to see its console; --boot-timeout gives it longer")
-        if name == "wall":
-            self._timed_out = True
-            if self._running and not self._told:
-                self._forward_signal(signal.SIGTERM)
-            else:
-                self._result = Result(EXIT_TIMEOUT)
-        elif name == "kill" and "end" not in self._deadlines:
-            self._deadlines.pop("kill", None)
-            self._deadlines["end"] = time.monotonic() + KILL_GRACE_S
-            self.post(encode_frame(SIGNAL, bytes([signal.SIGKILL])))
-        elif name == "end":
-            self._result = killed_by(signal.SIGKILL)
-
-    def _finish_if_done(self) -> None:
-        for worker in self._workers:
-            # A command that has ended before did without the rest of its stdin.
-            if worker.failure and not (self._told and worker is self._reader):
-                raise worker.failure
-        if self._report is not None and not self._channel_open and not self._told:
-            raise self._explain_end()
-        if self._told and (not self._running or all(writer.finished.is_set() for writer in self._writers.values())):
-            self._result = self._conclude(self._told)
-        if self._result and self._timed_out:
-            raise Fatal("walltime of {:g} s is over".format(self._spec.timeout_s or 0), "--timeout sets it",
-                        EXIT_TIMEOUT)
-
-    def _conclude(self, told: Union[Result, Fatal]) -> Result:
-        """The result that the guest told of, unless its output could not be written."""
-        errors = [writer.error for writer in self._writers.values()
-                  if writer.error and writer.error.errno != errno.EPIPE and not writer.is_hung_up]
-        for error in errors:
-            if error.errno != errno.EFBIG:
-                raise Fatal("output of the command cannot be written: " + str(error.strerror),
-                            "is the disk full that its output goes to, or the connection lost?")
-        if isinstance(told, Fatal):
-            raise told
-        if not errors:
-            return told
-        self._warn("output of the command reached the limit of file size (ulimit -f)")
-        return killed_by(signal.SIGXFSZ)          # as whoever writes to the file itself
-
-
 def place_changes(save: PrivateDirectory, name: str, path: str) -> None:
     """Give a complete changes file, safe on its disk, its name. The guest has made it and still lives."""
     try:
@@ -4685,6 +4474,458 @@ def place_changes(save: PrivateDirectory, name: str, path: str) -> None:
     except OSError as error:
         raise Fatal("changes were not saved, {}: {}".format(error.strerror, path),
                     "is the directory of the file still there, and did no program of the guest touch what it made?")
+
+
+# --- The session --------------------------------------------------------------------------------------------
+
+POLL_MAX_S = 3600.0                  # poll(2) takes no more than 24 days, and --timeout does
+SAME_SIGNAL_S = 0.1                  # a batch system's and that of a dead parent come at once, and mean one thing
+KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
+
+
+class Ending:
+    """Forwards signals to the command, and ends what takes too long."""
+
+    def __init__(self, channel: Channel, spec: RunSpec) -> None:
+        self._channel = channel
+        self._spec = spec
+        self._is_running = False                  # the command
+        self._terminated: Optional[float] = None  # when one SIGTERM was forwarded
+        self.is_time_over = False
+        self.result: Optional[Result] = None      # of a run that does not wait for the guest's
+        self._deadlines: Dict[Callable[[], None], float] = {
+            self._fail_to_boot: time.monotonic() + spec.boot_timeout_s}
+        if spec.timeout_s is not None:
+            self._deadlines[self._time_out] = time.monotonic() + spec.timeout_s
+
+    def note_boot(self) -> None:
+        """The guest is up."""
+        self._deadlines.pop(self._fail_to_boot, None)
+
+    def note_start(self) -> None:
+        """The command runs."""
+        self.note_boot()
+        self._is_running = True
+
+    def note_saving(self) -> None:
+        """The command has ended, and what comes now takes its time."""
+        self._deadlines.clear()
+
+    def note_result(self) -> None:
+        self._is_running = False
+
+    def forward(self, number: int) -> None:
+        over_limit = blame_cpu_limit(os.getpid(), "the runner") if number == signal.SIGXCPU else None
+        if over_limit:
+            raise over_limit
+        if not self._is_running:                  # nothing to forward to: die of it, as any program would
+            if number not in self._spec.job.ignored_signals:
+                self.result = killed_by(number)
+            return
+        if number == signal.SIGTERM and self._terminated is not None:
+            if time.monotonic() > self._terminated + SAME_SIGNAL_S:
+                self._kill()
+            return
+
+        self._channel.post(SIGNAL, bytes([number]))
+        if number == signal.SIGTERM:
+            self._terminated = time.monotonic()
+            if self._spec.kill_after_s > 0:
+                self._deadlines[self._kill] = time.monotonic() + self._spec.kill_after_s
+
+    @property
+    def left_s(self) -> float:
+        """Until the next deadline."""
+        return max(0.0, min([POLL_MAX_S, *(due - time.monotonic() for due in self._deadlines.values())]))
+
+    def review(self) -> None:
+        """Do what each deadline that is over is for."""
+        for action in [action for action, due in self._deadlines.items() if due <= time.monotonic()]:
+            del self._deadlines[action]
+            action()
+
+    def _fail_to_boot(self) -> None:
+        raise Fatal("guest did not start within {:g} s".format(self._spec.boot_timeout_s),
+                    "run with -v to see its console; --boot-timeout gives it longer")
+
+    def _time_out(self) -> None:
+        self.is_time_over = True
+        if self._is_running:
+            self.forward(signal.SIGTERM)
+        else:
+            self.result = Result(EXIT_TIMEOUT)
+
+    def _kill(self) -> None:
+        if self._give_up not in self._deadlines:
+            self._deadlines.pop(self._kill, None)
+            self._deadlines[self._give_up] = time.monotonic() + KILL_GRACE_S
+            self._channel.post(SIGNAL, bytes([signal.SIGKILL]))
+
+    def _give_up(self) -> None:
+        self.result = killed_by(signal.SIGKILL)
+
+
+class Conversation:
+    """What the agent and the runner say to each other, from the agent's greeting to the result of the command."""
+
+    def __init__(self, machine: Machine, spec: RunSpec, stdio: Stdio, reporter: Reporter) -> None:
+        self._directories = machine.directories
+        self._spec = spec
+        self._stdio = stdio
+        self._reporter = reporter
+        self.channel = Channel(machine.from_guest, machine.to_guest, machine.spool)
+        self.ending = Ending(self.channel, spec)
+        self.streams = Streams(self.channel, stdio, spec.scratch, spec.job.limits)
+        self.terminal = TerminalLink(stdio.terminal, self.channel) if stdio.terminal else None
+        self._mount_points = MountPoints(spec.guest.shares, spec.job.umask, machine.directories.run)
+        self._actions = self._list_actions()
+        self.has_started = False                  # the command
+        self.farewell = ""                        # to the user of an interactive shell
+        self.told: Union[Result, Fatal, None] = None           # by the agent
+
+    def _list_actions(self) -> Dict[int, Tuple[Optional[struct.Struct], Callable[..., None]]]:
+        """For each type of frame the layout of its payload, None if it has no fixed one, and what it does."""
+        actions: Dict[int, Tuple[Optional[struct.Struct], Callable[..., None]]] = {
+            HELLO: (None, self._greet),
+            MOUNT_POINT: (None, self._make_mount_point),
+            STARTED: (BYTE, self._begin),
+            RECEIVED: (COUNT, self.channel.take_credit),
+            CREDIT: (STREAM_COUNT, self._take_credit),
+            STDIN_CLOSED: (NOTHING, self._close_stdin),
+            WARNING: (None, self._warn),
+            TERMINATE: (NOTHING, partial(self.ending.forward, signal.SIGTERM)),    # Ctrl-Alt-Del by mconsole
+            SAVING: (NOTHING, self._note_saving),
+            RESULT: (None, self._take_result)}
+        if self.terminal:
+            actions[STOPPED] = BYTE, self.terminal.note_stop
+        for kind, writer in self.streams.writers.items():
+            actions[kind] = None, writer.put
+        return actions
+
+    def listen(self) -> None:
+        """Read once from the channel, and do what the frames say."""
+        try:
+            for kind, payload in self.channel.receive():
+                layout, action = self._actions[kind]
+                action(*(unpack_exactly(layout, payload) if layout else (payload,)))
+        except Misfit as misfit:
+            if self.channel.is_greeted_again:
+                raise Fatal("guest rebooted before the command ended", "it ends with the command by itself")
+            raise Fatal("guest sent what is no message of AppPot ({})".format(misfit),
+                        "did something in the appliance write to /dev/ttyS0?")
+
+    def _greet(self, hello: bytes) -> None:
+        if self._directories.ram != self._directories.run:     # the kernel's file in it has no name any more
+            remove_private(self._directories.ram)
+        if self._spec.job.layers:                     # merging takes its time
+            self.ending.note_boot()
+
+        fields = decode_fields(hello)
+        protocol = text_field(fields, b"protocol")
+        if protocol != str(PROTOCOL):
+            raise Fatal("appliance has an agent of protocol {}, this runner speaks {}".format(
+                protocol[:60], PROTOCOL), "use the apppot_start.py that belongs to the image")
+        self._reporter.say("agent {} in base {}".format(
+            text_field(fields, b"agent"), text_field(fields, b"base") or "without id"))
+
+        self.channel.fitting = {STARTED, RECEIVED, WARNING, RESULT, MOUNT_POINT}
+        with blaming("job cannot be passed on", self._directories.run.path, SCRATCH_HINT):
+            self.channel.post(JOB, build_job(self._spec, self._stdio, self._directories.saved_name))
+
+    def _make_mount_point(self, request: bytes) -> None:
+        self.channel.post(MADE, COUNT.pack(self._mount_points.make(request)))
+
+    def _begin(self, what: int) -> None:
+        """The command has started: relay its streams."""
+        check_range(what, 0, IS_SHELL | HOME_STAYS)
+        self._reporter.say("command started")
+        self.has_started = True
+        self.ending.note_start()
+        screen = self._stdio.terminal
+        if what & IS_SHELL and screen and screen.is_real and os.isatty(2):
+            welcome, self.farewell = describe_keeping(self._spec, bool(what & HOME_STAYS))
+            self._reporter.tell(welcome)
+
+        fitting = {RECEIVED, WARNING, TERMINATE, RESULT, *self.streams.writers}
+        if self.streams.reader:
+            fitting |= {CREDIT, STDIN_CLOSED}
+        if self.terminal:
+            fitting |= {CREDIT, STOPPED}
+        if self._spec.job.saved_changes:
+            fitting.add(SAVING)
+        self.channel.fitting = fitting
+
+        self.streams.start()
+        if self.terminal:
+            self.terminal.start(self._stdio.at_once)
+
+    def _take_credit(self, stream: int, count: int) -> None:
+        if stream == STDIN and self.streams.reader:
+            self.streams.reader.take_credit(count)
+        elif stream == KEYS and self.terminal:
+            self.terminal.take_credit(count)
+        else:
+            raise Misfit("credit for {}".format(stream))
+
+    def _close_stdin(self) -> None:
+        self.channel.fitting.remove(STDIN_CLOSED)
+        if self.streams.reader:
+            self.streams.reader.close_input()
+
+    def _warn(self, text: bytes) -> None:
+        self._reporter.warn(text[:TEXT_MAX].decode("utf-8", "replace"))
+
+    def _note_saving(self) -> None:
+        self._reporter.say("saving the changes")
+        self.channel.fitting = {RECEIVED, WARNING, RESULT}
+        self.ending.note_saving()
+
+    def _take_result(self, record: bytes) -> None:
+        fields = decode_fields(record)
+        self.told = self._read_failure(fields) if b"error" in fields else self._read_end(fields)
+        self._reporter.say("result record: status {}".format(self.told.status))
+        self.channel.fitting = set()
+        self.ending.note_result()
+        self.streams.complete()
+
+    def _read_failure(self, fields: Dict[bytes, List[bytes]]) -> Fatal:
+        if b"disk" in fields:
+            return explain_disk_failure(self._spec, b"")
+        status = number_field(fields, b"status", EXIT_FAILED, EXIT_NOT_FOUND)
+        return Fatal(text_field(fields, b"error"), text_field(fields, b"hint"), status)
+
+    def _read_end(self, fields: Dict[bytes, List[bytes]]) -> Result:
+        if not self.has_started or (b"exit" in fields) == (b"signal" in fields):
+            raise Misfit("no end of a command")
+        if b"signal" in fields:
+            result = killed_by(number_field(fields, b"signal", 1, SIGNALS_MAX))
+        else:
+            result = Result(number_field(fields, b"exit", 0, 255))
+
+        reader = self.streams.reader
+        consumed = number_field(fields, b"stdin", 0, reader.delivered if reader else 0)
+        if reader:
+            reader.restore_offset(consumed)
+        return result
+
+
+class Session:
+    """The runner's side of one run, from the boot to the result: waits for one event after the other."""
+
+    def __init__(self, machine: Machine, spec: RunSpec, stdio: Stdio, reporter: Reporter) -> None:
+        self._machine = machine
+        self._spec = spec
+        self._stdio = stdio
+        self._reporter = reporter
+        self._console = Console(spec)
+        self._conversation = Conversation(machine, spec, stdio, reporter)
+        self._channel = self._conversation.channel
+        self._ending = self._conversation.ending
+        self._carried = 0                         # pid of the kernel if `empty` carries the channel
+        self._exchanged = not spec.empty          # whether that is known
+        self._report: Optional[str] = None        # the supervisor's, of the kernel's end
+        self._told: Union[Result, Fatal, None] = None          # by the agent; output may still be unwritten
+        self._signals: Deque[int] = collections.deque()
+        self._actions = self._list_actions()
+        self.result: Optional[Result] = None
+
+    def _list_actions(self) -> Dict[int, Callable[[], None]]:
+        """What each signal does when its turn in the queue comes; a handler only queues it."""
+        actions: Dict[int, Callable[[], None]] = {
+            number: partial(self._ending.forward, number) for number in FORWARDED_SIGNALS}
+        actions[signal.SIGTSTP] = self._suspend
+        terminal = self._conversation.terminal
+        if terminal:
+            actions[signal.SIGCONT] = terminal.resume
+            actions[signal.SIGWINCH] = terminal.tell_window
+        return actions
+
+    def run(self, mask: Iterable[int]) -> Result:
+        """Until there is a result, or a Fatal. The signals, which are held back, are let in by the mask before that."""
+        signal.set_wakeup_fd(self._channel.to_wakeup)
+        for number in self._actions:
+            signal.signal(number, lambda received, frame: self._signals.append(received))
+        for number in {signal.SIGCONT, signal.SIGWINCH} & set(self._actions):
+            signal.siginterrupt(number, False)    # so that tcsetattr() in the background begins again
+        held = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            while self.result is None:
+                self.step()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            if self._stdio.terminal:
+                self._stdio.terminal.release()
+
+        if self._conversation.farewell:
+            self._reporter.tell(self._conversation.farewell)
+        return self.result
+
+    def step(self) -> None:
+        """Wait for something to happen, and do what follows from it."""
+        ready = self._wait()
+        if self._channel.wakeup in ready:
+            os.read(self._channel.wakeup, 4096)
+        while self._signals:
+            self._actions[self._signals.popleft()]()
+
+        if self._machine.console in ready:
+            self._take_console()
+        if self._channel.from_guest in ready:
+            self._listen()
+        terminal = self._conversation.terminal
+        if terminal:
+            self._serve_terminal(terminal, ready)
+        if self._channel.to_guest in ready:
+            self._channel.send()
+        if self._machine.report in ready:
+            self._take_report()
+
+        self._ending.review()
+        self._finish_if_done()
+
+    def _wait(self) -> Set[int]:
+        """Until a descriptor is ready or a deadline is over."""
+        poll = select.poll()
+        poll.register(self._channel.wakeup, select.POLLIN)
+        if self._report is None:
+            poll.register(self._machine.report, select.POLLIN)
+            poll.register(self._machine.console, select.POLLIN)
+        if self._channel.is_open:
+            poll.register(self._channel.from_guest, select.POLLIN)
+            if self._channel.can_send:
+                poll.register(self._channel.to_guest, select.POLLOUT)
+        terminal = self._conversation.terminal
+        if terminal and terminal.takes_keys:
+            poll.register(terminal.keyboard, select.POLLIN)
+        return {descriptor for descriptor, _ in poll.poll(self._ending.left_s * 1000)}
+
+    def _take_console(self) -> bool:
+        content = os.read(self._machine.console, 65536)
+        if self._spec.verbose:
+            self._reporter.show(show_console(content))
+        fault = self._console.add(content)
+        if fault and not self._told:
+            raise fault
+        return bool(content)
+
+    def _listen(self) -> None:
+        if not self._exchanged:
+            self._exchange_channel()
+            return
+        self._conversation.listen()
+        if self._carried and self._channel.is_open:
+            self._wake_writer()
+        if self._conversation.told and not self._told:
+            while select.select([self._machine.console], [], [], 0)[0] and self._take_console():
+                pass                              # the kernel may have said before that its disk failed
+            self._told = self._correct(self._conversation.told)
+
+    def _correct(self, told: Union[Result, Fatal]) -> Union[Result, Fatal]:
+        """Add to the command's result what only the kernel saw."""
+        if isinstance(told, Fatal):
+            return told
+        killed_process = self._console.explain_killed_process()
+        if killed_process:                        # the command sees a segmentation fault
+            self._reporter.warn(killed_process)
+            told = killed_by(signal.SIGKILL) if told.signal == signal.SIGSEGV else told
+        if self._console.is_out_of_memory:
+            self._reporter.warn("guest was out of memory, of which it has {}, and killed a process; ask the batch "
+                                "system for more, or with --mem".format(format_mib(self._spec.guest.mem_mib)))
+        return told._replace(out_of_memory=self._console.is_out_of_memory)
+
+    def _exchange_channel(self) -> None:
+        machine = self._machine
+        self._carried = exchange_channel(machine.directories.run.fd, machine.from_guest, machine.to_guest)
+        self._exchanged = True
+        how = "the channel is carried by {}" if self._carried else "without {}, which does not work"
+        self._reporter.say("kernel started, " + how.format(self._spec.empty))
+
+    def _wake_writer(self) -> None:
+        """Let User-Mode Linux see that its full pty has room again: the SIGIO of the pty's own comes too early."""
+        try:
+            os.kill(self._carried, signal.SIGIO)
+        except OSError:
+            pass                                  # it is dead
+
+    def _serve_terminal(self, terminal: TerminalLink, ready: Set[int]) -> None:
+        if terminal.keyboard in ready:
+            terminal.take_keys()
+        if terminal.stopped_by and self._channel.is_idle and self._conversation.streams.is_idle:
+            terminal.follow_stop()                # not before all is written: this may stop us, too
+
+    def _suspend(self) -> None:
+        # By default SIGTSTP does nothing to a process group without a shell, as a batch job's is.
+        if self._stdio.terminal:
+            self._stdio.terminal.release()
+        # The supervisor sees to that, too, but later, and SIGSTOP of everything may be near.
+        directory = self._machine.directories.run.fd
+        ask_mconsole(directory, self._spec.guest.name, b"stop")
+        os.kill(os.getpid(), signal.SIGSTOP)
+        resume_guest(self._machine.supervisor, directory, self._spec.guest.name)
+        if self._conversation.terminal:
+            self._conversation.terminal.resume()
+
+    def _take_report(self) -> None:
+        message = os.read(self._machine.report, 4096)
+        if message.startswith(LOST):
+            self._lose_network()
+            message = message[len(LOST):]
+            if not message:
+                return
+        self._report = message.decode("utf-8", "surrogateescape")
+        if not self._report:                      # the supervisor is dead: what it would have ended is ours now
+            kill_children()
+        while self._take_console():               # to its end: nobody is left to write
+            pass
+
+    def _lose_network(self) -> None:
+        helper = self._spec.guest.network.helper
+        if not self._conversation.has_started:
+            raise Fatal("network helper was killed: " + helper, "--net none runs without a network")
+        self._reporter.warn("network helper was killed, the command goes on without a network: " + helper)
+        self._channel.post(NETWORK_LOST, b"vec0")
+
+    def _explain_end(self) -> Fatal:
+        what, _, rest = (self._report or "").partition(" ")
+        if what == "fatal":
+            message, _, hint = rest.partition("\0")
+            return Fatal(message, hint)
+        if what == "bug":
+            self._reporter.show(os.fsencode(rest))
+            return explain_bug("the supervisor", os.fsencode(rest))
+        if what == "empty" and not self._channel.is_greeted:
+            return Fatal("`empty` does not start the kernel: {}".format(self._spec.empty),
+                         "build it from github.com/mezantrop/empty for this machine; --io builtin does without it")
+        if what != "ended":
+            who = {"empty": "`empty`, which carried the channel,", "helper": "a helper process of the kernel"}.get(
+                what, "the supervisor process of the run")
+            return (blame_cpu_limit(0 if what else self._machine.supervisor, who)
+                    or Fatal(who + " was killed", "look for who did, then run the job again"))
+        console = self._console.tail.decode("utf-8", "replace")
+        return explain_kernel_end(int(rest), console, self._spec, self._channel.is_greeted)
+
+    def _finish_if_done(self) -> None:
+        streams = self._conversation.streams
+        streams.check(self._told is not None)
+        if self._report is not None and not self._channel.is_open and not self._told:
+            raise self._explain_end()
+
+        self.result = self._ending.result
+        if self._told and (streams.is_finished or not self._conversation.has_started):
+            self.result = self._conclude(self._told)
+        if self.result and self._ending.is_time_over:
+            raise Fatal("walltime of {:g} s is over".format(self._spec.timeout_s or 0), "--timeout sets it",
+                        EXIT_TIMEOUT)
+
+    def _conclude(self, told: Union[Result, Fatal]) -> Result:
+        """The result of the command, once all that can be written is written."""
+        is_written = self._conversation.streams.check_written()
+        if isinstance(told, Fatal):
+            raise told
+        if is_written:
+            return told
+        self._reporter.warn("output of the command reached the limit of file size (ulimit -f)")
+        return killed_by(signal.SIGXFSZ)          # as whoever writes to the file itself
 
 
 # --- Options ------------------------------------------------------------------------------------------------
@@ -5106,18 +5347,11 @@ def fill_directories(spec: RunSpec, directories: Directories) -> None:
 
 
 def run(spec: RunSpec, started: float) -> Result:
-    def show(content: bytes) -> None:
-        in_raw_terminal = stdio.terminal and stdio.terminal.is_raw and not stdio.terminal.ends_lines
-        write_stderr(content.replace(b"\n", b"\r\n") if in_raw_terminal else content)
-
-    def say(text: str) -> None:
-        if spec.verbose:
-            show(one_line("apppot: {:.3f} s: {}".format(time.time() - started, text)) + b"\n")
-
     with ExitStack() as stack:
         mask = stack.enter_context(signals_held())
         stdio = stack.enter_context(connect_stdio(spec.job.terminal))
-        stack.callback(say, "nothing left")
+        reporter = Reporter(stdio.terminal, spec.verbose, started)
+        stack.callback(reporter.say, "nothing left")
         locks = [open_image(spec.guest.disk.image, spec.guest.disk.write)]
         if spec.guest.disk.cow:
             locks.append(open_cow(spec.guest.disk.cow, spec.guest.disk.image))
@@ -5128,15 +5362,16 @@ def run(spec: RunSpec, started: float) -> Result:
         locks += [directory.fd for directory in directories.list_distinct()]
 
         for note in ("run directory " + directories.run.path, *spec.notes, *map(describe_share, shares)):
-            say(note)
-        say(describe(spec.guest.network))
-        say("hostfs is " + describe_confinement(spec.empty))
-        say("management console: uml_mconsole " + os.path.join(directories.run.path, spec.guest.name, "mconsole"))
+            reporter.say(note)
+        reporter.say(describe(spec.guest.network))
+        reporter.say("hostfs is " + describe_confinement(spec.empty))
+        mconsole = os.path.join(directories.run.path, spec.guest.name, "mconsole")
+        reporter.say("management console: uml_mconsole " + mconsole)
 
         machine = stack.enter_context(start_machine(spec, stdio.terminal, directories, locks))
         if not spec.empty:
-            say("kernel started")
-        result = Session(machine, spec, stdio, show, say).run(mask)
+            reporter.say("kernel started")
+        result = Session(machine, spec, stdio, reporter).run(mask)
         if spec.job.saved_changes is not None and directories.saved_name:
             place_changes(directories.save, directories.saved_name, spec.job.saved_changes)
     return result

@@ -137,7 +137,7 @@ BUGS = {
     "the supervisor begins": ("supervise", "def close_all_but(*_): raise ZeroDivisionError('injected')"),
     "output is written": ("run", "def fail(*_): raise KeyError('injected')\nOutputWriter._write = fail"),
     "input is read": ("run", "def fail(*_): raise KeyError('injected')\nInputReader._read = fail"),
-    "a frame is obeyed": ("run", "def fail(*_): raise TypeError('injected')\nSession._begin_relay = fail"),
+    "a frame is obeyed": ("run", "def fail(*_): raise TypeError('injected')\nConversation._begin = fail"),
     "the run is prepared": ("run", "def find_landlock(*_): raise TypeError('injected')"),
 }
 

@@ -46,11 +46,10 @@ pytestmark = pytest.mark.last_kernel
 STDIN_SIZE = 100
 
 
-class Session(apppot_start.Session):
-    def _follow_stop(self, terminal):
-        """As the real one, but this process is not to stop."""
-        self._stopped = 0
-        self.post(encode_frame(apppot_start.SIGNAL, bytes([18])))
+def follow_stop(link):
+    """As that of TerminalLink, but this process does not stop."""
+    link.stopped_by = 0
+    link._channel.post(apppot_start.SIGNAL, bytes([18]))
 
 
 class Guest:
@@ -78,12 +77,13 @@ class Guest:
         place = os.open(directory, os.O_RDONLY)
         self._ours.append(place)
         directories = apppot_start.Directories(*[apppot_start.PrivateDirectory(str(directory), place)] * 3)
-        self.session = Session(
+        self.session = apppot_start.Session(
             apppot_start.Machine(1, from_guest, to_guest, console, -1, report, directories, place),
             make_spec(saved_changes=str(directory / "saved") if saves else None),
-            apppot_start.Stdio(kinds, terminal, False), self.shown.append, lambda text: None,
+            apppot_start.Stdio(kinds, terminal, False), apppot_start.Reporter(terminal, False, 0),
         )  # fmt: skip
-        self._ours += [self.session._wakeup, self.session._to_wakeup]
+        self.conversation = self.session._conversation
+        self._ours += [self.conversation.channel.wakeup, self.conversation.channel.to_wakeup]
 
     def _pipe(self):
         ends = apppot_start.make_wide_pipe()
@@ -103,11 +103,11 @@ class Guest:
 
     @property
     def _is_over(self):
-        return self.failure or self.session._result
+        return self.failure or self.session.result
 
     def _step(self):
         try:
-            self.session._step()
+            self.session.step()
         except apppot_start.Fatal as fatal:
             self.failure = fatal
 
@@ -123,10 +123,11 @@ class Guest:
     def close(self):
         if self._reader_end is not None:          # who is blocked in a write gets an error now
             self._close(self._reader_end)
-        self.session._reader.stop()
-        for worker in [*self.session._writers.values(), self.session._reader]:
-            if worker in self.session._writers.values():
-                worker.complete()
+        streams = self.conversation.streams
+        streams.complete()
+        if streams.reader:
+            streams.reader.stop()
+        for worker in streams._list_workers():
             if worker.ident is not None:
                 worker.join(DEADLINE_S)
                 assert not worker.is_alive()
@@ -143,9 +144,10 @@ def guests(tmp_path, monkeypatch):
         except Exception as error:
             worker.failure = error
         worker.finished.set()
-        worker._session.wake()
+        worker._channel.wake()
 
     monkeypatch.setattr(apppot_start.Worker, "run", work)
+    monkeypatch.setattr(apppot_start.TerminalLink, "follow_stop", follow_stop)
     (tmp_path / "hostfs" / "spool").mkdir(parents=True)
     (tmp_path / "in").write_bytes(bytes(STDIN_SIZE))
     saved = {number: os.dup(number) for number in (0, 1, 2)}
@@ -158,6 +160,7 @@ def guests(tmp_path, monkeypatch):
             os.dup2(descriptor, number)
         os.close(source)
         guest = Guest(tmp_path, **options)
+        monkeypatch.setattr(apppot_start, "write_stderr", guest.shown.append)
         try:
             yield guest
         finally:
@@ -263,7 +266,7 @@ def test_a_failure_is_not_made_good_by_a_result(guests):
 def test_an_offset_within_what_was_delivered_is_where_the_next_reader_goes_on(guests):
     with guests() as guest:
         guest.say(UP)
-        guest.session._reader.finished.wait(DEADLINE_S)
+        guest.conversation.streams.reader.finished.wait(DEADLINE_S)
         guest.say(result_frame("exit", "0", "60"))
         assert guest.end().status == 0 and os.lseek(0, 0, os.SEEK_CUR) == 60
 
