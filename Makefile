@@ -3,9 +3,10 @@
 ## AppPot: run a complete Linux appliance as an ordinary, unprivileged job
 ##
 ##   make demo     install what is missing, build the image, run a command in it
-##   make check    install what is missing, run all tests, with Debian's kernel and with build/linux
+##   make check    install what is missing, run the linters and all tests, with Debian's kernel and with build/linux
 ##   make check-grid
 ##                 as root: test on HTCondor, Grid Engine and ARC, and the set-up of bare machines, in chroots
+##   make lint     run the linters, ruff and mypy, alone
 ##   make image    build build/apppot.img, an appliance with Debian
 ##   make kernel   build build/linux, a static kernel that boots in 0.2 s; this takes 10 minutes
 ##   make stage    fill build/stage/ with the three files of a job and apppot-stage.tar, which has all three
@@ -60,7 +61,11 @@ TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:sl
 BENCH_DEPS := proot:proot bubblewrap:bwrap charliecloud-runtime:ch-run qemu-system-x86:qemu-system-x86_64 \
               busybox-static:busybox cpio:cpio gnuplot-nox:gnuplot
 TEST_DEPS  := python3-pytest:pytest.py python3-hypothesis:hypothesis.py
-CHECK_DEPS  = $(BUILD_DEPS) $(RUN_DEPS) $(KERNEL_DEPS) $(TOOL_DEPS) $(TEST_DEPS)
+LINT_DEPS  := python3-pip:pip.py
+CHECK_DEPS  = $(BUILD_DEPS) $(RUN_DEPS) $(KERNEL_DEPS) $(TOOL_DEPS) $(TEST_DEPS) $(LINT_DEPS)
+
+# pip brings the linters, in exact versions: another version finds other faults, and Debian has old ones or none.
+LINTERS := ruff==0.17.6 mypy==2.4.1
 
 # Each batch system runs in a chroot with a Debian that has it.
 ENGINES             := condor gridengine arc
@@ -101,8 +106,8 @@ ifneq ($(KERNEL),)
 export APPPOT_KERNEL := $(abspath $(KERNEL))
 endif
 
-.PHONY: help demo check check-grid image mpi-image kernel stage bench clean FORCE
-.PHONY: deps deps-demo deps-check deps-bench deps-build deps-kernel
+.PHONY: help demo check check-grid lint image mpi-image kernel stage bench clean FORCE
+.PHONY: deps deps-demo deps-check deps-bench deps-build deps-kernel deps-lint
 
 help:
 	@sed -n 's/^## \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -111,7 +116,7 @@ demo: deps-demo image
 	$(PYTHON) apppot_start.py --image $(IMAGE) sh -c 'uname -a; head -n 1 /etc/os-release'
 
 # All tests with Debian's kernel, and those that boot with our own, too.
-check: deps-check image mpi-image stage $(if $(AS_ROOT),,$(NODES:%=build/%.tar))
+check: deps-check lint image mpi-image stage $(if $(AS_ROOT),,$(NODES:%=build/%.tar))
 	@mkdir -p build
 	test_part() {
 	    status=0
@@ -157,6 +162,12 @@ check-grid: deps-check image mpi-image stage $(CHROOTS)
 	for engine in $(ENGINES) setup; do cat "build/check-$$engine.log"; done
 	exit $$status
 
+# If build/lint is missing, the linters in PATH have the right versions.
+lint: build/lint
+	@export PATH=$(abspath build/lint)/bin:$$PATH PYTHONPATH=$(abspath build/lint)
+	ruff check --quiet --config tests/pyproject.toml *.py tests
+	mypy --no-error-summary --config-file tests/pyproject.toml
+
 bench: deps-bench image kernel
 	$(PYTHON) tests/bench.py
 
@@ -172,7 +183,8 @@ deps-check:      deps_wanted = $(CHECK_DEPS)
 deps-bench:      deps_wanted = $(CHECK_DEPS) $(BENCH_DEPS)
 deps-build:      deps_wanted = $(BUILD_DEPS)
 deps-kernel:     deps_wanted = $(KERNEL_DEPS)
-deps deps-demo deps-check deps-bench deps-build deps-kernel:
+deps-lint:       deps_wanted = $(LINT_DEPS)
+deps deps-demo deps-check deps-bench deps-build deps-kernel deps-lint:
 	@missing=
 	is_there() {
 	    case $$1 in
@@ -463,9 +475,9 @@ deliver() {
     mv $@.key.new $@.key
     say "$@: $$(du -m $@ | cut -f 1) MiB on disk"
     touch -c -a "$$1"
-    for kind in rootfs image kernel; do
+    for kind in rootfs image kernel lint; do
         find "$$cache" -maxdepth 1 -name "$$kind-*" -printf '%A@ %p\n' |
-            sort -rn | tail -n +5 | cut -d ' ' -f 2- | xargs -r -d '\n' rm
+            sort -rn | tail -n +5 | cut -d ' ' -f 2- | xargs -r -d '\n' rm -r
     done
 }
 endef
@@ -564,6 +576,33 @@ build/linux: FORCE deps-kernel
 	    mv "$$tmp/kernel" "$$kernel"
 	fi
 	deliver "$$kernel" "$$key"
+
+# ---- linters -----------------------------------------------------------------------------------------------------
+
+# A link to what pip installed for this Python. There is none if the linters in PATH have the right versions.
+build/lint: FORCE deps-lint
+	@$(WITH_CACHE)
+	rm -f $@
+	is_there() {
+	    read -r name version _ <<< "$$("$${1%==*}" --version 2> /dev/null)" && [ "$$name==$$version" = "$$1" ]
+	}
+	missing=
+	for linter in $(LINTERS); do is_there "$$linter" || missing=yes; done
+	[ -n "$$missing" ] || exit 0
+	python=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')
+	key=$$(echo "$$python $(LINTERS)" | sha256sum | cut -c 1-16)
+	enter_cache lint
+	linters=$$cache/lint-$$key
+	if [ ! -e "$$linters" ]; then
+	    say "$(LINTERS): download, half a minute"
+	    # The machine may have no compiler, so pip takes what is built already. make's cache replaces pip's own.
+	    run $(PYTHON) -m pip --quiet --disable-pip-version-check install --target "$$tmp/lint" --only-binary :all: \
+	        --no-cache-dir --root-user-action ignore $(LINTERS) ||
+	        die "pip cannot get $(LINTERS)" "pip's message is above; make asks pip for nothing if PATH has these versions"
+	    mv "$$tmp/lint" "$$linters"
+	fi
+	touch -c -a "$$linters"
+	ln -s "$$linters" $@
 
 # ---- chroots -----------------------------------------------------------------------------------------------------
 # The tests run in these. The host's name is set because packages of batch systems ask for it when they are installed.
