@@ -292,8 +292,8 @@ def measure_others(repeat: int) -> Rows:
 
 def measure_slurm(count: int) -> Rows:
     """Tasks of an array job of a real Slurm, on two CPUs."""
-    import conftest  # noqa: F401  # where engines.py finds what it needs
     import engines
+    import nodes
 
     script = "#!/bin/sh\nexec {} true\n"
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
@@ -304,7 +304,7 @@ def measure_slurm(count: int) -> Rows:
             def run_array(prefix: str) -> None:
                 words = ["--array=0-{}".format(count - 1), "--cpus-per-task=8", "--output=/dev/null"]
                 job = slurm.submit(script.format(prefix), *words)
-                conftest.wait_for(lambda: not slurm.run("squeue", "-h", "-j", job).strip(), 600)
+                nodes.wait_for(lambda: not slurm.run("squeue", "-h", "-j", job).strip(), 600)
 
             times = take_turns(2, {prefix: lambda prefix=prefix: run_array(prefix)  # type: ignore[misc]
                                    for prefix in ("", "python3 /opt/apppot/apppot_start.py")})

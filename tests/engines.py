@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from conftest import DEADLINE_S, TOP, wait_for
+from nodes import DEADLINE_S, TOP, read_cpu_time, wait_for
 
 USER, BYSTANDER = "griduser", "otheruser"
 USERS = {USER: 61001, BYSTANDER: 61002}
@@ -50,13 +50,6 @@ def make_changes_file(kernel, image, directory):
     subprocess.run(runner, check=True, cwd=directory, stdin=subprocess.DEVNULL)
     (directory / "my.tar.gz").chmod(0o644)
     return directory / "my.tar.gz"
-
-
-def read_stat(pid):
-    """The fields of /proc/PID/stat behind the name; none if it has ended."""
-    with contextlib.suppress(OSError):
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return []
 
 
 class Site:
@@ -208,13 +201,9 @@ class Site:
     def is_computing(self):
         """Whether any process of the user has used the CPU within a moment."""
 
-        def used():
-            stats = [read_stat(pid) for pid in self.processes()]
-            return sum(int(stat[11]) + int(stat[12]) for stat in stats if stat)
-
-        before = used()
+        before = read_cpu_time(self.processes())
         time.sleep(0.5)
-        return used() != before
+        return read_cpu_time(self.processes()) != before
 
     def scratch_files(self, user=USER):
         return [

@@ -6,8 +6,8 @@ import os
 import signal
 
 import pytest
-from conftest import wait_for
 from engines import HANDLES, Arc, Pair
+from nodes import wait_for
 
 pytestmark = pytest.mark.grid
 DESCRIPTION = """\

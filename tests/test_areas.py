@@ -4,7 +4,7 @@
 import pathlib
 
 import pytest
-from conftest import assert_error
+from nodes import assert_error
 
 LIMIT = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
 SCATTER = """\

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Directories and files of the host in the guest: those that were asked for, and no others."""
 
-import contextlib
 import errno
 import os
 import pathlib
 import pwd
 import shlex
-import signal
 import subprocess
 import sys
 
 import pytest
-from conftest import assert_error, make_node, needs_root, wait_for
+from nodes import assert_error, make_node, needs_root, wait_for
 
 import apppot_start
 
@@ -144,10 +142,7 @@ def test_mount_points_made_on_the_host_do_not_stay(any_node, killed):
     assert process.stdout.readline().decode() == NONCE * 4 + "\n"
     assert all(map(os.path.exists, places)) and {path.stat().st_uid for path in places} == {any_node.uid}
     if killed == "all":
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped, so that none has time to clean
-            for pid in any_node.processes():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        any_node.kill_at_once()
     elif killed == "runner":
         process.kill()
     any_node.finish(process)

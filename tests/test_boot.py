@@ -10,21 +10,23 @@ import termios
 import threading
 
 import pytest
-from conftest import (
+from nodes import (
     DEADLINE_S,
     UNPRIVILEGED,
     Node,
     assert_error,
+    assert_told,
     make_node,
     mounted,
+    needs_root,
     wait_for,
+    wait_for_state,
     writable_copy,
 )
 
 import apppot_start
 
 NONCE = os.urandom(8).hex()
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="mounts and other users need root")
 
 
 def redirected(redirection):
@@ -49,13 +51,13 @@ def test_an_error_with_a_closed_descriptor_is_125_and_no_traceback(node, closed)
     status, stdout, stderr = node.finish(node.start("--image", "/no/such", "true", wrap=redirected(closed)))
     assert (status, stdout) == (125, b"")
     if "2>&-" not in closed:
-        assert_error(subprocess.CompletedProcess((), status, stdout, stderr), "/no/such")
+        assert_told(stderr, "/no/such")
 
 
 def test_output_that_cannot_be_written_is_a_failure(node):
-    status, stdout, stderr = node.finish(node.start("echo", "x", wrap=redirected("> /dev/full")))
-    assert status == 125
-    assert_error(subprocess.CompletedProcess((), status, stdout, stderr), "No space left on device")
+    result = node.run("echo", "x", wrap=redirected("> /dev/full"))
+    assert result.returncode == 125
+    assert_error(result, "No space left on device")
 
 
 def test_a_non_blocking_stdin_is_read_to_its_end_and_stays_so(node):
@@ -223,7 +225,7 @@ def test_a_suspended_run_can_be_ended(any_node):
     for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)):
         process = any_node.start_ready("exec sleep 100")
         os.killpg(process.pid, signal.SIGSTOP)
-        wait_for(lambda process=process: ") T" in pathlib.Path(f"/proc/{process.pid}/stat").read_text())
+        wait_for_state([process.pid], "T")
         process.send_signal(number)
         os.killpg(process.pid, signal.SIGCONT)
         assert any_node.finish(process)[0] == status

@@ -20,9 +20,9 @@ import tempfile
 import zlib
 
 import pytest
-from conftest import TOP, assert_error, caller_is_root, writable_copy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nodes import TOP, assert_error, caller_is_root, writable_copy
 
 import changes
 

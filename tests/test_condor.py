@@ -4,8 +4,8 @@
 import contextlib
 
 import pytest
-from conftest import skip_unless, wait_for
 from engines import CONDOR_SUBMIT, DIES, HANDLES, IGNORES, USER, WORKS, Condor, Pair
+from nodes import skip_unless, wait_for
 
 pytestmark = pytest.mark.grid
 EXECUTE = "/var/lib/condor/execute"

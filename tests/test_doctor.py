@@ -10,11 +10,13 @@ import subprocess
 import sys
 
 import pytest
-from conftest import (
+from nodes import (
     EMPTY,
     TOP,
     assert_error,
+    change_image,
     kernel_has,
+    limited,
     mounted,
     needs_root,
     pythons,
@@ -170,7 +172,7 @@ def test_a_kernel_that_is_none_is_named(node, program):
 @pytest.mark.parametrize("missing", ["/usr/sbin/apppot-init", apppot_start.AGENT_MODULE])
 def test_an_image_without_the_agent_is_named(node, image, missing):
     own = writable_copy(node, image)
-    subprocess.run(["/sbin/debugfs", "-w", "-R", f"rm {missing}", own], check=True, capture_output=True)
+    change_image(own, f"rm {missing}\n")
     name = "/sbin/apppot-init" if "sbin" in missing else missing
     findings = assert_culprit(node, "agent", f"no agent ({name})", own, image=own)
     assert own.name in findings["image"][1]
@@ -229,17 +231,17 @@ def test_a_probe_that_works_leaves_no_child():
     "limits, words", [("-n 20", "open files"), ("-v 900000", "address space"), ("-f 500000", "file size")]
 )
 def test_limits_that_leave_no_room_are_named(any_node, limits, words):
-    wrap = ("bash", "-c", f'ulimit {limits}; exec "$@"', "-")
+    wrap = limited(limits)
     assert_culprit(any_node, "limits", words, wrap=wrap, python="/usr/bin/python3")
 
 
 def test_a_soft_limit_of_open_files_is_raised(node):
-    wrap = ("bash", "-c", 'ulimit -Sn 12; exec "$@"', "-")
+    wrap = limited("-Sn 12")
     assert node.run("echo", "up", wrap=wrap, python="/usr/bin/python3").stdout == b"up\n"
 
 
 def test_too_few_processes_are_named(user_node):
-    wrap = ("bash", "-c", 'ulimit -u 3; exec "$@"', "-")
+    wrap = limited("-u 3")
     result = user_node.run("true", wrap=wrap, python="/usr/bin/python3")
     assert result.returncode == 125
     assert_error(result, "ulimit -u")

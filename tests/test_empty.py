@@ -6,7 +6,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import DEADLINE_S, EMPTY, STAND_IN, assert_error, both_carriers
+from nodes import DEADLINE_S, EMPTY, STAND_IN, assert_error, both_carriers
 
 NONCE = os.urandom(8).hex()
 CARRIED = "the channel is carried by "

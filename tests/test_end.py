@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How runs end: by signals, suspended on the way, killed, failed; and what is left, which is nothing."""
 
-import contextlib
 import os
 import pathlib
 import signal
@@ -9,17 +8,24 @@ import subprocess
 import time
 
 import pytest
-from conftest import (
+from nodes import (
     DEADLINE_S,
     assert_error,
+    assert_told,
     both_carriers,
+    change_image,
+    is_alive,
+    limited,
+    list_descendants,
     make_node,
     mounted,
     needs_root,
     pythons,
+    read_cpu_time,
     replace_agent,
     require,
     wait_for,
+    wait_for_state,
     writable_copy,
 )
 
@@ -99,14 +105,8 @@ def test_a_timeout_ends_the_command_with_124(node):
 def test_a_signal_to_every_process_of_a_run_reaches_only_the_command(node, name):
     process = node.start_ready(f"trap 'echo told; exit 9' {name}; echo trapped; while :; do sleep 0.1; done")
     assert process.stdout.readline() == b"trapped\n"
-    signal_all(node, getattr(signal, "SIG" + name))
+    node.signal_all(getattr(signal, "SIG" + name))
     assert node.finish(process)[:2] == (9, b"told\n")
-
-
-def signal_all(node, number):
-    for pid in node.processes():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
 
 
 @both_carriers
@@ -163,24 +163,15 @@ def start_work(node, **options):
     return node.start_ready(WORK, **options)
 
 
-def wait_for_state(pids, states):
-    def is_there():
-        return all(
-            pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in states for pid in pids
-        )
-
-    wait_for(is_there)
-
-
 @both_carriers
 def test_sigtstp_then_sigstop_of_everything_then_sigcont_as_slurm_does(any_node):
     process = start_work(any_node)
     process.send_signal(signal.SIGTSTP)
     time.sleep(1)  # what Slurm does; there is no event to wait for
-    signal_all(any_node, signal.SIGSTOP)
+    any_node.signal_all(signal.SIGSTOP)
     wait_for_state([process.pid], "T")
     time.sleep(0.5)
-    signal_all(any_node, signal.SIGCONT)
+    any_node.signal_all(signal.SIGCONT)
     assert any_node.finish(process) == (0, b"1\n", b"")
 
 
@@ -190,7 +181,7 @@ def test_the_runner_s_continuation_continues_what_was_stopped_with_it(any_node):
     process = start_work(any_node)
     process.send_signal(signal.SIGTSTP)
     wait_for_state([process.pid], "T")
-    signal_all(any_node, signal.SIGSTOP)
+    any_node.signal_all(signal.SIGSTOP)
     wait_for_state(any_node.processes(), "Tt")
     process.send_signal(signal.SIGCONT)
     assert any_node.finish(process) == (0, b"1\n", b"")
@@ -202,17 +193,11 @@ def test_sigstop_and_sigcont_of_the_runner_s_group_as_grid_engine_does(any_node)
     os.killpg(process.pid, signal.SIGSTOP)
     wait_for_state([process.pid], "T")
     time.sleep(1)
-    used = processor_time(any_node)
+    used = read_cpu_time(any_node.processes())
     time.sleep(0.5)
-    assert processor_time(any_node) - used < 0.1, "a suspended guest computes"
+    assert read_cpu_time(any_node.processes()) - used < 0.1, "a suspended guest computes"
     os.killpg(process.pid, signal.SIGCONT)
     assert any_node.finish(process) == (0, b"1\n", b"")
-
-
-def processor_time(node):
-    """Seconds that all processes of the run have used so far."""
-    fields = [pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in node.processes()]
-    return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.fixture
@@ -248,21 +233,6 @@ def test_a_frozen_cgroup_goes_on(node, freezer):
 # --- Killed -------------------------------------------------------------------------------------------------
 
 
-def descendants(pid):
-    children = []
-    with contextlib.suppress(OSError):             # it has ended meanwhile
-        for task in os.listdir(f"/proc/{pid}/task"):
-            children += map(int, pathlib.Path(f"/proc/{pid}/task/{task}/children").read_text().split())
-    return [below for child in children for below in [child, *descendants(child)]]
-
-
-def is_alive(pid):
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 @both_carriers
 @pytest.mark.parametrize(
     "victim, words",
@@ -283,33 +253,25 @@ def test_after_sigkill_of_empty_nothing_is_left(any_node):
     kill_and_look(any_node, "empty", "`empty`, which carried the channel, was killed")
 
 
-def list_parts(node, process):
-    """The runner, its supervisor, `empty`, the kernel, and the first of the kernel's own children."""
-    names = ["runner", "supervisor", "kernel", "first child", "second child"]
-    if node.carrier == "empty":
-        names.insert(2, "empty")
-    return dict(zip(names, [process.pid, *descendants(process.pid)]))
-
-
 def kill_and_look(any_node, victim, words):
     # Command and agent work: a kernel in seccomp mode tells that a process is lost when that should run.
     process = any_node.start_ready("while echo; do sleep 0.1; done", "--net", "none")  # test_net.py kills its helpers
-    os.kill(list_parts(any_node, process)[victim], signal.SIGKILL)
+    os.kill(any_node.list_parts(process)[victim], signal.SIGKILL)
     any_node.wait_until_gone(2)
-    status, stdout, stderr = any_node.finish(process)
+    status, _, stderr = any_node.finish(process)
     if words is None:
         assert status == -signal.SIGKILL
     else:
         assert status == 125 and words in stderr.decode()
-        assert_error(subprocess.CompletedProcess((), status, stdout, stderr))
+        assert_told(stderr)
     wait_for(lambda: not os.listdir(any_node.scratch))
 
 
 @both_carriers
 def test_a_guest_ends_with_runner_and_supervisor_killed_at_once(node):
     process = node.start_ready("while :; do :; done")
-    parts = list_parts(node, process)
-    all_parts = descendants(process.pid)
+    parts = node.list_parts(process)
+    all_parts = list_descendants(process.pid)
     for name in ("runner", "supervisor"):
         os.kill(parts[name], signal.SIGSTOP)  # so that neither acts on the other's end
     for name in ("supervisor", "runner"):
@@ -322,8 +284,7 @@ def test_a_guest_ends_with_runner_and_supervisor_killed_at_once(node):
 
 def test_what_a_kill_of_everything_left_the_next_run_removes(node):
     process = node.start_ready("exec sleep 100")
-    signal_all(node, signal.SIGSTOP)  # so that none has time to clean
-    signal_all(node, signal.SIGKILL)
+    node.kill_at_once()
     node.finish(process)
     node.wait_until_gone()
     assert os.listdir(node.scratch)
@@ -384,7 +345,7 @@ def test_an_agent_that_fails_says_so(node, image):
 
 def test_an_image_without_the_agent_is_named(node, image):
     own = writable_copy(node, image)
-    subprocess.run(["/sbin/debugfs", "-w", "-R", "rm /usr/sbin/apppot-init", own], check=True, capture_output=True)
+    change_image(own, "rm /usr/sbin/apppot-init\n")
     result = node.run("true", image=own)
     assert result.returncode == 125
     assert_error(result, "no agent", own)
@@ -442,20 +403,17 @@ def test_directories_of_the_environment_that_are_no_use_are_passed_over(any_node
 
 @pytest.mark.parametrize("limits", ["-n 64", "-v 2000000", "-t 600", "-s unlimited", "-u 2000"])
 def test_limits_that_leave_room_are_no_matter(node, limits):
-    assert node.finish(node.start("echo", "up", wrap=("bash", "-c", f'ulimit {limits}; exec "$@"', "-"))) == (
-        0,
-        b"up\n",
-        b"",
-    )
+    result = node.run("echo", "up", wrap=limited(limits))
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"up\n", b"")
 
 
 @pytest.mark.parametrize(
     "limits, words", [("-v 900000", "address space"), ("-f 500000", "file size"), ("-n 20", "open files")]
 )
 def test_limits_that_leave_no_room_are_named(node, limits, words):
-    status, stdout, stderr = node.finish(node.start("true", wrap=("bash", "-c", f'ulimit {limits}; exec "$@"', "-")))
-    assert status == 125
-    assert_error(subprocess.CompletedProcess((), status, stdout, stderr), words)
+    result = node.run("true", wrap=limited(limits))
+    assert result.returncode == 125
+    assert_error(result, words)
 
 
 @needs_root
@@ -474,10 +432,10 @@ def test_no_place_for_the_memory_is_told_with_directory_and_need(node, options, 
         f"for d in /dev/shm /tmp/.apppot-{node.mark}; do mkdir -p $d; mount -t tmpfs -o {options} none $d; done"
     )
     process = node.start("true", wrap=wrap, env={"APPPOT_TMPDIR": f"/tmp/.apppot-{node.mark}"})
-    status, stdout, stderr = node.finish(process)
+    status, _, stderr = node.finish(process)
     os.rmdir(f"/tmp/.apppot-{node.mark}")
     assert status == 125
-    assert_error(subprocess.CompletedProcess((), status, stdout, stderr), "/dev/shm", "1.0 GiB", words)
+    assert_told(stderr, "/dev/shm", "1.0 GiB", words)
 
 
 @needs_root

@@ -15,13 +15,9 @@ import sys
 import time
 
 import pytest
-from conftest import TOP, assert_error, both_carriers, wait_for, writable_copy
-from test_end import list_parts, wait_for_state
+from nodes import TOP, assert_error, both_carriers, limited, require, wait_for, wait_for_state, writable_copy
 
 import apppot_start
-
-# With the faster kernel: what is tested here is the same with every one.
-pytestmark = pytest.mark.last_kernel
 
 # Python runs this before the runner. At the N-th audit event of a name the runner sends itself a signal.
 SENDER = """
@@ -108,7 +104,7 @@ def test_an_interrupt_that_the_caller_ignores_is_ignored_from_the_start(node):
 @both_carriers
 def test_a_stopped_supervisor_makes_nobody_deaf(any_node):
     process = any_node.start_ready("exec sleep 100", "--net", "none")
-    supervisor = list_parts(any_node, process)["supervisor"]
+    supervisor = any_node.list_parts(process)["supervisor"]
     os.kill(supervisor, signal.SIGSTOP)
     wait_for_state([supervisor], "T")
     started = time.monotonic()
@@ -244,7 +240,7 @@ def pids_cgroup():
             group.rmdir()
             return
         group.rmdir()
-    pytest.skip("no cgroup with a limit of processes can be made here")
+    require(False, "no cgroup with a limit of processes can be made here")
 
 
 @pytest.mark.parametrize("limit", [2, 4, 7, 8, 100])
@@ -297,9 +293,6 @@ def test_limits_of_processes_of_all_cgroups_above_are_found():
 
 
 def test_pending_signals_are_enough_for_the_guest_s_timers(any_node):
-    def limited(limit):
-        return ("bash", "-c", f'ulimit {limit}; exec "$@"', "-")
-
     script = ("sh", "-c", "sleep 0.1; echo over")
     assert any_node.run(*script, wrap=limited("-S -i 0")).stdout == b"over\n"
     result = any_node.run(*script, wrap=limited("-i 0"))
@@ -310,7 +303,7 @@ def test_pending_signals_are_enough_for_the_guest_s_timers(any_node):
 
 
 def test_a_soft_limit_of_file_size_is_for_the_command_alone(any_node):
-    wrap = ("bash", "-c", 'ulimit -S -f 1; exec "$@"', "-")
+    wrap = limited("-S -f 1")
     result = any_node.run("wc", "-c", input=bytes(3 << 20), wrap=wrap)
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, b"3145728", b"")
     doctor = any_node.run("--doctor", wrap=wrap).stdout.decode()

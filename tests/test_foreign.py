@@ -15,9 +15,9 @@ import tarfile
 import zipfile
 
 import pytest
-from conftest import assert_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nodes import assert_error
 from test_changes import (
     QUIET,
     diff,
@@ -36,9 +36,6 @@ from test_changes import (
 )
 
 import changes
-
-# With the faster kernel: what is tested here is the same with every one.
-pytestmark = pytest.mark.last_kernel
 
 END = bytes(2 * changes.BLOCK)
 XATTR = b"SCHILY.xattr."

@@ -10,9 +10,9 @@ import time
 import tracemalloc
 
 import pytest
-from conftest import DEADLINE_S, assert_error, wait_for
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from nodes import DEADLINE_S, assert_error, wait_for
 from test_init import SPEC, make_spec
 
 import apppot_start
@@ -39,9 +39,6 @@ from apppot_start import (
     encode_fields,
     encode_frame,
 )
-
-# With the faster kernel: what is tested here is the same with every one.
-pytestmark = pytest.mark.last_kernel
 
 STDIN_SIZE = 100
 

@@ -5,8 +5,8 @@ import contextlib
 import re
 
 import pytest
-from conftest import DEADLINE_S, wait_for
 from engines import DIES, HANDLES, IGNORES, USER, WORKS, GridEngine, Pair
+from nodes import DEADLINE_S, wait_for
 
 pytestmark = pytest.mark.grid
 

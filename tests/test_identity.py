@@ -9,16 +9,15 @@ import socket
 import subprocess
 
 import pytest
-from conftest import DEADLINE_S, UNPRIVILEGED, Node, mounted, writable_copy
 from hypothesis import given
 from hypothesis import strategies as st
+from nodes import DEADLINE_S, UNPRIVILEGED, Node, change_image, mounted, needs_root, writable_copy
 from test_init import make_job
 
 import apppot_init
 import apppot_start
 
 NONCE = os.urandom(8).hex()
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="mounts and other users need root")
 
 
 def run_guest(node, script, *options, **more):
@@ -296,8 +295,7 @@ def test_the_node_s_files_are_not_for_changes_files_but_an_edit_is(node, edit):
 @pytest.mark.parametrize("end", ["exit", "kill"])
 def test_the_node_s_files_do_not_stay_in_an_image_but_an_edit_does(node, image, end):
     own = writable_copy(node, image)
-    change = ["/sbin/debugfs", "-w", "-f", "-", own]
-    subprocess.run(change, input=b"rm /etc/localtime\nrm /etc/hosts\n", check=True, capture_output=True)
+    change_image(own, "rm /etc/localtime\nrm /etc/hosts\n")
     script = f"date +%Z; getent hosts lic; {EDIT if end == 'exit' else 'sync'}; echo ready; read line; true"
     wrap = node_with(node)
     process = node.start("--write", "--root", "sh", "-c", script, image=own, stdin=subprocess.PIPE, wrap=wrap)

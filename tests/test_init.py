@@ -7,9 +7,9 @@ import subprocess
 import termios
 
 import pytest
-from conftest import TOP, pythons
 from hypothesis import given
 from hypothesis import strategies as st
+from nodes import TOP, pythons
 
 import apppot_init
 import apppot_start

@@ -11,8 +11,7 @@ import signal
 import subprocess
 import time
 
-from conftest import DEADLINE_S
-from test_end import descendants
+from nodes import DEADLINE_S, list_descendants, send
 
 KILLS = int(os.environ.get("APPPOT_TEST_KILLS", "12"))
 SEED = os.environ.get("APPPOT_TEST_SEED", "1")
@@ -28,12 +27,6 @@ def start(node, nonce):
     return process
 
 
-def send(pids, number):
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-            os.kill(pid, number)
-
-
 def is_leader(pid):
     with contextlib.suppress(ProcessLookupError):
         return os.getsid(pid) == pid
@@ -42,7 +35,7 @@ def is_leader(pid):
 
 def kill_some(chance, process):
     """Kill one, several or all of the processes of a run; return which, how, and whether one is left to clean up."""
-    parts = [process.pid, *descendants(process.pid)]
+    parts = [process.pid, *list_descendants(process.pid)]
     owners = [process.pid, *filter(is_leader, parts[1:2])]     # runner and, if there is one yet, supervisor
     count = chance.choice([1, 1, 1, 2, 3, len(parts)])
     victims = set(chance.sample(parts, min(count, len(parts))))

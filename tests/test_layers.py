@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import TOP, assert_error, needs_root, wait_for
+from nodes import TOP, assert_error, needs_root, wait_for
 
 import apppot_start
 

@@ -7,19 +7,13 @@ import subprocess
 import time
 
 import pytest
-from conftest import DEADLINE_S, TOP, assert_error, wait_for
-from test_end import descendants, list_parts
+from nodes import DEADLINE_S, TOP, assert_error, limited, list_descendants, wait_for
 
 NAMES = ("CPU", "FSIZE", "DATA", "STACK", "CORE", "NOFILE", "MEMLOCK", "AS")
 SHOW = "import resource\nfor name in {}: print(name, *resource.getrlimit(getattr(resource, 'RLIMIT_' + name)))"
 XCPU, XFSZ, KILL = (128 + number for number in (signal.SIGXCPU, signal.SIGXFSZ, signal.SIGKILL))
 PYTHON = "/usr/bin/python3"           # pyenv's shim is a script, which uses CPU time; and a user may not reach it
 SPIN = {"sh": ("sh", "-c", "while :; do :; done"), "python": ("python3", "-c", "while True: pass")}
-
-
-def limited(limits):
-    """A wrap that runs the run under limits, as words of `ulimit` with semicolons between."""
-    return ("bash", "-c", "".join(f"ulimit {words} || exit;" for words in limits.split(";")) + 'exec "$@"', "-")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +85,7 @@ def test_a_process_that_the_host_kills_late_is_not_somebody_s_victim_for_sure(an
     assert process.stdout.readline() == b"ready\n"
     started = time.monotonic()
     wait_for(lambda: time.monotonic() > started + 3)           # so much CPU time can have been used now
-    os.kill(max(descendants(list_parts(any_node, process)["kernel"])), signal.SIGKILL)
+    os.kill(max(list_descendants(any_node.list_parts(process)["kernel"])), signal.SIGKILL)
     status, _, stderr = any_node.finish(process)
     assert status in (125, KILL)                  # 6.16 and newer end the run, older kernels the process
     assert b"killed on the host, perhaps for its CPU time: the limit (ulimit -t) is 3 s" in stderr

@@ -5,7 +5,7 @@ import os
 import subprocess
 
 import pytest
-from conftest import assert_error
+from nodes import assert_told
 
 
 def ask(node, name, *command):
@@ -69,7 +69,7 @@ def test_a_guest_that_is_halted_is_a_failure(any_node, command, words):
     ask(any_node, "frodo", command)
     status, stdout, stderr = any_node.finish(process)
     assert (status, stdout) == (125, b"")
-    assert_error(subprocess.CompletedProcess((), status, stdout, stderr), words)
+    assert_told(stderr, words)
 
 
 def test_a_stopped_guest_goes_on(any_node):

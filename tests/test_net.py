@@ -13,25 +13,32 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 
 import pytest
-from conftest import (
+from hypothesis import given
+from hypothesis import strategies as st
+from nodes import (
     DEADLINE_S,
     TOP,
     UNPRIVILEGED,
     assert_error,
+    assert_told,
+    change_image,
     kernel_has,
+    list_children,
     make_node,
     mounted,
     needs_root,
+    read_cpu_time,
     require,
+    send,
     skip_unless,
     wait_for,
+    wait_for_state,
     writable_copy,
     write_into,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 import apppot_init
 import apppot_start
@@ -172,8 +179,7 @@ def test_the_image_s_resolv_conf_is_of_no_matter(node, image, kind):
         "link to nothing": "rm /etc/resolv.conf\nsymlink /etc/resolv.conf ../run/systemd/resolve/stub-resolv.conf",
         "link": "rm /etc/resolv.conf\nsymlink /etc/resolv.conf /etc/hostname",
     }
-    debugfs = ["/sbin/debugfs", "-w", "-f", "-", own]
-    subprocess.run(debugfs, input=commands[kind].encode(), check=True, capture_output=True)
+    change_image(own, commands[kind])
     expected = {"file": b"nameserver 192.0.2.1\n", "link": b"apppot\n"}
     show = ("cat", "/etc/resolv.conf")
     assert node.run("--net", "none", *show, image=own).stdout == expected.get(kind, b"")
@@ -193,9 +199,8 @@ def test_a_suspended_run_goes_on_with_its_network(node, helper, web):
     port, digest, _ = web
     process = node.start_ready(f"curl -sS http://10.0.2.2:{port}/ | sha256sum", "--net", helper)
     process.send_signal(signal.SIGTSTP)
-    state = pathlib.Path(f"/proc/{process.pid}/stat")
-    wait_for(lambda: state.read_text().rpartition(")")[2].split()[0] == "T")
-    threading.Event().wait(1)  # suspended for a while
+    wait_for_state([process.pid], "T")
+    time.sleep(1)  # suspended for a while
     process.send_signal(signal.SIGCONT)
     status, stdout, _ = node.finish(process)
     assert (status, stdout.decode().split()[0]) == (0, digest)
@@ -361,32 +366,23 @@ def test_a_command_outlives_its_helper_without_a_network(node, helper, web):
     process.stdin.write(b"\n")
     process.stdin.flush()
     assert process.stdout.readline() == b"no\n"
-    kernel = pathlib.Path(f"/proc/{kernel_of(process.pid)}/stat")
-    used = processor_ticks(kernel)
-    threading.Event().wait(1)
-    assert processor_ticks(kernel) - used < 50, "the kernel is busy with the dead end"
+    kernel = kernel_of(process.pid)
+    used = read_cpu_time([kernel])
+    time.sleep(1)
+    assert read_cpu_time([kernel]) - used < 0.5, "the kernel is busy with the dead end"
     process.stdin.close()
     assert (process.stdout.read(), process.wait(DEADLINE_S)) == (b"end\n", 0)
 
 
-def processor_ticks(stat):
-    fields = stat.read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
-
-
-def children(pid):
-    return list(map(int, pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
 def kernel_of(runner):
-    supervisor = children(runner)[0]
-    return next(pid for pid in children(supervisor) if "slirp" not in name_of(pid))
+    supervisor = list_children(runner)[0]
+    return next(pid for pid in list_children(supervisor) if "slirp" not in name_of(pid))
 
 
 @pytest.mark.parametrize("victim", ["runner", "supervisor", "kernel", "all"])
 def test_the_helper_ends_with_the_run_however_that_ends(any_node, helper, victim):
     process = any_node.start_ready("exec sleep 100", "--net", helper)
-    supervisor = children(process.pid)[0]
+    supervisor = list_children(process.pid)[0]
     victims = {"runner": [process.pid], "supervisor": [supervisor], "kernel": [kernel_of(process.pid)]}
     victims["all"] = sum(victims.values(), [])
     pid_of_helper = process_named(any_node, "slirp")
@@ -397,10 +393,7 @@ def test_the_helper_ends_with_the_run_however_that_ends(any_node, helper, victim
         os.kill(pid, signal.SIGKILL)
     any_node.finish(process)
     if victim == "all":  # what 6.1 leaves of the kernel itself is not the subject
-        for pid in any_node.processes():
-            if pid != pid_of_helper:
-                with contextlib.suppress(ProcessLookupError):  # it ends with another of them
-                    os.kill(pid, signal.SIGKILL)
+        send(set(any_node.processes()) - {pid_of_helper}, signal.SIGKILL)
     wait_for(lambda: pid_of_helper not in any_node.processes())
     if victim == "all":
         assert any_node.run("true").returncode == 0  # removes the directory
@@ -561,9 +554,9 @@ def test_guests_of_other_groups_do_not_meet(lan_node, lan):
 @needs_root
 def test_a_host_without_multicast_is_told_before_the_boot(lan_node):
     process = lan_node.start("--lan", group(), "true", wrap=("unshare", "-n"))
-    status, stdout, stderr = lan_node.finish(process)
+    status, _, stderr = lan_node.finish(process)
     assert status == 125
-    assert_error(subprocess.CompletedProcess((), status, stdout, stderr), "--lan", "239.255.")
+    assert_told(stderr, "--lan", "239.255.")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 
 import pytest
-from conftest import both_carriers, kernel_has, require, skip_unless, wait_for
+from nodes import both_carriers, kernel_has, require, skip_unless, wait_for
 
 import apppot_start
 

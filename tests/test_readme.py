@@ -12,7 +12,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import DEADLINE_S
+from nodes import DEADLINE_S
 
 import apppot_start
 import changes

@@ -12,7 +12,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import (
+from nodes import (
     DEADLINE_S,
     assert_error,
     both_carriers,

@@ -14,9 +14,7 @@ import sys
 import tempfile
 
 import pytest
-from conftest import DEADLINE_S, TOP, UNPRIVILEGED, find_processes, mounted, wait_for
-
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="namespaces and another user need root")
+from nodes import DEADLINE_S, TOP, UNPRIVILEGED, find_processes, mounted, needs_root, send, wait_for
 
 
 class Checkout:
@@ -73,9 +71,7 @@ class Checkout:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self):
-        for pid in find_processes(self.mark):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        send(find_processes(self.mark), signal.SIGKILL)
         for process in self.started:
             process.communicate()
         shutil.rmtree(self.place)
@@ -245,7 +241,9 @@ class Machine:
             with contextlib.suppress(FileNotFoundError):   # of a version that is no longer there, see below
                 shutil.copy(path, self.archives)
         (self.root / "etc/dpkg/dpkg.cfg.d/fast").write_text("force-unsafe-io\n")
-        shutil.copy("/etc/resolv.conf", self.root / "etc")
+        # The network is this machine's: its name servers, and whom it trusts, among them perhaps a proxy.
+        for name in ("resolv.conf", "ssl/certs/ca-certificates.crt"):
+            shutil.copy(f"/etc/{name}", self.root / "etc" / name)
         self.clone = self.root / "home/clone"
         shutil.copytree(TOP, self.clone, ignore=shutil.ignore_patterns("build", ".git"))
         subprocess.run(["chown", "-R", "1000:1000", self.clone], check=True)
@@ -271,11 +269,19 @@ class Machine:
         return shown
 
     def give(self, *patterns):
-        """Files of this machine's cache."""
+        """What this machine's cache holds."""
         target = self.root / "root/.cache/apppot"
         target.mkdir(parents=True, exist_ok=True)
         for path in [path for pattern in patterns for path in self.cache.glob(pattern)]:
-            subprocess.run(["cp", "--sparse=always", "-p", path, target], check=True)
+            subprocess.run(["cp", "-r", "--sparse=always", "-p", path, target], check=True)
+
+    def keep(self, pattern):
+        """This machine's cache gets what is new in that of the other."""
+        for path in (self.root / "root/.cache/apppot").glob(pattern):
+            new = self.cache / f"new-{os.getpid()}-{path.name}"
+            if not (self.cache / path.name).exists():
+                shutil.copytree(path, new)
+                new.rename(self.cache / path.name)
 
     def close(self):
         shutil.rmtree(self.place)
@@ -331,6 +337,9 @@ def test_the_commands_of_the_readme_work_on_a_bare_machine(machine, packages):
 
     machine.check("make", "deps-check")
     machine.keep_packages()
+    machine.give("lint-*")
+    machine.check("make", "lint")
+    machine.keep("lint-*")
     machine.check("sh", "-ec", "echo 'int main(void) { return 0; }' > a.c; gcc -static a.c; ./a.out")
     for name in ("linux", "linux.key"):
         shutil.copy(TOP / "build" / name, machine.clone / "build")

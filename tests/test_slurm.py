@@ -5,10 +5,9 @@ import os
 import re
 
 import pytest
-from conftest import require, wait_for
 from engines import BYSTANDER, DIES, HANDLES, IGNORES, RUNNER, USER, WORKS, Pair, Slurm
+from nodes import require, wait_for
 
-pytestmark = pytest.mark.last_kernel
 PROCTRACKS = ("linuxproc", "pgid", "cgroup")
 MARK = os.urandom(4).hex()
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 
 import pytest
-from conftest import (
+from nodes import (
     TOP,
     UNPRIVILEGED,
     assert_error,

@@ -13,9 +13,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import TOP, assert_error, kernel_has
 from hypothesis import given
 from hypothesis import strategies as st
+from nodes import TOP, assert_error, kernel_has
 
 import apppot_init
 import apppot_start

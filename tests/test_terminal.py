@@ -15,7 +15,7 @@ import termios
 import time
 
 import pytest
-from conftest import DEADLINE_S, wait_for
+from nodes import DEADLINE_S, wait_for
 
 NONCE = os.urandom(8).hex()
 
