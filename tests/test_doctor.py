@@ -89,10 +89,10 @@ def test_it_runs_without_image_and_kernel_and_with_all_closed(tmp_path):
     assert subprocess.run(closed + words, cwd=tmp_path, env={}).returncode == 125
 
 
+@needs_root  # other users cannot reach every Python
 @pytest.mark.parametrize("python", pythons())
 def test_every_python_here_runs_it(node, python):
-    if node.uid == 0:  # other users cannot reach every Python
-        examine(node, python=pythons()[python])
+    examine(node, python=pythons()[python])
 
 
 @pytest.mark.parametrize("words", [["--boot"], ["--boot", "true"], ["--doctor", "true"]])
@@ -368,11 +368,11 @@ def test_cpus_that_the_kernel_cannot_have_are_a_warning(node, kernel):
     assert b"SLURM_CPUS_PER_TASK=2" in told
 
 
-@pytest.mark.parametrize("number", ["0", "-1", "two", "1.5", "", " ", "10000"])
+@pytest.mark.parametrize("number", ["0", "-1", "two", "1.5", " ", "10000"])
 def test_a_wrong_number_of_cpus_is_refused(node, number):
-    result = node.run("--cpus=" + number, "true")
-    assert (result.returncode, result.stdout) == (125, b"")
-    assert_error(result, "--cpus", number)
-    result = node.run("true", env={"APPPOT_CPUS": number})
-    assert result.returncode == (125 if number else 0)
-    assert not number or b"APPPOT_CPUS" in result.stderr
+    by_option = node.run("--cpus=" + number, "true")
+    by_variable = node.run("true", env={"APPPOT_CPUS": number})
+
+    for result, name in ((by_option, "--cpus"), (by_variable, "APPPOT_CPUS")):
+        assert (result.returncode, result.stdout) == (125, b"")
+        assert_error(result, name, number)
