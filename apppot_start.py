@@ -325,6 +325,12 @@ class Limit(NamedTuple):
     hard: int
 
 
+class Ancestor(NamedTuple):
+    """A process above the runner."""
+    pid: int
+    name: str
+
+
 @contextmanager
 def signals_held() -> Iterator[Set[int]]:
     """Keep signals from ending this process while there is something that it must remove; yields the mask before.
@@ -451,6 +457,25 @@ def read_name(pid: int) -> bytes:
             return file.read()
     except OSError:
         return b""
+
+
+def is_called(pid: int, name: str) -> bool:
+    """Whether a process runs the program or, as the second word, the script of that name; no dead one does."""
+    try:
+        with open("/proc/{}/cmdline".format(pid), "rb") as file:
+            return os.fsencode(name) in [os.path.basename(word) for word in file.read().split(b"\0")[:2]]
+    except OSError:
+        return False
+
+
+def find_ancestor(name: str) -> Optional[Ancestor]:
+    """The nearest process above this one that is called so, if there is one."""
+    pid = os.getppid()
+    while pid > 1:
+        if is_called(pid, name):
+            return Ancestor(pid, name)
+        pid = read_process(pid)[1]
+    return None
 
 
 def read_processor(pid: int) -> int:
@@ -2906,6 +2931,7 @@ class RunSpec(NamedTuple):
     empty_asked: bool                # and without it there is to be no run
     scratch: str                     # the run directory is made in it
     ram_directory: str
+    ancestor: Optional[Ancestor]     # the run ends when this process does
     timeout_s: Optional[float]
     boot_timeout_s: float
     kill_after_s: float
@@ -4479,6 +4505,7 @@ def place_changes(save: PrivateDirectory, name: str, path: str) -> None:
 # --- The session --------------------------------------------------------------------------------------------
 
 POLL_MAX_S = 3600.0                  # poll(2) takes no more than 24 days, and --timeout does
+ANCESTOR_S = 1.0                     # how often to look whether the process of --die-with lives
 SAME_SIGNAL_S = 0.1                  # a batch system's and that of a dead parent come at once, and mean one thing
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 
@@ -4497,6 +4524,8 @@ class Ending:
             self._fail_to_boot: time.monotonic() + spec.boot_timeout_s}
         if spec.timeout_s is not None:
             self._deadlines[self._time_out] = time.monotonic() + spec.timeout_s
+        if spec.ancestor:                         # of the end of one that is no parent no signal tells
+            self._deadlines[self._follow_ancestor] = time.monotonic()
 
     def note_boot(self) -> None:
         """The guest is up."""
@@ -4509,7 +4538,8 @@ class Ending:
 
     def note_saving(self) -> None:
         """The command has ended, and what comes now takes its time."""
-        self._deadlines.clear()
+        for action in (self._time_out, self._kill, self._give_up):
+            self._deadlines.pop(action, None)
 
     def note_result(self) -> None:
         self._is_running = False
@@ -4543,6 +4573,12 @@ class Ending:
         for action in [action for action, due in self._deadlines.items() if due <= time.monotonic()]:
             del self._deadlines[action]
             action()
+
+    def _follow_ancestor(self) -> None:
+        if self._spec.ancestor and is_called(*self._spec.ancestor):
+            self._deadlines[self._follow_ancestor] = time.monotonic() + ANCESTOR_S
+        else:
+            self.forward(signal.SIGTERM)
 
     def _fail_to_boot(self) -> None:
         raise Fatal("guest did not start within {:g} s".format(self._spec.boot_timeout_s),
@@ -5279,6 +5315,7 @@ def decide_job(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
 
 def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: Tuple[int, ...] = ()) -> RunSpec:
     """Decide everything and check all that can be checked before anything is started."""
+    ancestor = None if options.die_with is None else find_ancestor(options.die_with)
     job_notes: List[str] = []
     job = decide_job(options, command, ignored, take_limits(), job_notes)
     image, cow, root = choose_image(options)
@@ -5309,6 +5346,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
         empty_asked=empty_asked,
         scratch=choose_scratch(candidates),
         ram_directory=ram_directory,
+        ancestor=ancestor,
         timeout_s=None if options.timeout is None else parse_seconds(options.timeout, "--timeout"),
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after", True),
@@ -5606,30 +5644,6 @@ def follow_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def is_called(pid: int, name: str) -> bool:
-    """Whether a process runs the program or, as the second word, the script of that name; no dead one does."""
-    try:
-        with open("/proc/{}/cmdline".format(pid), "rb") as file:
-            return os.fsencode(name) in [os.path.basename(word) for word in file.read().split(b"\0")[:2]]
-    except OSError:
-        return False
-
-
-def follow_ancestor(name: str) -> None:
-    pid = os.getppid()
-    while pid > 1 and not is_called(pid, name):
-        pid = read_process(pid)[1]
-
-    def look(number: int, frame: Any) -> None:
-        if not is_called(pid, name):
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    if pid > 1:
-        signal.signal(signal.SIGALRM, look)       # of the end of one that is no parent no signal tells
-        signal.setitimer(signal.ITIMER_REAL, 1, 1)
-
-
 def main(argv: List[str]) -> int:
     started, parent = time.time(), os.getppid()
     open_standard_descriptors()
@@ -5646,8 +5660,6 @@ def main(argv: List[str]) -> int:
             return examine(options, command)
         if options.die_with_parent:
             follow_parent(parent)
-        if options.die_with:
-            follow_ancestor(options.die_with)
         spec = build_spec(options, command, ignored)
         if options.dry_run:
             import shlex

@@ -27,7 +27,8 @@ GUEST = apppot_start.Guest(
 )
 SPEC = apppot_start.RunSpec(
     job=JOB, guest=GUEST, kernel="/k", mode="", empty=None, empty_asked=False, scratch="/", ram_directory="/",
-    timeout_s=None, boot_timeout_s=60, kill_after_s=1, verbose=False, notes=(), in_job=False, limit_mib=None,
+    ancestor=None, timeout_s=None, boot_timeout_s=60, kill_after_s=1, verbose=False, notes=(), in_job=False,
+    limit_mib=None,
 )  # fmt: skip
 
 
