@@ -331,6 +331,18 @@ class Ancestor(NamedTuple):
     name: str
 
 
+class ProcessStat(NamedTuple):
+    """Of /proc/PID/stat (proc(5)), times in ticks."""
+    state: str                       # a letter
+    parent: int
+    ran: int                         # by itself and in the kernel
+    started: int                     # after the boot
+    processor: int                   # the CPU that it was on last
+
+
+NO_PROCESS = ProcessStat("", 0, 0, -1, -1)
+
+
 @contextmanager
 def signals_held() -> Iterator[Set[int]]:
     """Keep signals from ending this process while there is something that it must remove; yields the mask before.
@@ -348,12 +360,25 @@ def signals_held() -> Iterator[Set[int]]:
 
 
 def call_libc(name: str, *arguments: Union[int, bytes, None]) -> int:
-    """What the standard library does not offer; -1 if it fails or this Python has no ctypes."""
+    """Call what the standard library does not offer; ImportError if this Python has no ctypes."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    words = [ctypes.c_long(word) if isinstance(word, int) else word for word in arguments]
+    result = int(getattr(libc, name)(*words))
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, "{}: {}".format(name, os.strerror(number)))
+    return result
+
+
+def try_libc(name: str, *arguments: Union[int, bytes, None]) -> bool:
+    """Call what a run can do without; whether it was possible."""
     try:
-        import ctypes
-        return int(getattr(ctypes.CDLL(None), name)(*arguments))
+        call_libc(name, *arguments)
     except (ImportError, OSError):
-        return -1
+        return False
+    return True
 
 
 def fork(what: str) -> int:
@@ -363,20 +388,32 @@ def fork(what: str) -> int:
         raise Fatal("process for {} cannot be started: {}".format(what, error.strerror), PROCESSES_HINT)
 
 
-def try_in_child(attempt: Callable[[], int]) -> str:
-    """Why `attempt`, which returns 0 or an errno, fails in a process of its own; empty if it does not."""
-    pid = fork("a trial")
+def fork_child(what: str, live: Callable[[], int]) -> int:
+    """Fork a process that does nothing but `live`, which returns its exit status; the pid."""
+    pid = fork(what)
     if pid == 0:
-        result = errno.EPERM
+        status = EXIT_FAILED
         try:
-            result = attempt()
-        except OSError as error:
-            result = error.errno or result
-        except ImportError:                       # a Python without ctypes cannot try
-            result = 0
+            status = live()
         finally:
-            os._exit(result)
-    _, status = os.waitpid(pid, 0)
+            os._exit(status)
+    return pid
+
+
+def try_in_child(attempt: Callable[[], None]) -> str:
+    """Why `attempt` fails in a process of its own; empty if it does not."""
+    def live() -> int:
+        try:
+            attempt()
+        except OSError as error:
+            return error.errno or errno.EPERM
+        except Fatal:                             # it starts a process itself
+            return errno.EAGAIN
+        except ImportError:                       # a Python without ctypes cannot try
+            pass
+        return 0
+
+    status = os.waitpid(fork_child("a trial", live), 0)[1]
     if os.WIFSIGNALED(status):
         return "signal {}".format(os.WTERMSIG(status))
     return os.strerror(status >> 8) if status else ""
@@ -394,12 +431,15 @@ def execute(argv: Sequence[str], keep: Dict[int, int], environment: Dict[str, st
         os._exit(EXIT_FAILED)
 
 
-def ask_program(argv: Sequence[str]) -> Tuple[int, bytes]:
+def ask_program(argv: Sequence[str], **more_environment: str) -> Tuple[int, bytes]:
     """Wait status of a program and what it wrote. (subprocess costs 15 ms to import.)"""
     reader, writer = os.pipe()
-    pid = fork("a look at " + argv[0])
-    if pid == 0:
-        execute(argv, {0: os.open(os.devnull, os.O_RDWR), 1: writer, 2: writer}, dict(os.environ, HOME="/"))
+
+    def live() -> int:
+        null = os.open(os.devnull, os.O_RDWR)
+        execute(argv, {0: null, 1: writer, 2: writer}, dict(os.environ, HOME="/", **more_environment))
+
+    pid = fork_child("a look at " + argv[0], live)
     os.close(writer)
     said = b""
     deadline = time.monotonic() + HELPER_ANSWER_S
@@ -428,27 +468,23 @@ def list_children(pid: int, thread: int = 0) -> List[int]:
             return [int(word) for word in file.read().split()]
     except OSError:                               # a kernel without CONFIG_PROC_CHILDREN, or it has ended
         every = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        return [child for child in every if read_process(child)[1] == pid]
+        return [child for child in every if read_stat(child).parent == pid]
 
 
-def read_process(pid: int) -> Tuple[str, int]:
-    """State letter and parent of a process; ("", 0) when there is none."""
-    try:
-        with open("/proc/{}/stat".format(pid), "rb") as file:
-            state, parent = file.read().rpartition(b")")[2].split()[:2]
-    except (OSError, ValueError):
-        return "", 0
-    return state.decode(), int(parent)
-
-
-def read_start(pid: int) -> int:
-    """When a process started, in ticks after the boot (proc(5)); -1 when there is none, or a dead one."""
+def read_stat(pid: int) -> ProcessStat:
     try:
         with open("/proc/{}/stat".format(pid), "rb") as file:
             words = file.read().rpartition(b")")[2].split()
-        return -1 if words[0] in b"ZX" else int(words[19])
-    except (OSError, IndexError):
-        return -1
+        numbers = [int(word) for word in words[1:]]
+        return ProcessStat(words[0].decode(), numbers[0], numbers[10] + numbers[11], numbers[18], numbers[35])
+    except (OSError, IndexError):                 # it has ended
+        return NO_PROCESS
+
+
+def read_start(pid: int) -> int:
+    """When a process started; -1 if it has ended."""
+    process = read_stat(pid)
+    return -1 if process.state in ("Z", "X") else process.started
 
 
 def read_name(pid: int) -> bytes:
@@ -474,17 +510,8 @@ def find_ancestor(name: str) -> Optional[Ancestor]:
     while pid > 1:
         if is_called(pid, name):
             return Ancestor(pid, name)
-        pid = read_process(pid)[1]
+        pid = read_stat(pid).parent
     return None
-
-
-def read_processor(pid: int) -> int:
-    """The CPU that a process was on last (proc(5)); -1 when there is none."""
-    try:
-        with open("/proc/{}/stat".format(pid), "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[36])
-    except (OSError, IndexError):
-        return -1
 
 
 def read_times(task: int) -> Tuple[float, float]:
@@ -595,12 +622,7 @@ def blame_cpu_limit(pid: int, who: str) -> Optional[Fatal]:
     Linux ends a process for the ticks that it has met; on a busy machine that can be far more than it has used.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    try:
-        with open("/proc/{}/stat".format(pid), "rb") as file:
-            ticks = sum(int(word) for word in file.read().rpartition(b")")[2].split()[11:13])
-    except OSError:
-        return None
-    used_s = ticks / os.sysconf("SC_CLK_TCK")
+    used_s = read_stat(pid).ran / os.sysconf("SC_CLK_TCK")
     if soft == resource.RLIM_INFINITY or used_s < soft / 2:
         return None
     return Fatal("{} has ended with {:.1f} s of CPU time used; the limit (ulimit -t) is {} s".format(who, used_s, hard),
@@ -677,19 +699,8 @@ def list_libraries(program: str) -> List[str]:
     loader = read_loader(program)
     if not loader:
         return []                                 # linked statically
-    reader, writer = os.pipe()
-    pid = fork("a look at libraries")
-    if pid == 0:
-        try:
-            os.dup2(writer, 1)
-            os.execve(program, [program], dict(os.environ, LD_TRACE_LOADED_OBJECTS="1"))
-        finally:
-            os._exit(EXIT_FAILED)
-    os.close(writer)
-    with os.fdopen(reader, encoding="utf-8", errors="surrogateescape") as output:
-        text = output.read()
-    os.waitpid(pid, 0)
-    return [loader] + re.findall(r"(/\S.*) \(0x", text)
+    said = ask_program([program], LD_TRACE_LOADED_OBJECTS="1")[1]
+    return [loader] + re.findall(r"(/\S.*) \(0x", os.fsdecode(said))
 
 
 def open_own(name: str, directory: int, uid: Optional[int] = None) -> int:
@@ -883,7 +894,10 @@ OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE         # the rights that
 
 def find_landlock() -> int:
     """The version of Landlock's interface that this machine has; 0: none that will do."""
-    abi = call_libc("syscall", LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    try:
+        abi = call_libc("syscall", LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
+    except (ImportError, OSError):
+        return 0
     return abi if abi >= LANDLOCK_ABI_MIN else 0
 
 
@@ -911,12 +925,12 @@ def confine(rules: Iterable[Tuple[AnyPath, int]]) -> None:
         except FileNotFoundError:                 # nothing to open, then
             continue
         meant = known if stat.S_ISDIR(os.fstat(descriptor).st_mode) else known & OF_FILES
-        call_libc("syscall", LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH,
-                  struct.pack("=Qi", rights & meant, descriptor), 0)
+        # A file of a kind that has no rules stays closed.
+        try_libc("syscall", LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH,
+                 struct.pack("=Qi", rights & meant, descriptor), 0)
         os.close(descriptor)
     call_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if call_libc("syscall", LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
-        raise OSError(errno.EPERM, "Landlock")
+    call_libc("syscall", LANDLOCK_RESTRICT_SELF, ruleset, 0)
 
 
 # --- The terminal -------------------------------------------------------------------------------------------
@@ -1554,51 +1568,41 @@ BPF_RET, SECCOMP_RET_ALLOW = 0x06, 0x7FFF0000                  # include/uapi/li
 PTRACE_TRACEME, PTRACE_SETOPTIONS, PTRACE_O_TRACESYSGOOD, PTRACE_SYSEMU = 0, 0x4200, 1, 31     # linux/ptrace.h, x86
 
 
-def try_ptrace() -> int:
+def try_ptrace() -> None:
     """Trace a process as the kernel traces those of the guest: PTRACE_TRACEME, then stop it at its system calls."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def ptrace(request: int, pid: int, value: int) -> None:
-        if libc.ptrace(ctypes.c_long(request), pid, None, ctypes.c_void_p(value)) < 0:
-            raise OSError(ctypes.get_errno(), "ptrace")
-
-    pid = os.fork()
-    if pid == 0:
-        result = errno.EPERM
+    def live() -> int:
+        try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
         try:
-            call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-            ptrace(PTRACE_TRACEME, 0, 0)
-            os.kill(os.getpid(), signal.SIGSTOP)
-            os.getppid()
+            call_libc("ptrace", PTRACE_TRACEME, 0, None, None)
         except OSError as error:
-            result = error.errno or result
-        finally:
-            os._exit(result)
-    _, status = os.waitpid(pid, 0)
+            return error.errno or errno.EPERM
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os.getppid()
+        return errno.EPERM
+
+    pid = fork_child("a trial", live)
+    status = os.waitpid(pid, 0)[1]
     if not os.WIFSTOPPED(status):
-        return status >> 8 or errno.EPERM
+        raise OSError(status >> 8 or errno.EPERM, "ptrace")
     try:
-        ptrace(PTRACE_SETOPTIONS, pid, PTRACE_O_TRACESYSGOOD)
-        ptrace(PTRACE_SYSEMU, pid, 0)
-        _, status = os.waitpid(pid, 0)
-        return 0 if os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGTRAP | 0x80 else errno.EPERM
+        call_libc("ptrace", PTRACE_SETOPTIONS, pid, None, PTRACE_O_TRACESYSGOOD)
+        call_libc("ptrace", PTRACE_SYSEMU, pid, None, None)
+        status = os.waitpid(pid, 0)[1]
+        if not os.WIFSTOPPED(status) or os.WSTOPSIG(status) != signal.SIGTRAP | 0x80:
+            raise OSError(errno.EPERM, "ptrace")
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 
-def try_seccomp() -> int:
+def try_seccomp() -> None:
     """Install a filter, one that allows everything, as a kernel in its seccomp mode does for the guest's processes."""
-    import ctypes
+    import array
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    allow = ctypes.create_string_buffer(struct.pack("=HBBI", BPF_RET, 0, 0, SECCOMP_RET_ALLOW))
-    program = ctypes.create_string_buffer(struct.pack("@HP", 1, ctypes.addressof(allow)))
-    failed = (libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-              or libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_void_p(ctypes.addressof(program)), 0, 0))
-    return ctypes.get_errno() if failed else 0
+    allow = array.array("B", struct.pack("=HBBI", BPF_RET, 0, 0, SECCOMP_RET_ALLOW))
+    program = struct.pack("@HP", 1, allow.buffer_info()[0])
+    call_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    call_libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
 
 
 def explain_ptrace(mode: str) -> Optional[Fatal]:
@@ -2662,12 +2666,14 @@ def start_slirp4netns(network: Network, lifeline: int) -> Tuple[int, int]:
     messages, writer = os.pipe()
     ready = os.dup(writer)
     argv = [network.helper, "--target-type=bess", "--api-socket=net-api", "--ready-fd=30", "net"]
-    pid = fork("the network helper")
-    if pid == 0:
-        call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def live() -> int:
+        try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             execute(argv, {2: writer, 30: ready}, dict(os.environ))
-        os._exit(EXIT_FAILED)
+        return EXIT_FAILED
+
+    pid = fork_child("the network helper", live)
     os.close(writer)
     os.close(ready)
     guest = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -3218,9 +3224,9 @@ def spawn_kernel(spec: RunSpec, argv: List[str], launch: Launch) -> int:
     pid = fork("the guest")
     if pid == 0:
         try:
-            call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+            try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
             # A randomised heap is up to 1 GiB off the program, and UML fills that gap with memory to manage.
-            call_libc("personality", ADDR_NO_RANDOMIZE)
+            try_libc("personality", ADDR_NO_RANDOMIZE)
             if os.getppid() != supervisor:
                 os._exit(EXIT_FAILED)
             # No core of a panic.
@@ -3260,7 +3266,7 @@ def find_corpses(kernel: int) -> Set[int]:
     program, and one it can do without.
     """
     return {child for child in list_children(kernel)[:KERNEL_HELPERS]
-            if read_process(child)[0] == "Z" and read_name(child) == read_name(kernel)}
+            if read_stat(child).state == "Z" and read_name(child) == read_name(kernel)}
 
 
 def count_pages(pid: int) -> int:
@@ -3344,7 +3350,7 @@ class Placer:
         self._due = self._reviewed + self.interval_s
         self._is_possible = can_be_placed(read_times(os.getpid()), os.sched_getaffinity(0))
         if self._is_possible:
-            self._move_to({read_processor(kernel)})            # where the scheduler has put it
+            self._move_to({read_stat(kernel).processor})            # where the scheduler has put it
 
     def review(self) -> None:
         """Act at each round of the supervisor."""
@@ -3356,7 +3362,7 @@ class Placer:
 
         decision = self._placement.decide(*self._read_load(elapsed))
         if decision == KEEP:
-            self._move_to({read_processor(self._kernel)})
+            self._move_to({read_stat(self._kernel).processor})
         elif decision == FREE:
             self._move_to(os.sched_getaffinity(0))
         if decision == LEAVE:
@@ -3613,7 +3619,7 @@ def find_carried_kernel(first: int, launch: Launch, deadline: float) -> Optional
         try:
             with os.fdopen(open_own(EMPTY_PID, launch.directories.run.fd)) as file:
                 empty = int(file.read(20))
-            if is_daemon and read_process(empty)[1] == os.getpid():
+            if is_daemon and read_stat(empty).parent == os.getpid():
                 children = list_children(empty)
         except (OSError, ValueError):
             pass                                  # not yet
@@ -3683,7 +3689,7 @@ def find_end(kernel: int, empty: int) -> str:
                 return "ended {}".format(os.waitpid(kernel, 0)[1])
             except (ProcessLookupError, ChildProcessError):
                 return "ended 0"                  # `empty` has it reaped, and the status is lost
-    if read_process(kernel)[0] != "Z":
+    if read_stat(kernel).state != "Z":
         return ""
     over_limit = blame_cpu_limit(kernel, "the guest's kernel, which makes the system calls of all its processes,")
     if empty:
@@ -3725,7 +3731,7 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: i
         check_helper()
         placer.review()
         areas.review()
-        if (read_process(runner)[0] == "T") != suspended:
+        if (read_stat(runner).state == "T") != suspended:
             suspended = not suspended
             if suspended:
                 ask_mconsole(directory, spec.guest.name, b"stop")
@@ -3734,7 +3740,7 @@ def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: i
         before, corpses = corpses, find_corpses(kernel)
         if suspended or not before & corpses:
             dead_since = time.monotonic()
-        elif time.monotonic() > dead_since + 1 and read_process(kernel)[0] == "S":     # not about to reap it
+        elif time.monotonic() > dead_since + 1 and read_stat(kernel).state == "S":     # not about to reap it
             for corpse in corpses:
                 over_limit = blame_cpu_limit(corpse, "a helper process of the kernel")
                 if over_limit:
@@ -3789,7 +3795,7 @@ def run_kernel(spec: RunSpec, directories: Directories, keep: Dict[int, int], li
 def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Directories,
                   locks: Sequence[int]) -> Iterator[Machine]:
     """Fork the supervisor, which starts the kernel; at the end of the context nothing of them is left."""
-    call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)              # for what a killed supervisor leaves
+    try_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)              # for what a killed supervisor leaves
     # Pipes: the guest's tty writes 2 KiB at a time, and a wide pipe holds many of these for one read.
     spool = os.open(SPOOL, os.O_PATH | DIRECTORY, dir_fd=directories.run.fd)   # while no guest can change it
     from_guest, output_end = make_wide_pipe()
@@ -3805,7 +3811,7 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
             for number in KEPT_FROM_KERNEL:       # from 6.16 on a thread of the kernel has a mask of its own
                 signal.signal(number, signal.SIG_IGN)
             os.setsid()
-            call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)
+            try_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)
             null = os.open(os.devnull, os.O_RDWR)
             for descriptor in (0, 1, 2):
                 os.dup2(null, descriptor)
@@ -3836,7 +3842,7 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
 
 def end_supervisor(pid: int, report: int) -> None:
     """Wait until the supervisor has cleaned up. One that was stopped goes on; one that hangs is killed."""
-    if read_process(pid)[1] != os.getpid():
+    if read_stat(pid).parent != os.getpid():
         return                                    # it was reaped already
     os.kill(pid, signal.SIGCONT)
     deadline = time.monotonic() + CLEAN_S
@@ -4451,7 +4457,7 @@ def use_up_memory(limit_mib: int) -> None:
         return
     if pid == 0:
         try:
-            call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+            try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(USE_UP_S)
             with open("/proc/self/oom_score_adj", "w") as file:
@@ -4471,7 +4477,7 @@ def die_of(number: int) -> None:
 
     Returns where that cannot be, as for process 1 of a container.
     """
-    call_libc("prctl", PR_SET_DUMPABLE, 0)        # the core that counts is the guest's
+    try_libc("prctl", PR_SET_DUMPABLE, 0)        # the core that counts is the guest's
     try:
         if number != signal.SIGKILL:
             signal.signal(number, signal.SIG_DFL)
@@ -5638,7 +5644,7 @@ def find_ignored_signals(parent: int) -> Tuple[int, ...]:
 
 
 def follow_parent(parent: int) -> None:
-    if call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+    if not try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGTERM):
         raise Fatal("--die-with-parent cannot be had: this Python has no ctypes", "leave it out")
     if os.getppid() != parent:                    # it ended meanwhile
         os.kill(os.getpid(), signal.SIGTERM)

@@ -211,17 +211,17 @@ def test_ptrace_forbidden_by_a_seccomp_filter_is_named(any_node, kernel, action)
 
 
 def test_ptrace_forbidden_by_yama_is_named(monkeypatch):
-    """A stand-in for the file of a kernel with Yama, which this one may lack; its refusal is an EPERM like this."""
+    """A stand-in for the file of a kernel with Yama, which this one may lack; its refusal is an error like this."""
     files = {"/proc/sys/kernel/yama/ptrace_scope": "3\n"}
     monkeypatch.setattr(apppot_start, "read_node_file", lambda path: files.get(path, ""))
-    monkeypatch.setattr(apppot_start, "try_ptrace", lambda: 1)
+    monkeypatch.setattr(apppot_start, "try_ptrace", lambda: os.kill(1 << 30, 0))  # ESRCH
     assert "Yama (kernel.yama.ptrace_scope=3)" in apppot_start.explain_ptrace("").message
 
 
 def test_a_probe_that_works_leaves_no_child():
     assert apppot_start.explain_ptrace("") is None
     assert apppot_start.try_in_child(apppot_start.try_seccomp) == ""
-    assert apppot_start.try_in_child(lambda: 2) == "No such file or directory"
+    assert apppot_start.try_in_child(lambda: os.stat("/nothing")) == "No such file or directory"
     assert apppot_start.try_in_child(lambda: os.kill(os.getpid(), 31)) == "signal 31"
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
