@@ -254,12 +254,23 @@ def is_blank(text: str) -> bool:
     return not text.strip()
 
 
-def read_variable(name: str) -> Optional[str]:
-    """A default from the environment. There, unlike in an option, an empty value is the usual way to give none."""
-    text = os.environ.get(name) or None
-    if text is not None and is_blank(text):
-        raise Fatal("{} has no value: {!r}".format(name, text), "unset the variable, or give it a value")
-    return text
+class Given(NamedTuple):
+    """What the user asked for, and how: by an option or by a variable."""
+    text: str
+    by: str
+
+
+def find_given(option: Optional[str], name: str) -> Optional[Given]:
+    """What --NAME says, or else APPPOT_NAME; in a variable, unlike in an option, an empty value usually means none."""
+    variable = "APPPOT_" + name.upper()
+    text = os.environ.get(variable, "")
+    if option is not None:
+        return Given(option, "--" + name)
+    if not text:
+        return None
+    if is_blank(text):
+        raise Fatal("{} has no value: {!r}".format(variable, text), "unset the variable, or give it a value")
+    return Given(text, variable)
 
 
 def parse_size_mib(text: str, what: str) -> int:
@@ -1442,16 +1453,16 @@ class Features(NamedTuple):
     seccomp_mode: bool = False
 
 
-def find_part(option: Optional[str], variable: str, names: Sequence[str], what: str, on_path: bool) -> str:
+def find_part(option: Optional[str], names: Sequence[str], what: str, on_path: bool) -> str:
     """Explicit option, environment, beside this script, build/ there, current directory, PATH: the first there is."""
-    given = option or read_variable(variable)
+    given = find_given(option, what)
     if given:
-        return given
+        return given.text
     for path in list_candidates(names, on_path):
         return path
 
     script = os.path.basename(__file__)
-    hint = "put `{}` beside {}, or name it with --{} or {}".format(names[0], script, what, variable)
+    hint = "put `{}` beside {}, or name it with --{} or APPPOT_{}".format(names[0], script, what, what.upper())
     if what != "empty":
         hint = "`make demo` brings one to AppPot's source directory; or " + hint
     raise Fatal("no {} found".format(what), hint)
@@ -1875,10 +1886,9 @@ def choose_memory(asked: Optional[str], grants: Grants) -> Tuple[Amount, Tuple[i
 
     A grant need not be used up: better less of it than a slower place, and better still less than no run at all.
     """
-    given = asked or read_variable("APPPOT_MEM")
+    given = find_given(asked, "mem")
     if given:
-        name = "--mem" if asked else "APPPOT_MEM"
-        mem = Amount(check_memory(given, name), "{}={}".format(name, given))
+        mem = Amount(check_memory(given.text, given.by), "{}={}".format(given.by, given.text))
         return mem, (mem.value,)
     mem = default_mem(grants)
     floors = (DEFAULT_MEM_MIB, SMALL_MEM_MIB) if grants.systems else (mem.value,)
@@ -1945,12 +1955,11 @@ def place_memory(mem: Amount, floors: Sequence[int], candidates: Sequence[str]) 
 
 
 def choose_cpus(asked: Optional[str], grants: Grants) -> Amount:
-    given = asked or read_variable("APPPOT_CPUS")
+    given = find_given(asked, "cpus")
     if given:
-        if not re.match(r"0*[1-9]\d{0,3}$", given, re.ASCII):
-            raise Fatal("{} is not a number of CPUs: {!r}".format("--cpus" if asked else "APPPOT_CPUS", given),
-                        "give a whole number from 1")
-        return Amount(int(given), "{}={}".format("--cpus" if asked else "APPPOT_CPUS", given))
+        if not re.match(r"0*[1-9]\d{0,3}$", given.text, re.ASCII):
+            raise Fatal("{} is not a number of CPUs: {!r}".format(given.by, given.text), "give a whole number from 1")
+        return Amount(int(given.text), "{}={}".format(given.by, given.text))
     return smallest(grants.cpus + grants.cpu_limits) if grants.cpus else Amount(1, "default")
 
 
@@ -1962,7 +1971,7 @@ def decide_cpus(asked: Optional[str], grants: Grants, kernel: str, has_smp: bool
         return cpus, ()
     reason = "--ptrace" if ptrace else "kernel without SMP"
     note = "{} but the guest gets 1 CPU: {}: {}".format(cpus.source, reason, kernel)
-    if asked or read_variable("APPPOT_CPUS"):
+    if find_given(asked, "cpus"):
         write_stderr(one_line("apppot: warning: " + note) + b"\n")
         return Amount(1, reason), ()
     return Amount(1, reason), (note,)
@@ -2006,9 +2015,9 @@ class NodeView(NamedTuple):
 
 
 def scratch_candidates(tmpdir: Optional[str]) -> List[str]:
-    given = tmpdir or read_variable("APPPOT_TMPDIR")
+    given = find_given(tmpdir, "tmpdir")
     if given:
-        return [given]
+        return [given.text]
     named = [os.environ.get(name) for name in ("_CONDOR_SCRATCH_DIR", "SLURM_TMPDIR", "PBS_JOBFS", "TMPDIR")]
     return [path for path in named if path] + ["/tmp", "/var/tmp"]
 
@@ -2600,7 +2609,7 @@ def choose_network(options: argparse.Namespace, kernel: str, features: Features)
             raise Fatal("--net none with {}".format("--slirp" if options.slirp else "--publish"),
                         "leave out one of the two")
         return Network(lan=lan, note="no network: --net none")
-    given = options.slirp or read_variable("APPPOT_SLIRP")
+    given = find_given(options.slirp, "slirp")
     asked = given or published or options.net != "auto"
     wanted = [kind for kind in (SLIRP4NETNS, SLIRP) if options.net in ("auto", kind)]
     has_driver = {SLIRP4NETNS: features.vector_network, SLIRP: features.slirp_network}
@@ -2610,7 +2619,7 @@ def choose_network(options: argparse.Namespace, kernel: str, features: Features)
                     "kernels from 6.16 on have none for slirp, those before 5.1 none for slirp4netns")
     names = [name for name, kind in HELPERS.items() if kind in driven and not (published and kind == SLIRP)]
     faults = []
-    for path in [given] if given else list_candidates(names, True):
+    for path in [given.text] if given else list_candidates(names, True):
         kind, fault = ask_helper(path)
         if not fault and kind not in driven:
             fault = "is {}, and {}".format(kind, "the kernel has no driver for it" if kind in wanted else
@@ -3549,13 +3558,13 @@ CARRIED = struct.Struct("=i")        # what the supervisor says first: pid of th
 
 def find_empty(io: str, option: Optional[str]) -> Tuple[Optional[str], bool]:
     """The `empty` that is to carry the channel, if any, and whether it was asked for, not just found beside us."""
-    asked = bool(io == "empty" or option or read_variable("APPPOT_EMPTY"))
+    asked = bool(io == "empty" or find_given(option, "empty"))
     if io == "builtin":
         if option:
             raise Fatal("--empty with --io builtin: " + option, "leave out one of the two")
         return None, False
     if asked:
-        path = find_part(option, "APPPOT_EMPTY", EMPTY_NAMES, "empty", True)
+        path = find_part(option, EMPTY_NAMES, "empty", True)
         check_is_empty(path)
     else:
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), EMPTY_NAMES[0])
@@ -5185,11 +5194,11 @@ DISK_MIB = 2048                      # of an image that was shrunk, where the ke
 
 
 def find_image(options: argparse.Namespace) -> Tuple[str, Optional[str]]:
-    return split_image(find_part(options.image, "APPPOT_IMAGE", IMAGE_NAMES, "image", False))
+    return split_image(find_part(options.image, IMAGE_NAMES, "image", False))
 
 
 def find_kernel(options: argparse.Namespace) -> str:
-    return check_kernel(find_part(options.kernel, "APPPOT_KERNEL", KERNEL_NAMES, "kernel", True))
+    return check_kernel(find_part(options.kernel, KERNEL_NAMES, "kernel", True))
 
 
 def split_image(text: str) -> Tuple[str, Optional[str]]:
@@ -5281,7 +5290,8 @@ def choose_disk_size(options: argparse.Namespace, root: RootDevice, cow: Optiona
 
 
 def choose_layers(options: argparse.Namespace) -> Tuple[str, ...]:
-    paths = options.changes or (read_variable("APPPOT_CHANGES") or "").split(":")
+    given = find_given(None, "changes")
+    paths = options.changes or (given.text.split(":") if given else [])
     return tuple(check_layer_file(path) for path in paths if path)
 
 
@@ -5342,7 +5352,6 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
     disk_size = choose_disk_size(options, root, cow, kernel, features.device_mapper)
     disk = Disk(os.path.abspath(image), cow, options.write, root, disk_size)
     guest = Guest(disk, list_shares(job), mem.value, cpus.value, network, name, tuple(options.extra))
-    has_own_mem = options.mem or read_variable("APPPOT_MEM")
     return RunSpec(
         job=job,
         guest=guest,
@@ -5360,7 +5369,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
         notes=(*grants.notes, *cpu_notes, *job_notes, "memory " + describe_memory(mem, ram_directory),
                describe_cpus(cpus)),
         in_job=bool(grants.systems),
-        limit_mib=None if has_own_mem else find_job_limit(grants))
+        limit_mib=None if find_given(options.mem, "mem") else find_job_limit(grants))
 
 
 # --- Running ------------------------------------------------------------------------------------------------
