@@ -1963,18 +1963,13 @@ def choose_cpus(asked: Optional[str], grants: Grants) -> Amount:
     return smallest(grants.cpus + grants.cpu_limits) if grants.cpus else Amount(1, "default")
 
 
-def decide_cpus(asked: Optional[str], grants: Grants, kernel: str, has_smp: bool,
-                ptrace: bool) -> Tuple[Amount, Tuple[str, ...]]:
-    """CPUs of the guest and notes on them. More than the kernel can have is an error to nobody: it runs slower."""
+def decide_cpus(asked: Optional[str], grants: Grants, has_smp: bool, ptrace: bool) -> Tuple[Amount, str]:
+    """CPUs of the guest, and why these are fewer than wanted; that is no error, as the guest is only slower."""
     cpus = choose_cpus(asked, grants)
     if cpus.value == 1 or has_smp and not ptrace:
-        return cpus, ()
+        return cpus, ""
     reason = "--ptrace" if ptrace else "kernel without SMP"
-    note = "{} but the guest gets 1 CPU: {}: {}".format(cpus.source, reason, kernel)
-    if find_given(asked, "cpus"):
-        write_stderr(one_line("apppot: warning: " + note) + b"\n")
-        return Amount(1, reason), ()
-    return Amount(1, reason), (note,)
+    return Amount(1, reason), "{} but the guest gets 1 CPU: {}".format(cpus.source, reason)
 
 
 def describe_memory(mem: Amount, place: str) -> str:
@@ -5267,6 +5262,12 @@ def check_map(image: str, write: bool, mem_mib: int) -> None:
             "or make the image smaller")
 
 
+def decide_memory(options: argparse.Namespace, grants: Grants) -> Tuple[Amount, str]:
+    """The guest's memory and the directory of the file that holds it."""
+    mem, floors = choose_memory(options.mem, grants)
+    return place_memory(mem, floors, scratch_candidates(options.tmpdir))
+
+
 def choose_disk_size(options: argparse.Namespace, root: RootDevice, cow: Optional[str], kernel: str,
                      can_map: bool) -> Optional[int]:
     """Bytes that the root file system gets; None: what it has in the image."""
@@ -5337,13 +5338,13 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
     image, cow, root = choose_image(options)
     kernel = find_kernel(options)
     features = read_features(kernel)
-    candidates = scratch_candidates(options.tmpdir)
     grants = find_own_grants()
 
-    mem, floors = choose_memory(options.mem, grants)
-    mem, ram_directory = place_memory(mem, floors, candidates)
+    mem, ram_directory = decide_memory(options, grants)
     check_map(image, options.write, mem.value)
-    cpus, cpu_notes = decide_cpus(options.cpus, grants, kernel, features.smp, options.ptrace)
+    cpus, cpu_note = decide_cpus(options.cpus, grants, features.smp, options.ptrace)
+    if cpu_note and find_given(options.cpus, "cpus"):
+        warn("{}: {}".format(cpu_note, kernel))
     check_limits(mem.value, os.path.getsize(image), cpus.value)
 
     name = choose_name(options)
@@ -5359,15 +5360,15 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
         mode=choose_mode(features, options.ptrace, options.extra),
         empty=empty,
         empty_asked=empty_asked,
-        scratch=choose_scratch(candidates),
+        scratch=choose_scratch(scratch_candidates(options.tmpdir)),
         ram_directory=ram_directory,
         ancestor=ancestor,
         timeout_s=None if options.timeout is None else parse_seconds(options.timeout, "--timeout"),
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after", True),
         verbose=options.verbose,
-        notes=(*grants.notes, *cpu_notes, *job_notes, "memory " + describe_memory(mem, ram_directory),
-               describe_cpus(cpus)),
+        notes=(*grants.notes, *job_notes, "memory " + describe_memory(mem, ram_directory),
+               cpu_note or describe_cpus(cpus)),
         in_job=bool(grants.systems),
         limit_mib=None if find_given(options.mem, "mem") else find_job_limit(grants))
 
@@ -5431,7 +5432,7 @@ def run(spec: RunSpec, started: float) -> Result:
 
 
 # --- The doctor ---------------------------------------------------------------------------------------------
-# Each check returns what it found, or raises the Fatal that a run would end with: both ask the same functions.
+# Each check returns what it found, or raises the Fatal that a run would end with: both take the same steps.
 
 class Finding(NamedTuple):
     verdict: str                     # ok, warn; a Fatal is fail
@@ -5439,14 +5440,22 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-def find_features_if_any(options: argparse.Namespace) -> Optional[Features]:
+class Basis(NamedTuple):
+    """What several checks look at."""
+    options: argparse.Namespace
+    grants: Grants
+    features: Optional[Features]     # of the kernel, if there is one
+
+
+def find_basis(options: argparse.Namespace) -> Basis:
     try:
-        return read_features(find_kernel(options))
-    except Fatal:
-        return None
+        features: Optional[Features] = read_features(find_kernel(options))
+    except Fatal:                                 # check_kernel_features() tells
+        features = None
+    return Basis(options, find_own_grants(), features)
 
 
-def check_python(options: argparse.Namespace) -> Finding:
+def check_python(basis: Basis) -> Finding:
     what = "{} {}".format(sys.executable, sys.version.split()[0])
     try:
         import ctypes  # noqa: F401
@@ -5455,8 +5464,8 @@ def check_python(options: argparse.Namespace) -> Finding:
     return Finding("ok", what)
 
 
-def check_kernel_features(options: argparse.Namespace) -> Finding:
-    kernel = find_kernel(options)
+def check_kernel_features(basis: Basis) -> Finding:
+    kernel = find_kernel(basis.options)
     version = read_kernel_version(kernel)
     features = read_features(kernel)
     names = [name for name, _ in FEATURE_SETTINGS] + ["seccomp mode"]
@@ -5470,9 +5479,8 @@ def check_kernel_features(options: argparse.Namespace) -> Finding:
     return Finding("ok", what)
 
 
-def check_ptrace(options: argparse.Namespace) -> Finding:
-    features = find_features_if_any(options) or Features()
-    mode = choose_mode(features, options.ptrace, options.extra)
+def check_ptrace(basis: Basis) -> Finding:
+    mode = choose_mode(basis.features or Features(), basis.options.ptrace, basis.options.extra)
     fatal = explain_ptrace(mode)
     if fatal:
         raise fatal
@@ -5480,19 +5488,17 @@ def check_ptrace(options: argparse.Namespace) -> Finding:
     return Finding("ok", "not needed in the kernel's seccomp mode" if in_seccomp_mode else "processes can be traced")
 
 
-def check_seccomp(options: argparse.Namespace) -> Finding:
+def check_seccomp(basis: Basis) -> Finding:
     fault = try_in_child(try_seccomp)
-    features = find_features_if_any(options)
     if not fault:
         return Finding("ok", "filters can be installed")
-    if features and not features.seccomp_mode:
+    if basis.features and not basis.features.seccomp_mode:
         return Finding("ok", "filters cannot be installed ({}); this kernel needs none".format(fault))
     return Finding("warn", "filters cannot be installed: " + fault, "do not use --extra seccomp=on")
 
 
-def check_ram(options: argparse.Namespace) -> Finding:
-    mem, floors = choose_memory(options.mem, find_own_grants())
-    mem, directory = place_memory(mem, floors, scratch_candidates(options.tmpdir))
+def check_ram(basis: Basis) -> Finding:
+    mem, directory = decide_memory(basis.options, basis.grants)
     what = "{}; {} free there".format(describe_memory(mem, directory), format_mib(free_mib(directory)))
     if directory == SHARED_MEMORY:
         return Finding("ok", what)
@@ -5500,31 +5506,27 @@ def check_ram(options: argparse.Namespace) -> Finding:
                    "a file on a disk is slow: ask for a {} with room".format(SHARED_MEMORY))
 
 
-def check_cpus(options: argparse.Namespace) -> Finding:
-    cpus = choose_cpus(options.cpus, find_own_grants())
-    features = find_features_if_any(options)
-    if cpus.value > 1 and features and not features.smp:
-        return Finding("warn", "1 of {}; this kernel has no SMP".format(describe_cpus(cpus)),
-                       "run several appliances at once, or use a kernel with CONFIG_SMP")
+def check_cpus(basis: Basis) -> Finding:
+    has_smp = basis.features is None or basis.features.smp
+    cpus, note = decide_cpus(basis.options.cpus, basis.grants, has_smp, basis.options.ptrace)
+    if note:
+        return Finding("warn", note, "run several appliances at once, or use a kernel with CONFIG_SMP")
     return Finding("ok", describe_cpus(cpus))
 
 
-def check_scratch(options: argparse.Namespace) -> Finding:
-    directory = choose_scratch(scratch_candidates(options.tmpdir))
+def check_scratch(basis: Basis) -> Finding:
+    directory = choose_scratch(scratch_candidates(basis.options.tmpdir))
     return Finding("ok", "{}, {} free".format(directory, format_mib(free_mib(directory))))
 
 
-def check_image(options: argparse.Namespace) -> Finding:
-    image, cow = find_image(options)
-    root = find_root_device(image)
-    if cow:
-        check_cow(cow, image)
+def check_image(basis: Basis) -> Finding:
+    image, cow, root = choose_image(basis.options)
     kind = "partition {} of a disk".format(root.partition) if root.partition else "a file system"
     return Finding("ok", "{}, {}, base id {}{}".format(image, kind, root.base_id, ", COW file " + cow if cow else ""))
 
 
-def check_agent(options: argparse.Namespace) -> Finding:
-    image, cow = find_image(options)
+def check_agent(basis: Basis) -> Finding:
+    image, cow = find_image(basis.options)
     try:
         missing = find_missing_agent(image, find_root_device(image).start)
     except ValueError as error:
@@ -5536,32 +5538,31 @@ def check_agent(options: argparse.Namespace) -> Finding:
     return Finding("ok", AGENT + " is in the image")
 
 
-def check_hostfs(options: argparse.Namespace) -> Finding:
-    return Finding("ok", describe_confinement(find_empty(options.io, options.empty)[0]))
+def check_hostfs(basis: Basis) -> Finding:
+    return Finding("ok", describe_confinement(find_empty(basis.options.io, basis.options.empty)[0]))
 
 
-def check_network(options: argparse.Namespace) -> Finding:
-    features = find_features_if_any(options)
-    if not features:
+def check_network(basis: Basis) -> Finding:
+    if not basis.features:
         return Finding("warn", "not looked for without a kernel", "name one with --kernel")
-    network = choose_network(options, find_kernel(options), features)
-    if network.kind or options.net == "none":
+    network = choose_network(basis.options, find_kernel(basis.options), basis.features)
+    if network.kind or basis.options.net == "none":
         return Finding("ok", describe(network))
     return Finding("warn", describe(network), "install slirp4netns, or put it beside the script")
 
 
-def check_empty(options: argparse.Namespace) -> Finding:
-    empty = find_empty(options.io, options.empty)[0]
+def check_empty(basis: Basis) -> Finding:
+    empty = find_empty(basis.options.io, basis.options.empty)[0]
     return Finding("ok", empty or "not here and not needed: the built-in carrier does its work")
 
 
-def check_node_limits(options: argparse.Namespace) -> Finding:
+def check_node_limits(basis: Basis) -> Finding:
     try:
-        disk_bytes = os.path.getsize(find_image(options)[0])
+        disk_bytes = os.path.getsize(find_image(basis.options)[0])
     except (Fatal, OSError):
         disk_bytes = 0
-    grants = find_own_grants()
-    check_limits(choose_memory(options.mem, grants)[0].value, disk_bytes, choose_cpus(options.cpus, grants).value)
+    mem = choose_memory(basis.options.mem, basis.grants)[0]
+    check_limits(mem.value, disk_bytes, choose_cpus(basis.options.cpus, basis.grants).value)
 
     limits = [(what, resource.getrlimit(which)[1]) for what, which in (
         ("open files", resource.RLIMIT_NOFILE), ("processes", resource.RLIMIT_NPROC),
@@ -5573,8 +5574,8 @@ def check_node_limits(options: argparse.Namespace) -> Finding:
     return Finding("ok", ", ".join(found))
 
 
-def check_batch(options: argparse.Namespace) -> Finding:
-    grants = find_own_grants()
+def check_batch(basis: Basis) -> Finding:
+    grants = basis.grants
     amounts = ["{} ({})".format(format_mib(mem.value), mem.source) for mem in grants.mem + grants.mem_limits]
     amounts += ["{} CPUs ({})".format(cpus.value, cpus.source) for cpus in grants.cpus + grants.cpu_limits]
     what = "{}; limits: {}".format(" and ".join(grants.systems) or "no job of a batch system", ", ".join(amounts))
@@ -5583,11 +5584,11 @@ def check_batch(options: argparse.Namespace) -> Finding:
     return Finding("ok", what)
 
 
-def check_boot(options: argparse.Namespace) -> Finding:
+def check_boot(basis: Basis) -> Finding:
     started = time.time()
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)                              # the caller's input is none of ours
-    result = run(build_spec(options, ("true",)), started)
+    result = run(build_spec(basis.options, ("true",)), started)
     if result.status:
         raise Fatal("`true` in the appliance ended with status {}".format(result.status), "is the image damaged?")
     return Finding("ok", "ran `true` in the appliance, {:.1f} s from start to end".format(time.time() - started))
@@ -5606,10 +5607,11 @@ def examine(options: argparse.Namespace, command: Tuple[str, ...]) -> int:
         raise Fatal("--doctor and --boot run no command: {}".format(" ".join(command)) if command else
                     "--boot without --doctor", "`--doctor` looks at this node, `--doctor --boot` boots once, too")
     take_limits()                                 # as a run does
+    basis = find_basis(options)
     status = 0
     for name, check in CHECKS + ((("boot", check_boot),) if options.boot else ()):
         try:
-            finding = check(options)
+            finding = check(basis)
         except Fatal as fatal:
             finding = Finding("fail", fatal.message, fatal.hint)
         except (OSError, struct.error) as error:
