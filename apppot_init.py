@@ -103,6 +103,9 @@ def encode_failure(fatal: Fatal) -> bytes:
 
 # --- Files and paths ----------------------------------------------------------------------------------------
 
+PLACE = "/run/apppot"                # for the guest's root only: what others put there the host would get, too
+
+
 def is_below(path: bytes, directory: bytes) -> bool:
     return path == directory or path.startswith(directory.rstrip(b"/") + b"/")
 
@@ -150,10 +153,7 @@ def copy_tree(source: bytes, target: bytes) -> None:
 # --- The kernel, called directly: Python has no mount() -----------------------------------------------------
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096   # include/uapi/linux/mount.h
-MS_SHAPE = 32 | 4096 | 8192 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20    # remount, bind, move, propagation: no new mount
 MNT_DETACH = 2
-PR_SET_CHILD_SUBREAPER = 36                                    # include/uapi/linux/prctl.h
-SYS_MOUNT, SYS_FSOPEN, SYS_CLONE3, AUDIT_ARCH_X86_64 = 165, 430, 435, 0xC000003E
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -170,15 +170,43 @@ def mount(source: bytes, target: bytes, kind: bytes, flags: int = 0, options: by
     call("mount", source, target, kind, ctypes.c_ulong(flags), options)
 
 
-# --- The devices of the VMM ---------------------------------------------------------------------------------
+def unmount(target: bytes) -> None:
+    call("umount2", target, MNT_DETACH)
 
-CHANNEL = "/dev/ttyS0"
-PLACE = "/run/apppot"                # for the guest's root only: what others put there the host would get, too
-SPOOL = "/run/apppot/spool"
+
+# --- The devices of the VMM ---------------------------------------------------------------------------------
+# Only this section knows that the VMM is User-Mode Linux. A second VMM gets its channel and its shares here.
+#
+# UML's hostfs passes what write(2) brings to the host at once. What programs change through mmap(2) it keeps
+# until a sync, and that of Linux 6.1 until they end, even if they wait for it to be written.
+
+CHANNEL = "/dev/ttyS0"               # ssl0 of UML's command line
+# Flags of mount(2) that remount, bind, move or propagate; with one of them it makes no new mount.
+MS_SHAPE = MS_REMOUNT | MS_BIND | 8192 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20
+SYS_MOUNT, SYS_FSOPEN, AUDIT_ARCH_X86_64 = 165, 430, 0xC000003E
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2                    # include/uapi/linux/prctl.h, seccomp.h
 SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO = 0x7FFF0000, 0x00050000
 BPF_LOAD, BPF_EQUAL, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x45, 0x06   # 32-bit words; linux/bpf_common.h
 CAP_SYS_ADMIN = 21
+
+
+def open_channel() -> int:
+    """The line to the runner, 8-bit clean and without echo."""
+    line = os.open(CHANNEL, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    _, _, _, _, *speeds, characters = termios.tcgetattr(line)
+    characters[termios.VMIN] = 1
+    characters[termios.VTIME] = 0
+
+    # TCSAFLUSH hangs on a line that a pty carries.
+    iflag = oflag = lflag = 0
+    cflag = termios.CS8 | termios.CREAD | termios.CLOCAL
+    termios.tcsetattr(line, termios.TCSANOW, [iflag, oflag, cflag, lflag, *speeds, characters])
+    return line
+
+
+def mount_share(tag: bytes, target: bytes, flags: int = 0) -> None:
+    """Mount the directory that the host shares under this tag."""
+    mount(b"none", target, b"hostfs", MS_NOSUID | MS_NODEV | flags, tag)
 
 
 def forbid_mounts() -> None:
@@ -203,8 +231,18 @@ def forbid_mounts() -> None:
 
 # --- The channel --------------------------------------------------------------------------------------------
 
+SPOOL = PLACE + "/spool"
 READ_SIZE = 1 << 18
 BASE_ID = "/var/lib/apppot/base-id"
+
+
+def mount_spool() -> None:
+    os.mkdir(SPOOL)
+    try:
+        mount_share(b"spool", SPOOL.encode(), MS_NOEXEC)
+    except OSError as error:
+        raise Fatal("cannot mount what the host shares: {}".format(error.strerror),
+                    "the guest's kernel cannot: --doctor says what it lacks")
 
 
 def take_spool_file(name: bytes) -> bytes:
@@ -217,15 +255,10 @@ def take_spool_file(name: bytes) -> bytes:
 
 
 class Channel:
-    """Frames over a serial line. Writing blocks, which is safe: the runner never stops reading."""
+    """Frames over a line to the runner. Writing blocks, which is safe: the runner never stops reading."""
 
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-        attributes = termios.tcgetattr(self.fd)
-        attributes[0] = attributes[1] = attributes[3] = 0      # iflag, oflag, lflag: 8-bit clean, no echo
-        attributes[2] = termios.CS8 | termios.CREAD | termios.CLOCAL
-        attributes[6][termios.VMIN], attributes[6][termios.VTIME] = 1, 0
-        termios.tcsetattr(self.fd, termios.TCSANOW, attributes)  # TCSAFLUSH hangs on a line carried by a pty
+    def __init__(self, line: int) -> None:
+        self.fd = line
         self._received = bytearray()
 
     def send(self, kind: int, payload: bytes = b"") -> None:
@@ -282,9 +315,10 @@ class Group(NamedTuple):
     name: bytes
 
 
-class Bind(NamedTuple):
-    source: bytes                    # name of a directory below the hostfs root
-    name: bytes                      # of a file in it that is meant; empty: the directory itself
+class Share(NamedTuple):
+    """A directory of the host, or one file of it, and its place in the guest."""
+    tag: bytes                       # what the VMM knows the directory by
+    only_file: bytes                 # name of the file; empty: the directory itself
     target: bytes
     read_only: bool
 
@@ -302,8 +336,8 @@ class Job(NamedTuple):
     job_directory: bytes             # absolute path on the host, links resolved; empty: none
     job_alias: bytes                 # the same as the caller's $PWD names it
     home: bytes                      # the caller's, which is among `binds`; empty: that is not shown
-    binds: Tuple[Bind, ...]
-    confined: bool                   # the host sees to it that hostfs leads nowhere else
+    binds: Tuple[Share, ...]
+    confined: bool                   # the host sees to it that shares lead nowhere else
     layers: Tuple[bytes, ...]        # changes files to merge, by their paths on the host
     force: bool                      # merge those of another base, too
     room: int                        # bytes that the disk can take, whose file is sparse
@@ -336,9 +370,9 @@ class Job(NamedTuple):
     lan_address: bytes = b""         # empty: no LAN
 
 
-def parse_bind(number: int, value: bytes) -> Bind:
-    name, _, target = value[1:].partition(b"/")
-    return Bind(b"bind%d" % number, name, b"/" + target, value[:1] == b"r")
+def parse_bind(number: int, value: bytes) -> Share:
+    only_file, _, target = value[1:].partition(b"/")
+    return Share(b"bind%d" % number, only_file, b"/" + target, value[:1] == b"r")
 
 
 def parse_address(text: bytes) -> bytes:
@@ -386,6 +420,8 @@ def is_root(job: Job) -> bool:
 
 # --- Processes ----------------------------------------------------------------------------------------------
 
+PR_SET_CHILD_SUBREAPER = 36          # include/uapi/linux/prctl.h
+SYS_CLONE3 = 435
 # include/uapi/linux/sched.h
 CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND, CLONE_PIDFD = 0x100, 0x200, 0x400, 0x800, 0x1000
 NOWHERE = 8                          # an address that no process has
@@ -446,7 +482,7 @@ def kill_everything() -> None:
 
 
 def reap_everything() -> None:
-    """Wait for the end of all processes: it is then that hostfs of Linux 6.1 writes what they changed by mmap(2)."""
+    """Wait for the end of all processes: a share may write only then what they changed through mmap(2)."""
     try:
         while True:
             os.wait()
@@ -540,7 +576,6 @@ MOUNTS = (                           # source, target, type, flags, options
     ("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=100%"),
     ("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755"),
     ("tmpfs", "/run/lock", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=1777"),
-    ("none", SPOOL, "hostfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "spool"),
 )
 DEV_LINKS = (("/proc/self/fd", "/dev/fd"), ("fd/0", "/dev/stdin"), ("fd/1", "/dev/stdout"), ("fd/2", "/dev/stderr"))
 
@@ -557,9 +592,9 @@ def mount_system(mounts: Iterable[Tuple[str, str, str, int, str]]) -> None:
 
 
 def prepare_system() -> None:
-    mount_system(MOUNTS[1:-1])
+    mount_system(MOUNTS[1:])
     os.mkdir(PLACE, 0o700)
-    mount_system(MOUNTS[-1:])
+    mount_spool()
     try:
         mount(b"cgroup2", b"/sys/fs/cgroup", b"cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     except OSError:                               # a kernel without control groups
@@ -635,7 +670,7 @@ class RootDisk:
 
 HOSTS, RESOLV_CONF, LOCALTIME, TIMEZONE = "/etc/hosts", "/etc/resolv.conf", "/etc/localtime", "/etc/timezone"
 ZONES, NODE_ZONES = "/usr/share/zoneinfo", "/run/zoneinfo"     # the appliance's, and for one of the node's
-NODE_FILES = "/run/apppot/node"
+NODE_FILES = PLACE + "/node"
 
 
 def choose_nameserver(text: bytes, nameserver: bytes) -> bytes:
@@ -718,7 +753,7 @@ class NodeFiles:
         for lent in self._lent:
             text = read_file(lent.path)
             try:
-                call("umount2", lent.path.encode(), MNT_DETACH)
+                unmount(lent.path.encode())
             except OSError:                       # the command has done so
                 continue
             if lent.text and text != lent.text:
@@ -868,7 +903,7 @@ def make_account(job: Job) -> Account:
 
 # --- The places of the host ---------------------------------------------------------------------------------
 
-PARENT = SPOOL.encode()              # where a directory can be mounted for a moment
+PARENT = SPOOL.encode()              # a share is mounted here, over the spool, until it is bound to its place
 
 
 def make_mount_point(path: bytes, account: Account, is_directory: bool = True) -> None:
@@ -896,12 +931,12 @@ def covers_system(path: bytes) -> bool:
     return not os.path.isdir(path) or bool(os.listdir(path))
 
 
-class Places:
-    """The directories and files of the host that are mounted."""
+class MountedShares:
+    """The directories and files of the host that the guest sees at their places."""
 
     def __init__(self, job: Job, account: Account, channel: Channel) -> None:
         self._account, self._channel = account, channel
-        self._mounted: Dict[bytes, bytes] = {}    # place to the name below the hostfs root
+        self._mounted: Dict[bytes, bytes] = {}    # place to tag
         self._has_unread = False                  # something is mounted that cannot be opened
         self._roots: Dict[int, bytes] = {}        # descriptors of what is mounted, of each where that is
         # Those that the job directory is below of come first, else they would hide it.
@@ -928,21 +963,21 @@ class Places:
         if number:
             raise OSError(number, os.strerror(number))
 
-    def _mount(self, bind: Bind) -> None:
-        target = os.path.realpath(bind.target)    # mount(2) follows links, too
+    def _mount(self, share: Share) -> None:
+        target = os.path.realpath(share.target)   # mount(2) follows links, too
+        source = os.path.join(PARENT, share.only_file)
         try:
-            self._make_place(target, not bind.name)
-            flags = MS_NOSUID | MS_NODEV | (MS_RDONLY if bind.read_only else 0)
-            # hostfs mounts directories only. A descriptor of a mount of its own is in nobody's way, and nothing
+            self._make_place(target, not share.only_file)
+            # Only directories are shared. A descriptor of a mount of its own is in nobody's way, and nothing
             # hides it: syncfs(2) tells by it of all errors since.
-            mount(b"none", PARENT, b"hostfs", flags, bind.source)
-            self._open(os.path.join(PARENT, bind.name), target)
-            mount(os.path.join(PARENT, bind.name), target, b"", MS_BIND)
-            call("umount2", PARENT, MNT_DETACH)
+            mount_share(share.tag, PARENT, MS_RDONLY if share.read_only else 0)
+            self._open(source, target)
+            mount(source, target, b"", MS_BIND)
+            unmount(PARENT)
         except OSError as error:
-            raise Fatal("cannot bind to {!r}: {}".format(os.fsdecode(bind.target), os.strerror(error.errno or 0)),
+            raise Fatal("cannot bind to {!r}: {}".format(os.fsdecode(share.target), os.strerror(error.errno or 0)),
                         "DST must be free or of the same kind as SRC, and what it is in, writable")
-        self._mounted[target] = bind.source
+        self._mounted[target] = share.tag
 
     def _open(self, path: bytes, place: bytes) -> None:
         try:
@@ -958,9 +993,9 @@ class Places:
             os.unlink(link)
         made_way = is_below(self._account.home, MOVED_HOMES.encode())
         if covers_system(job.job_directory) and not made_way and not self.is_on_host(job.job_directory):
-            self._mount(Bind(b"job", b"", link, False))
+            self._mount(Share(b"job", b"", link, False))
             return link
-        self._mount(Bind(b"job", b"", job.job_directory, False))
+        self._mount(Share(b"job", b"", job.job_directory, False))
         if home_is_ours and not os.path.lexists(link):
             os.symlink(job.job_directory, link)
         if job.job_alias != job.job_directory and not os.path.lexists(job.job_alias):
@@ -972,7 +1007,7 @@ class Places:
         return job.job_directory
 
     def find_losses(self) -> Dict[bytes, int]:
-        """Write what programs changed through mmap(2), which unlike write(2) hostfs does later; errno by place."""
+        """Write what programs changed through mmap(2), and return the errno of each place where that failed."""
         losses = {}
         if self._has_unread:
             call("sync")                          # it tells of no error
@@ -1013,11 +1048,12 @@ def merge_layers(job: Job, channel: Channel) -> None:
     import changes
 
     changes.spare_memory()
-    places = [b"/run/apppot/layer%d" % number for number in range(len(job.layers))]
+    tags = [b"layer%d" % number for number in range(len(job.layers))]
+    places = [os.path.join(PLACE.encode(), tag) for tag in tags]
     paths = [os.path.join(place, os.path.basename(layer)) for place, layer in zip(places, job.layers)]
-    for place in places:
+    for tag, place in zip(tags, places):
         os.mkdir(place, 0o700)
-        mount(b"none", place, b"hostfs", MS_RDONLY | MS_NOSUID | MS_NODEV, os.path.basename(place))
+        mount_share(tag, place, MS_RDONLY)
     try:
         changes.run_apply(paths, b"/", False, job.force, make_report(job, channel))
     except changes.Fatal as fatal:
@@ -1028,7 +1064,7 @@ def merge_layers(job: Job, channel: Channel) -> None:
         raise Fatal(message, hint)
     finally:
         for place in places:
-            call("umount2", place, MNT_DETACH)
+            unmount(place)
 
 
 class OwnFiles:
@@ -1076,16 +1112,16 @@ def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
 
     channel.send(SAVING)
     changes.spare_memory()
-    place = b"/run/apppot/save"
+    place = PLACE.encode() + b"/save"
     os.mkdir(place, 0o700)
-    mount(b"none", place, b"hostfs", MS_NOSUID | MS_NODEV, b"save")
+    mount_share(b"save", place)
     path = os.path.join(place, job.save_name)
     try:
         changes.save_changes(b"/", path, [], make_report(job, channel), known)
     except changes.Fatal as fatal:
         raise Fatal(fatal.message.replace(show_path(path), show_path(job.save)), fatal.hint)
     finally:
-        call("umount2", place, MNT_DETACH)
+        unmount(place)
 
 
 # --- The command --------------------------------------------------------------------------------------------
@@ -1125,12 +1161,12 @@ def is_interactive_shell(argv: Sequence[bytes]) -> bool:
     return os.path.basename(argv[0]).lstrip(b"-") in SHELLS
 
 
-def describe_start(job: Job, account: Account, places: Places) -> int:
+def describe_start(job: Job, account: Account, shares: MountedShares) -> int:
     """The bits of STARTED."""
-    argv = choose_command(job, account, places.job_directory)[0]
+    argv = choose_command(job, account, shares.job_directory)[0]
     has_terminal = job.stdio[:1] == b"t" == job.stdio[2:]
     return ((IS_SHELL if has_terminal and is_interactive_shell(argv) else 0)
-            | (HOME_STAYS if places.is_on_host(account.home) else 0))
+            | (HOME_STAYS if shares.is_on_host(account.home) else 0))
 
 
 def build_environment(job: Job, account: Account, directory: bytes) -> Dict[bytes, bytes]:
@@ -1479,7 +1515,7 @@ class Relay:
     def _help_writeback(self) -> None:
         """Write for programs that are made to wait until less of what they changed is in memory.
 
-        hostfs of Linux 6.1 does not write what one changes through mmap(2) before its end: it would wait for ever.
+        A share may not write what one changes through mmap(2) before its end: it would wait for ever.
         """
         self._due = time.monotonic() + CHECK_S
         counts = dict(line.split() for line in read_file("/proc/vmstat").splitlines() if line.startswith(b"nr_dirty"))
@@ -1630,11 +1666,11 @@ def describe_end(status: Optional[int]) -> str:
     return "the command had ended with status {}".format(os.WEXITSTATUS(status))
 
 
-def flush_mounts(places: Places, disk: RootDisk, job: Job, status: Optional[int]) -> None:
+def flush_mounts(shares: MountedShares, disk: RootDisk, job: Job, status: Optional[int]) -> None:
     """Leave nothing in the guest that the host would miss when it ends this kernel the moment it hears of the end."""
     kill_everything()
     reap_everything()
-    for place, number in places.find_losses().items():
+    for place, number in shares.find_losses().items():
         raise Fatal("files in {} could not be written, {}; {}".format(
             show_path(place), os.strerror(number), describe_end(status)),
             "what was changed there through mmap is lost: is the disk full, or the quota used up?")
@@ -1672,12 +1708,12 @@ def run_job(channel: Channel, wakeup: int) -> None:
         set_hostname((job.lan_address or job.host_names.split()[-1]).decode())
         node_files = NodeFiles(job)
         account = make_account(job)
-        places = Places(job, account, channel)
+        shares = MountedShares(job, account, channel)
         known = own_files.list_changed() if own_files else {}
         if not job.confined:
             forbid_mounts()
-        command = start_command(job, account, places.job_directory)
-        channel.send(STARTED, bytes([describe_start(job, account, places)]))
+        command = start_command(job, account, shares.job_directory)
+        channel.send(STARTED, bytes([describe_start(job, account, shares)]))
         relay = Relay(channel, command, wakeup)
         relay.run()
         if job.interfaces:
@@ -1685,7 +1721,7 @@ def run_job(channel: Channel, wakeup: int) -> None:
         if job.persistent or job.save:
             kill_everything()
             node_files.take_back()
-        flush_mounts(places, disk, job, relay.status)
+        flush_mounts(shares, disk, job, relay.status)
         if job.save:
             save_layer(job, known, channel)
             disk.check(job.persistent)
@@ -1709,7 +1745,7 @@ def main() -> NoReturn:
     signal.set_wakeup_fd(to_wakeup)
     for number in (signal.SIGCHLD, signal.SIGINT):
         signal.signal(number, lambda received, frame: None)
-    run_job(Channel(CHANNEL), wakeup)
+    run_job(Channel(open_channel()), wakeup)
     while True:                                   # PID 1 must not end; the host ends the machine now
         time.sleep(3600)
 

@@ -84,7 +84,7 @@ def test_binds_are_told_with_any_name(binds):
             for name, target, read_only in binds
         )
     )
-    assert [(bind.name, bind.target, bind.read_only) for bind in told.binds] == [
+    assert [(bind.only_file, bind.target, bind.read_only) for bind in told.binds] == [
         (name, b"/" + target, read_only) for name, target, read_only in binds
     ]
 
