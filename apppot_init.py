@@ -21,7 +21,19 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
-    from typing import Callable, Dict, FrozenSet, Iterable, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+    from typing import (
+        BinaryIO,
+        Callable,
+        Dict,
+        FrozenSet,
+        Iterable,
+        List,
+        NamedTuple,
+        NoReturn,
+        Optional,
+        Sequence,
+        Tuple,
+    )
 
     import changes
 else:
@@ -34,7 +46,7 @@ else:
         def __getitem__(self, item):
             return self
 
-    Callable = Dict = FrozenSet = Iterable = List = NoReturn = Optional = Sequence = Tuple = Hint()
+    BinaryIO = Callable = Dict = FrozenSet = Iterable = List = NoReturn = Optional = Sequence = Tuple = Hint()
 
     class NamedTuple:
         """Fields by name, as far as the agent needs it of typing.NamedTuple."""
@@ -158,20 +170,21 @@ MNT_DETACH = 2
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def call(name: str, *arguments: object) -> int:
+def call_libc(name: str, *arguments: object) -> int:
+    """The result of a function of the C library; OSError if it fails."""
     result: int = getattr(libc, name)(*arguments)
     if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, "{}: {}".format(name, os.strerror(number)))
+        raise OSError(number, os.strerror(number), name)
     return result
 
 
 def mount(source: bytes, target: bytes, kind: bytes, flags: int = 0, options: bytes = b"") -> None:
-    call("mount", source, target, kind, ctypes.c_ulong(flags), options)
+    call_libc("mount", source, target, kind, ctypes.c_ulong(flags), options)
 
 
 def unmount(target: bytes) -> None:
-    call("umount2", target, MNT_DETACH)
+    call_libc("umount2", target, MNT_DETACH)
 
 
 # --- The devices of the VMM ---------------------------------------------------------------------------------
@@ -206,7 +219,11 @@ def open_channel() -> int:
 
 def mount_share(tag: bytes, target: bytes, flags: int = 0) -> None:
     """Mount the directory that the host shares under this tag."""
-    mount(b"none", target, b"hostfs", MS_NOSUID | MS_NODEV | flags, tag)
+    try:
+        mount(b"none", target, b"hostfs", MS_NOSUID | MS_NODEV | flags, tag)
+    except OSError as error:
+        raise Fatal("directory of the host ({}) cannot be mounted: {}".format(tag.decode(), error.strerror),
+                    "is it still there, and may you search it? The guest's kernel needs hostfs: see --doctor")
 
 
 def forbid_mounts() -> None:
@@ -221,7 +238,7 @@ def forbid_mounts() -> None:
         (BPF_LOAD, 0, 0, 16 + 8 * 3), (BPF_ANY_BIT, 0, 1, MS_SHAPE),
         (BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW), (BPF_RETURN, 0, 0, refuse))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
-    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))
+    call_libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))
     # Helpers that the kernel starts itself, for a core dump say, are no children of ours.
     with open("/proc/sys/kernel/usermodehelper/bset", "r+") as file:
         low, high = (int(word) for word in file.read().split())
@@ -235,14 +252,6 @@ SPOOL = PLACE + "/spool"
 READ_SIZE = 1 << 18
 BASE_ID = "/var/lib/apppot/base-id"
 
-
-def mount_spool() -> None:
-    os.mkdir(SPOOL)
-    try:
-        mount_share(b"spool", SPOOL.encode(), MS_NOEXEC)
-    except OSError as error:
-        raise Fatal("cannot mount what the host shares: {}".format(error.strerror),
-                    "the guest's kernel cannot: --doctor says what it lacks")
 
 
 def take_spool_file(name: bytes) -> bytes:
@@ -315,6 +324,19 @@ class Group(NamedTuple):
     name: bytes
 
 
+class Caller(NamedTuple):
+    """Who runs the job on the host."""
+    name: bytes
+    uid: int
+    groups: Tuple[Group, ...]        # the first is the primary one
+    home: bytes                      # if the guest sees it; else empty
+    as_root: bool                    # the command runs as the guest's root
+
+    @property
+    def is_root(self) -> bool:
+        return self.as_root or self.uid == 0
+
+
 class Share(NamedTuple):
     """A directory of the host, or one file of it, and its place in the guest."""
     tag: bytes                       # what the VMM knows the directory by
@@ -323,51 +345,77 @@ class Share(NamedTuple):
     read_only: bool
 
 
+class Stdio(NamedTuple):
+    """What the command's stdin, stdout and stderr are on the host."""
+    kinds: bytes                     # of each "n"ull, "p"ipe or "t"erminal; "s": stderr is the same as stdout
+    modes: bytes                     # of the caller's terminal; empty: those of the guest's kernel
+    window: bytes                    # struct winsize; empty: no terminal
+    foreground: bool                 # the command has the terminal from its start
+
+
+class Disk(NamedTuple):
+    """The disk of the root file system, as the host has it."""
+    is_kept: bool                    # what is written to it outlives the run
+    size: int                        # bytes that the root file system grows to; 0: it stays as it is
+    room: int                        # bytes that the sparse file behind the disk can still take
+    scratch: bytes                   # the directory of that file on the host
+
+
+class Changes(NamedTuple):
+    """The changes files, by their paths on the host."""
+    layers: Tuple[bytes, ...]        # those to merge before the command
+    force: bool                      # merge those of another base, too
+    saved: bytes                     # the one to write after the command; empty: none
+    saved_name: bytes                # its name in the share
+
+
+class Node(NamedTuple):
+    """What the guest takes over from the node."""
+    host_names: bytes                # made for the guest
+    hosts: bytes                     # lines of /etc/hosts
+    resolver: bytes                  # lines of resolv.conf
+    zone: bytes                      # /etc/localtime; empty: none
+    zone_name: bytes                 # empty: not known
+
+
 class Interface(NamedTuple):
     name: bytes
     address: bytes                   # IPv4, as 4 bytes
     netmask: bytes
 
 
+class Network(NamedTuple):
+    interfaces: Tuple[Interface, ...]
+    gateway: bytes                   # empty: no way out
+    nameserver: bytes
+    lan_address: bytes               # empty: no LAN
+
+
 class Job(NamedTuple):
     """What the runner asks for. Paths and strings are bytes, as the kernel has them."""
     argv: Tuple[bytes, ...]          # empty: apppot-run, apppot-autorun or a login shell
     environment: Dict[bytes, bytes]
-    job_directory: bytes             # absolute path on the host, links resolved; empty: none
-    job_alias: bytes                 # the same as the caller's $PWD names it
-    home: bytes                      # the caller's, which is among `binds`; empty: that is not shown
-    binds: Tuple[Share, ...]
-    confined: bool                   # the host sees to it that shares lead nowhere else
-    layers: Tuple[bytes, ...]        # changes files to merge, by their paths on the host
-    force: bool                      # merge those of another base, too
-    room: int                        # bytes that the disk can take, whose file is sparse
-    scratch: bytes                   # where that file is on the host
-    save: bytes                      # the changes file to write after the command, its path on the host; empty: none
-    save_name: bytes                 # what to call it
     cwd: bytes                       # empty: the job directory
-    user: bytes
-    uid: int
-    groups: Tuple[Group, ...]        # the first is the primary one
-    as_root: bool
+    job_directory: bytes             # absolute path on the host, links resolved; empty: none
+    job_alias: bytes                 # the same directory as the caller's $PWD names it
+    binds: Tuple[Share, ...]
+    confined: bool                   # the host makes sure that shares lead nowhere else
+    caller: Caller
+    stdio: Stdio
     umask: int
     ignored_signals: Tuple[int, ...]
     limits: Tuple[Tuple[int, ...], ...]   # number, soft and hard, as of setrlimit(2); RLIM_INFINITY is -1
-    stdio: bytes                     # of 0, 1, 2 each "n"ull, "p"ipe or "t"erminal; "s": 2 is the same as 1
-    modes: bytes                     # of the caller's terminal; empty: the kernel's
-    window: bytes                    # empty: no terminal
-    foreground: bool                 # the command has the terminal from its start
-    persistent: bool                 # the root file system outlives the run
-    disk_bytes: int                  # what it is to grow to; 0: nothing
-    first_pid: int = 1000            # near it the process numbers begin
-    host_names: bytes = b""          # the guest's own
-    hosts: bytes = b""               # lines of the node's /etc/hosts
-    resolver: bytes = b""            # and of its resolv.conf
-    zone: bytes = b""                # its /etc/localtime; empty: none
-    zone_name: bytes = b""           # empty: not known
-    interfaces: Tuple[Interface, ...] = ()
-    gateway: bytes = b""             # empty: no way out
-    nameserver: bytes = b""
-    lan_address: bytes = b""         # empty: no LAN
+    first_pid: int                   # the process numbers begin near it
+    disk: Disk
+    changes: Changes
+    node: Node
+    network: Network
+
+
+def parse_pairs(values: Iterable[bytes]) -> Iterable[Tuple[bytes, bytes]]:
+    for value in values:
+        left, _, right = value.partition(b"=")
+        yield left, right
 
 
 def parse_bind(number: int, value: bytes) -> Share:
@@ -381,41 +429,48 @@ def parse_address(text: bytes) -> bytes:
 
 def parse_interface(name: bytes, text: bytes) -> Interface:
     address, _, prefix = text.partition(b"/")
-    return Interface(name, parse_address(address), struct.pack(">I", (1 << 32) - (1 << 32 - int(prefix))))
+    netmask = (1 << 32) - (1 << 32 - int(prefix))
+    return Interface(name, parse_address(address), struct.pack(">I", netmask))
 
 
 def parse_job(payload: bytes) -> Job:
     fields = decode_fields(payload)
 
-    def one(name: bytes) -> bytes:
+    def get_all(name: bytes) -> List[bytes]:
+        return fields.get(name, [])
+
+    def get(name: bytes) -> bytes:
         return fields.get(name, [b""])[0]
 
-    def pairs(name: bytes) -> Iterable[Tuple[bytes, bytes]]:
-        for value in fields.get(name, []):
-            left, _, right = value.partition(b"=")
-            yield left, right
+    def get_number(name: bytes) -> int:
+        return int(get(name) or b"0")
+
+    def get_binary(name: bytes) -> bytes:
+        return bytes.fromhex(get(name).decode())
 
     return Job(
-        argv=tuple(fields.get(b"arg", [])), environment=dict(pairs(b"env")),
-        job_directory=one(b"job"), job_alias=one(b"alias"), home=one(b"home"),
-        binds=tuple(parse_bind(number, value) for number, value in enumerate(fields.get(b"bind", []))),
-        confined=one(b"confined") == b"1", layers=tuple(fields.get(b"layer", [])), force=one(b"force") == b"1",
-        room=int(one(b"room") or b"0"), scratch=one(b"scratch"),
-        save=one(b"save"), save_name=one(b"save-name"), cwd=one(b"cwd"), user=one(b"user"), uid=int(one(b"uid")),
-        groups=tuple(Group(int(gid), name) for gid, name in pairs(b"group")), as_root=one(b"root") == b"1",
-        umask=int(one(b"umask")), ignored_signals=tuple(int(number) for number in fields.get(b"ignore", [])),
-        limits=tuple(tuple(int(word) for word in value.split()) for value in fields.get(b"limit", [])),
-        stdio=one(b"stdio"), modes=bytes.fromhex(one(b"modes").decode()), window=bytes.fromhex(one(b"window").decode()),
-        foreground=one(b"foreground") == b"1", persistent=one(b"persistent") == b"1",
-        disk_bytes=int(one(b"disk") or b"0"), first_pid=int(one(b"pid")),
-        host_names=one(b"name"), hosts=one(b"hosts"), resolver=one(b"resolver"),
-        zone=bytes.fromhex(one(b"zone").decode()), zone_name=one(b"zone-name"),
-        interfaces=tuple(parse_interface(name, value) for name, value in pairs(b"interface")),
-        gateway=parse_address(one(b"gateway")), nameserver=one(b"nameserver"), lan_address=one(b"lan"))
-
-
-def is_root(job: Job) -> bool:
-    return job.as_root or job.uid == 0
+        argv=tuple(get_all(b"arg")),
+        environment=dict(parse_pairs(get_all(b"env"))),
+        cwd=get(b"cwd"),
+        job_directory=get(b"job"),
+        job_alias=get(b"alias"),
+        binds=tuple(parse_bind(number, value) for number, value in enumerate(get_all(b"bind"))),
+        confined=get(b"confined") == b"1",
+        caller=Caller(
+            get(b"user"), int(get(b"uid")),
+            tuple(Group(int(gid), name) for gid, name in parse_pairs(get_all(b"group"))),
+            get(b"home"), get(b"root") == b"1"),
+        stdio=Stdio(get(b"stdio"), get_binary(b"modes"), get_binary(b"window"), get(b"foreground") == b"1"),
+        umask=int(get(b"umask")),
+        ignored_signals=tuple(map(int, get_all(b"ignore"))),
+        limits=tuple(tuple(map(int, value.split())) for value in get_all(b"limit")),
+        first_pid=int(get(b"pid")),
+        disk=Disk(get(b"persistent") == b"1", get_number(b"disk"), get_number(b"room"), get(b"scratch")),
+        changes=Changes(tuple(get_all(b"layer")), get(b"force") == b"1", get(b"save"), get(b"save-name")),
+        node=Node(get(b"name"), get(b"hosts"), get(b"resolver"), get_binary(b"zone"), get(b"zone-name")),
+        network=Network(
+            tuple(parse_interface(name, value) for name, value in parse_pairs(get_all(b"interface"))),
+            parse_address(get(b"gateway")), get(b"nameserver"), get(b"lan")))
 
 
 # --- Processes ----------------------------------------------------------------------------------------------
@@ -430,21 +485,28 @@ PIDS_SKIPPED = 256                   # at 30 us each
 
 
 def clone(flags: int = 0, pidfd: int = 0, number: int = 0) -> int:
-    """clone3(2): the child's pid, 0 in the child, -1 if there is none."""
+    """clone3(2): the child's pid, which is `number` if that is given; 0 in the child."""
     numbers = ctypes.c_int(number)
-    signal_at_end, stack, tls, cgroup = signal.SIGCHLD, (0, 0), 0, 0
-    arguments = struct.pack("11Q", flags, pidfd, 0, 0, signal_at_end, *stack, tls,
-                            ctypes.addressof(numbers) if number else 0, 1 if number else 0, cgroup)
-    pid: int = libc.syscall(SYS_CLONE3, arguments, ctypes.c_size_t(len(arguments)))
-    return pid
+    set_tid = (ctypes.addressof(numbers), 1) if number else (0, 0)
+    child_tid = parent_tid = stack = stack_size = tls = cgroup = 0
+    arguments = struct.pack(
+        "11Q", flags, pidfd, child_tid, parent_tid, signal.SIGCHLD, stack, stack_size, tls, *set_tid, cgroup)
+    return call_libc("syscall", SYS_CLONE3, arguments, ctypes.c_size_t(len(arguments)))
+
+
+def use_up_number() -> None:
+    """A clone(2) that fails late, where it stores the pidfd, has taken a process number."""
+    try:
+        clone(CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_PIDFD, pidfd=NOWHERE)
+    except OSError:
+        pass
 
 
 def choose_number(first: int) -> int:
     """Let the numbers of processes go on from `first`: `tmp.$$` of two runs is not to be one file.
 
     Returns the number that the command is to be forked with; 0: the next one. A kernel without
-    ns_last_pid numbers one process as it is told, but goes on from where it was with the next. There
-    each clone(2) that fails late uses up a number.
+    ns_last_pid numbers one process as it is told, but goes on from where it was with the next.
     """
     with open("/proc/sys/kernel/pid_max", "w") as file:
         file.write("%d" % PID_MAX)
@@ -454,14 +516,18 @@ def choose_number(first: int) -> int:
         return 0
     except FileNotFoundError:
         for _ in range(first % PIDS_SKIPPED):
-            clone(CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_PIDFD, pidfd=NOWHERE)
+            use_up_number()
         return first
 
 
 def fork_as(number: int) -> int:
     """fork(2) a process of that number; another one where the kernel does not take it, or for 0."""
-    pid = clone(number=number) if number else -1
-    return pid if pid >= 0 else os.fork()
+    if number:
+        try:
+            return clone(number=number)
+        except OSError:                           # the number is in use, or the kernel is older than 5.5
+            pass
+    return os.fork()
 
 
 def write_score(score: str) -> None:
@@ -493,65 +559,70 @@ def reap_everything() -> None:
 # --- The network --------------------------------------------------------------------------------------------
 
 NETWORK_GRACE_S = 2.0                # for the last bytes of the command's connections
+AF_INET, SOCK_STREAM, SOCK_CLOEXEC = 2, 1, os.O_CLOEXEC
 SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # include/uapi/linux/sockios.h
 IFF_UP, IFF_RUNNING = 0x1, 0x40                                # include/uapi/linux/if.h
 RTF_UP, RTF_GATEWAY = 0x1, 0x2                                 # include/uapi/linux/route.h
 
 
+def open_control() -> BinaryIO:
+    """A socket for ioctls of netdevice(7). The module socket takes 20 ms to import."""
+    return open(call_libc("socket", AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), "rb", 0)
+
+
 def pack_address(address: bytes) -> bytes:
     """struct sockaddr_in."""
-    return struct.pack("=HH4s8x", 2, 0, address)
+    return struct.pack("=HH4s8x", AF_INET, 0, address)
+
+
+def set_flags(control: BinaryIO, name: bytes, flags: int) -> None:
+    fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, flags))
 
 
 def raise_loopback() -> None:
     """Bring `lo` up; the kernel gives it 127.0.0.1 by itself. A kernel without INET goes without."""
     try:
-        probe = call("socket", 2, 1, 0)           # AF_INET, SOCK_STREAM; the socket module costs 20 ms to import
+        control = open_control()
     except OSError:
         return
-    try:
-        fcntl.ioctl(probe, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP | IFF_RUNNING))
-    finally:
-        os.close(probe)
+    with control:
+        set_flags(control, b"lo", IFF_UP | IFF_RUNNING)
 
 
-def raise_interface(control: int, interface: Interface) -> None:
+def raise_interface(control: BinaryIO, interface: Interface) -> None:
     name = interface.name
     try:
         fcntl.ioctl(control, SIOCSIFADDR, struct.pack("16s16s8x", name, pack_address(interface.address)))
         fcntl.ioctl(control, SIOCSIFNETMASK, struct.pack("16s16s8x", name, pack_address(interface.netmask)))
-        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", name, IFF_UP | IFF_RUNNING))
+        set_flags(control, name, IFF_UP | IFF_RUNNING)
     except OSError as error:
         raise Fatal("network interface {} cannot be brought up: {}".format(name.decode(), error.strerror),
                     "run with -v to see what the guest's kernel says; --net none runs without")
 
 
-def raise_network(job: Job) -> None:
-    """Give the interfaces their addresses and bring them up; the way out and its name server if there is one."""
-    if not job.interfaces:
+def raise_network(network: Network) -> None:
+    """Give the interfaces their addresses and bring them up; then set the route to the gateway, if there is one."""
+    if not network.interfaces:
         return
-    control = call("socket", 2, 1, 0)             # as in raise_loopback()
-    try:
-        for interface in job.interfaces:
+
+    with open_control() as control:
+        for interface in network.interfaces:
             raise_interface(control, interface)
-        if job.gateway:
-            nowhere = pack_address(bytes(4))
+        if network.gateway:
+            everywhere = pack_address(bytes(4))
+            gateway = pack_address(network.gateway)
             # struct rtentry: destination, gateway, netmask, flags.
-            fcntl.ioctl(control, SIOCADDRT, struct.pack(
-                "8x16s16s16sH62x", nowhere, pack_address(job.gateway), nowhere, RTF_UP | RTF_GATEWAY))
-    finally:
-        os.close(control)
+            route = struct.pack("8x16s16s16sH62x", everywhere, gateway, everywhere, RTF_UP | RTF_GATEWAY)
+            fcntl.ioctl(control, SIOCADDRT, route)
 
 
 def lower_interface(name: bytes) -> None:
-    """Its helper is dead, and the kernel would be busy reading that end over and over."""
-    control = call("socket", 2, 1, 0)
-    try:
-        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16s24x", name))
-    except OSError:
-        pass                                      # the command has removed it
-    finally:
-        os.close(control)
+    """Take down an interface whose helper is dead: the kernel would read that end over and over."""
+    with open_control() as control:
+        try:
+            set_flags(control, name, 0)
+        except OSError:                           # the command has removed it
+            pass
 
 
 def send_rest() -> None:
@@ -594,7 +665,8 @@ def mount_system(mounts: Iterable[Tuple[str, str, str, int, str]]) -> None:
 def prepare_system() -> None:
     mount_system(MOUNTS[1:])
     os.mkdir(PLACE, 0o700)
-    mount_spool()
+    os.mkdir(SPOOL)
+    mount_share(b"spool", SPOOL.encode(), MS_NOEXEC)
     try:
         mount(b"cgroup2", b"/sys/fs/cgroup", b"cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     except OSError:                               # a kernel without control groups
@@ -655,9 +727,9 @@ class RootDisk:
         scratch = os.statvfs(SPOOL)
         try:
             if is_kept or scratch.f_bavail * scratch.f_frsize < memory + SPARE_ROOM:
-                call("syncfs", self._root)
+                call_libc("syncfs", self._root)
         except OSError as error:
-            raise self._fail(os.strerror(error.errno or 0))
+            raise self._fail(str(error.strerror))
         if self._count_errors() != self._errors:
             raise self._fail("ext4 has found errors")
 
@@ -694,14 +766,15 @@ class NodeFiles:
     and in changes files nothing of the node is left, not even by a run that is killed.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, node: Node, nameserver: bytes) -> None:
         self._lent: List[Lent] = []
         os.mkdir(NODE_FILES, 0o755)
-        names = b"127.0.1.1 %s\n" % job.host_names if job.host_names else b""
-        self._lend_lines(HOSTS, read_file(HOSTS), names + job.hosts)
-        self._lend_lines(RESOLV_CONF, choose_nameserver(read_file(RESOLV_CONF), job.nameserver), job.resolver)
-        if job.zone and job.zone != read_file(LOCALTIME):
-            self._lend_zone(job.zone, job.zone_name)
+
+        names = b"127.0.1.1 %s\n" % node.host_names if node.host_names else b""
+        self._lend_lines(HOSTS, read_file(HOSTS), names + node.hosts)
+        self._lend_lines(RESOLV_CONF, choose_nameserver(read_file(RESOLV_CONF), nameserver), node.resolver)
+        if node.zone and node.zone != read_file(LOCALTIME):
+            self._lend_zone(node.zone, node.zone_name)
 
     def _lend_lines(self, path: str, own: bytes, lines: bytes) -> None:
         """The appliance's lines and then the node's, where it has others."""
@@ -806,11 +879,13 @@ def one_field(name: bytes) -> bytes:
     return name.replace(b":", b"_").replace(b"\n", b"_")
 
 
-def choose_name(job: Job, passwd: bytes) -> bytes:
-    """The caller's, unless it is that of the guest's root, or no home can be called so."""
-    entry = find_account(passwd, job.user)
+def choose_name(caller: Caller, passwd: bytes) -> bytes:
+    """The caller's name, unless the guest's root has it or no home directory can be called so."""
+    entry = find_account(passwd, caller.name)
     is_taken = bool(entry and entry[2] == b"0")
-    return b"u%d" % job.uid if is_taken or job.user in (b"", b".", b"..") else one_field(job.user)
+    if is_taken or caller.name in (b"", b".", b".."):
+        return b"u%d" % caller.uid
+    return one_field(caller.name)
 
 
 def is_own_home(home: bytes, uid: int) -> bool:
@@ -825,16 +900,17 @@ def choose_home(job: Job, passwd: bytes) -> bytes:
 
     It is moved if the job directory would cover it, or if ~/job is a directory on the way to that.
     """
-    if job.home:
-        return job.home
-    if is_root(job):
+    if job.caller.home:
+        return job.caller.home
+
+    if job.caller.is_root:
         entry = find_account(passwd, b"root")
         home = entry[5] if entry and entry[5].strip(b"/") else b"/root"
     else:
-        name = choose_name(job, passwd)
+        name = choose_name(job.caller, passwd)
         entry = find_account(passwd, name)
         home = os.path.normpath(entry[5]) if entry else b""
-        if not is_own_home(home, job.uid):
+        if not is_own_home(home, job.caller.uid):
             home = b"/home/" + name.replace(b"/", b"_")
 
     directory = job.job_directory
@@ -842,6 +918,13 @@ def choose_home(job: Job, passwd: bytes) -> bytes:
     below_link = os.path.join(home, b"job/")
     no_link = any(path.startswith(below_link) for path in (directory, job.job_alias))
     return os.path.join(MOVED_HOMES.encode(), os.path.basename(home)) if covered or no_link else home
+
+
+def choose_shell(entry: Optional[List[bytes]]) -> bytes:
+    shell = entry[6] if entry else b""
+    if os.access(shell, os.X_OK) and os.path.basename(shell) not in (b"nologin", b"false"):
+        return shell
+    return b"/bin/bash" if os.access(b"/bin/bash", os.X_OK) else b"/bin/sh"
 
 
 def make_home(home: bytes, uid: int, gid: int) -> None:
@@ -878,27 +961,27 @@ def make_account(job: Job) -> Account:
 
     With --root the accounts of the appliance stay as they are: the command may be there to change them.
     """
+    caller = job.caller
     passwd = read_file("/etc/passwd")
-    name = choose_name(job, passwd)
-    entry = find_account(passwd, b"root" if is_root(job) else name)
-    shell = entry[6] if entry else b""
-    if not os.access(shell, os.X_OK) or os.path.basename(shell) in (b"nologin", b"false"):
-        shell = b"/bin/bash" if os.access(b"/bin/bash", os.X_OK) else b"/bin/sh"
-    home, gid = choose_home(job, passwd), job.groups[0].gid
+    name = choose_name(caller, passwd)
+    home = choose_home(job, passwd)
+    shell = choose_shell(find_account(passwd, b"root" if caller.is_root else name))
+    gid = caller.groups[0].gid
 
-    is_known = any(is_account(entry, name, job.uid) for entry in passwd.split(b"\n"))
-    if job.uid != 0 and not (job.as_root and is_known):
+    is_known = any(is_account(entry, name, caller.uid) for entry in passwd.split(b"\n"))
+    if caller.uid != 0 and not (caller.as_root and is_known):
         # "*" and not "x": PAM then asks no shadow file, so that sudo accepts the account.
-        caller_home = b"/nonexistent" if job.as_root else home
-        line = b":".join((name, b"*", b"%d" % job.uid, b"%d" % gid, b"", caller_home, shell))
-        write_file("/etc/passwd", put_account(passwd, name, job.uid, line))
-    if job.uid != 0:
-        add_groups(job.groups)
-    if is_root(job):
+        caller_home = b"/nonexistent" if caller.as_root else home
+        line = b":".join((name, b"*", b"%d" % caller.uid, b"%d" % gid, b"", caller_home, shell))
+        write_file("/etc/passwd", put_account(passwd, name, caller.uid, line))
+    if caller.uid != 0:
+        add_groups(caller.groups)
+
+    if caller.is_root:
         make_home(home, 0, 0)
         return Account(b"root", 0, 0, (), home, shell)
-    make_home(home, job.uid, gid)
-    return Account(name, job.uid, gid, tuple(group.gid for group in job.groups), home, shell)
+    make_home(home, caller.uid, gid)
+    return Account(name, caller.uid, gid, tuple(group.gid for group in caller.groups), home, shell)
 
 
 # --- The places of the host ---------------------------------------------------------------------------------
@@ -973,10 +1056,10 @@ class MountedShares:
             mount_share(share.tag, PARENT, MS_RDONLY if share.read_only else 0)
             self._open(source, target)
             mount(source, target, b"", MS_BIND)
-            unmount(PARENT)
-        except OSError as error:
-            raise Fatal("cannot bind to {!r}: {}".format(os.fsdecode(share.target), os.strerror(error.errno or 0)),
+        except OSError as error:                  # mount_share() tells of its own failure
+            raise Fatal("cannot bind to {!r}: {}".format(os.fsdecode(share.target), error.strerror),
                         "DST must be free or of the same kind as SRC, and what it is in, writable")
+        unmount(PARENT)
         self._mounted[target] = share.tag
 
     def _open(self, path: bytes, place: bytes) -> None:
@@ -1010,10 +1093,10 @@ class MountedShares:
         """Write what programs changed through mmap(2), and return the errno of each place where that failed."""
         losses = {}
         if self._has_unread:
-            call("sync")                          # it tells of no error
+            call_libc("sync")                          # it tells of no error
         for descriptor, place in self._roots.items():
             try:
-                call("syncfs", descriptor)
+                call_libc("syncfs", descriptor)
             except OSError as error:
                 losses[place] = error.errno or errno.EIO
         return losses
@@ -1022,7 +1105,7 @@ class MountedShares:
 # --- The changes files --------------------------------------------------------------------------------------
 # The module changes, in the image beside this one, is imported only by who needs it: that takes 0.1 s.
 
-def make_report(job: Job, channel: Channel) -> "changes.Report":
+def make_report(disk: Disk, channel: Channel) -> "changes.Report":
     import changes
 
     class ChannelReport(changes.Report):
@@ -1035,9 +1118,9 @@ def make_report(job: Job, channel: Channel) -> "changes.Report":
         def allow(self, layers: Sequence["changes.Layer"]) -> None:
             # Of several layers one may take the place of another: nobody knows what they need together.
             largest = max(layers, key=lambda layer: layer.size)
-            if largest.size > job.room:
+            if largest.size > disk.room:
                 raise changes.Fatal("no room to merge, {} has {} for the guest's disk and {} are needed: {}".format(
-                    show_path(job.scratch), changes.format_size(job.room), changes.format_size(largest.size),
+                    show_path(disk.scratch), changes.format_size(disk.room), changes.format_size(largest.size),
                     show_path(largest.path)), "nothing was applied; free some, or name another directory with --tmpdir")
 
     return ChannelReport()
@@ -1048,17 +1131,17 @@ def merge_layers(job: Job, channel: Channel) -> None:
     import changes
 
     changes.spare_memory()
-    tags = [b"layer%d" % number for number in range(len(job.layers))]
+    tags = [b"layer%d" % number for number in range(len(job.changes.layers))]
     places = [os.path.join(PLACE.encode(), tag) for tag in tags]
-    paths = [os.path.join(place, os.path.basename(layer)) for place, layer in zip(places, job.layers)]
+    paths = [os.path.join(place, os.path.basename(layer)) for place, layer in zip(places, job.changes.layers)]
     for tag, place in zip(tags, places):
         os.mkdir(place, 0o700)
         mount_share(tag, place, MS_RDONLY)
     try:
-        changes.run_apply(paths, b"/", False, job.force, make_report(job, channel))
+        changes.run_apply(paths, b"/", False, job.changes.force, make_report(job.disk, channel))
     except changes.Fatal as fatal:
         message, hint = fatal.message, fatal.hint
-        for path, layer in zip(paths, job.layers):
+        for path, layer in zip(paths, job.changes.layers):
             message = message.replace(show_path(path), show_path(layer))
             hint = hint.replace(show_path(path), show_path(layer))
         raise Fatal(message, hint)
@@ -1115,11 +1198,11 @@ def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
     place = PLACE.encode() + b"/save"
     os.mkdir(place, 0o700)
     mount_share(b"save", place)
-    path = os.path.join(place, job.save_name)
+    path = os.path.join(place, job.changes.saved_name)
     try:
-        changes.save_changes(b"/", path, [], make_report(job, channel), known)
+        changes.save_changes(b"/", path, [], make_report(job.disk, channel), known)
     except changes.Fatal as fatal:
-        raise Fatal(fatal.message.replace(show_path(path), show_path(job.save)), fatal.hint)
+        raise Fatal(fatal.message.replace(show_path(path), show_path(job.changes.saved)), fatal.hint)
     finally:
         unmount(place)
 
@@ -1164,7 +1247,7 @@ def is_interactive_shell(argv: Sequence[bytes]) -> bool:
 def describe_start(job: Job, account: Account, shares: MountedShares) -> int:
     """The bits of STARTED."""
     argv = choose_command(job, account, shares.job_directory)[0]
-    has_terminal = job.stdio[:1] == b"t" == job.stdio[2:]
+    has_terminal = job.stdio.kinds[:1] == b"t" == job.stdio.kinds[2:]
     return ((IS_SHELL if has_terminal and is_interactive_shell(argv) else 0)
             | (HOME_STAYS if shares.is_on_host(account.home) else 0))
 
@@ -1223,20 +1306,20 @@ def leave_pid_1() -> None:
     while agent:
         if os.wait()[0] == agent:
             os._exit(1)                           # a panic, as the end of PID 1 always is
-    call("prctl", PR_SET_CHILD_SUBREAPER, 1)      # orphans are this one's to reap, as PID 1's otherwise
+    call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)      # orphans are this one's to reap, as PID 1's otherwise
     prefer_command()
 
 
-def open_terminal(job: Job, account: Account) -> Terminal:
+def open_terminal(stdio: Stdio, account: Account) -> Terminal:
     leave_pid_1()
     master, slave = os.openpty()
     os.setsid()
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
     for number in TERMINAL_SIGNALS:
         signal.signal(number, signal.SIG_IGN)     # they are for the command
-    fcntl.ioctl(master, termios.TIOCSWINSZ, job.window)
-    if job.modes:
-        *flags, characters = TERMINAL_MODES.unpack(job.modes)
+    fcntl.ioctl(master, termios.TIOCSWINSZ, stdio.window)
+    if stdio.modes:
+        *flags, characters = TERMINAL_MODES.unpack(stdio.modes)
         termios.tcsetattr(slave, termios.TCSANOW, [*flags, [bytes([c]) for c in characters]])
     os.fchown(slave, account.uid, -1)
     return Terminal(master, slave)
@@ -1267,15 +1350,16 @@ def make_pipe(account: Account) -> Tuple[int, int]:
     return reader, writer
 
 
-def connect_stdio(job: Job, account: Account) -> Tuple[List[int], Dict[int, int], Dict[int, int], Optional[Terminal]]:
+def connect_stdio(
+        stdio: Stdio, account: Account) -> Tuple[List[int], Dict[int, int], Dict[int, int], Optional[Terminal]]:
     """The command's 0, 1, 2; the agent's ends of them by frame type, inputs and outputs; the terminal."""
     theirs: List[int] = []
     inputs, outputs = {}, {}
     terminal = None
-    if job.window:
-        terminal = open_terminal(job, account)
+    if stdio.window:
+        terminal = open_terminal(stdio, account)
         inputs[KEYS] = outputs[SCREEN] = terminal.master
-    for number, kind in enumerate(job.stdio.decode()):
+    for number, kind in enumerate(stdio.kinds.decode()):
         if kind == "t" and terminal:
             theirs.append(terminal.slave)
         elif kind == "s":
@@ -1290,7 +1374,7 @@ def connect_stdio(job: Job, account: Account) -> Tuple[List[int], Dict[int, int]
 
 
 def set_limit(number: int, soft: int, hard: int) -> None:
-    call("setrlimit", number, struct.pack("2q", soft, hard))   # struct rlimit
+    call_libc("setrlimit", number, struct.pack("2q", soft, hard))   # struct rlimit
 
 
 def allow_limits(limits: Iterable[Tuple[int, ...]]) -> None:
@@ -1323,12 +1407,12 @@ def execute(start: Start, program: bytes, path: bytes, argv: List[bytes], enviro
                     127 if error.errno == errno.ENOENT else 126)
 
 
-def lead_job(job: Job, stdio: Sequence[int]) -> Start:
+def lead_job(stdio: Stdio, descriptors: Sequence[int]) -> Start:
     """Become a job of the terminal, as an interactive shell makes it: the command leads its group."""
     os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     os.setpgid(0, 0)
-    if job.foreground:
-        os.tcsetpgrp(stdio[job.stdio.index(b"t")], os.getpid())
+    if stdio.foreground:
+        os.tcsetpgrp(descriptors[stdio.kinds.index(b"t")], os.getpid())
     return os.execve
 
 
@@ -1386,12 +1470,12 @@ def encode_pid(pid: int) -> bytes:
 
 def start_command(job: Job, account: Account, directory: bytes) -> Command:
     """Fork and execute; return when the command runs, or raise the Fatal that its start ended with."""
-    theirs, inputs, outputs, terminal = connect_stdio(job, account)
+    theirs, inputs, outputs, terminal = connect_stdio(job.stdio, account)
     report, to_agent = os.pipe()
     number = choose_number(job.first_pid)
     if fork_as(number if terminal else 0) == 0:
         try:
-            start = lead_job(job, theirs) if terminal else lead_group(job, number)
+            start = lead_job(job.stdio, theirs) if terminal else lead_group(job, number)
             if start is os.execve:
                 os.write(to_agent, encode_pid(os.getpid()))
             pid = run_command(job, account, directory, theirs, start)
@@ -1554,8 +1638,10 @@ class Relay:
             content = os.read(self._outputs[kind], READ_SIZE)
         except BlockingIOError:
             return
-        except OSError:                           # EIO: the terminal has no slave any more
-            content = b""
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            content = b""                         # the terminal has no slave any more
         if content:
             self._window[kind] -= len(content)
             self._channel.send(kind, content)
@@ -1674,12 +1760,12 @@ def flush_mounts(shares: MountedShares, disk: RootDisk, job: Job, status: Option
         raise Fatal("files in {} could not be written, {}; {}".format(
             show_path(place), os.strerror(number), describe_end(status)),
             "what was changed there through mmap is lost: is the disk full, or the quota used up?")
-    if job.persistent or job.save or status is None:
-        disk.check(job.persistent or status is None)
+    if job.disk.is_kept or job.changes.saved or status is None:
+        disk.check(job.disk.is_kept or status is None)
     if status is None:                            # files of another file system, which the guest's root has mounted
         raise Fatal("what a program changed through mmap could not be written; " + describe_end(status),
                     "is a disk full, or a quota used up, that root of the guest has mounted?")
-    if job.persistent:
+    if job.disk.is_kept:
         mount(b"none", b"/", b"", MS_REMOUNT | MS_RDONLY)
         disk.check(True)
 
@@ -1697,16 +1783,16 @@ def run_job(channel: Channel, wakeup: int) -> None:
         greet(channel)
         prepare_system()
         job = parse_job(receive_only(channel, JOB))
-        if job.disk_bytes:
-            grow_root(job.disk_bytes)
+        if job.disk.size:
+            grow_root(job.disk.size)
         disk = RootDisk()
-        if job.layers:
+        if job.changes.layers:
             merge_layers(job, channel)
-            disk.check(job.persistent)
-        own_files = OwnFiles(job) if job.save else None
-        raise_network(job)
-        set_hostname((job.lan_address or job.host_names.split()[-1]).decode())
-        node_files = NodeFiles(job)
+            disk.check(job.disk.is_kept)
+        own_files = OwnFiles(job) if job.changes.saved else None
+        raise_network(job.network)
+        set_hostname((job.network.lan_address or job.node.host_names.split()[-1]).decode())
+        node_files = NodeFiles(job.node, job.network.nameserver)
         account = make_account(job)
         shares = MountedShares(job, account, channel)
         known = own_files.list_changed() if own_files else {}
@@ -1716,15 +1802,15 @@ def run_job(channel: Channel, wakeup: int) -> None:
         channel.send(STARTED, bytes([describe_start(job, account, shares)]))
         relay = Relay(channel, command, wakeup)
         relay.run()
-        if job.interfaces:
+        if job.network.interfaces:
             send_rest()
-        if job.persistent or job.save:
+        if job.disk.is_kept or job.changes.saved:
             kill_everything()
             node_files.take_back()
         flush_mounts(shares, disk, job, relay.status)
-        if job.save:
+        if job.changes.saved:
             save_layer(job, known, channel)
-            disk.check(job.persistent)
+            disk.check(job.disk.is_kept)
         channel.send(RESULT, encode_result(relay))
     except Fatal as fatal:
         channel.send(RESULT, encode_failure(fatal))

@@ -95,9 +95,9 @@ def look():
     os.waitpid(pid, 0)
     return pid, len(os.listdir('/proc')), sorted(os.listdir('/proc/self/fd'))
 
-flags = sum(getattr(apppot_init, 'CLONE_' + name) for name in ('VM', 'FS', 'FILES', 'SIGHAND', 'PIDFD'))
 before = look()
-assert {apppot_init.clone(flags, pidfd=apppot_init.NOWHERE) for _ in range(5000)} == {-1}
+for _ in range(5000):
+    apppot_init.use_up_number()
 after = look()
 moved = (after[0] - before[0]) % (apppot_init.PID_MAX - 300)
 assert 5001 <= moved < 5100, (before, after)
@@ -249,8 +249,8 @@ def test_the_guest_is_told_of_the_node_s_files_byte_by_byte(hosts, resolver, zon
     view = apppot_start.NodeView(
         b"x", apppot_start.select_hosts(hosts), apppot_start.select_resolver(resolver, "n"), zone
     )
-    job = make_job(node=view)
-    assert (job.host_names, job.hosts, job.resolver, job.zone, job.zone_name) == tuple(view)
+    node = make_job(node=view).node
+    assert (node.host_names, node.hosts, node.resolver, node.zone, node.zone_name) == tuple(view)
 
 
 @needs_root

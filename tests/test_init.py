@@ -67,13 +67,14 @@ def test_the_guest_understands_every_job_that_the_host_describes(words, environm
 
 def test_the_job_tells_who_the_caller_is_and_how_the_streams_are():
     job = make_job(b"pps", as_root=True, umask=0o27, ignored_signals=(1, 2), write=True)
-    assert (job.uid, job.user) == (os.getuid(), os.fsencode(pwd.getpwuid(os.getuid()).pw_name))
-    assert {group.gid for group in job.groups} == {os.getgid(), *os.getgroups()} and job.groups[0].gid == os.getgid()
+    assert (job.caller.uid, job.caller.name) == (os.getuid(), os.fsencode(pwd.getpwuid(os.getuid()).pw_name))
+    assert {group.gid for group in job.caller.groups} == {os.getgid(), *os.getgroups()}
+    assert job.caller.groups[0].gid == os.getgid()
     assert (job.umask, job.ignored_signals) == (0o27, (1, 2))
-    assert job.as_root and job.persistent and job.stdio == b"pps"
+    assert job.caller.as_root and job.disk.is_kept and job.stdio.kinds == b"pps"
     job = make_job()
-    assert not (job.as_root or job.persistent or job.modes) and job.stdio == b"npp"
-    assert make_job(cow="/c").persistent
+    assert not (job.caller.as_root or job.disk.is_kept or job.stdio.modes) and job.stdio.kinds == b"npp"
+    assert make_job(cow="/c").disk.is_kept
 
 
 @given(st.lists(st.tuples(VALUES.filter(lambda name: b"/" not in name), VALUES, st.booleans())))
@@ -95,7 +96,7 @@ def test_a_terminal_is_told_with_its_modes_and_size():
     terminal = apppot_start.Terminal(screen, screen)
     assert apppot_start.decode_modes(terminal.modes) == termios.tcgetattr(screen)
     job = apppot_init.parse_job(apppot_start.build_job(SPEC, apppot_start.Stdio(b"ttt", terminal, True), None))
-    assert (job.modes, job.window, job.foreground) == (terminal.modes, terminal.window, True)
+    assert (job.stdio.modes, job.stdio.window, job.stdio.foreground) == (terminal.modes, terminal.window, True)
     before = termios.tcgetattr(screen)
     terminal.acquire()
     assert terminal.is_raw and termios.tcgetattr(screen) != before

@@ -124,11 +124,9 @@ def test_an_account_is_found_by_name_and_number():
 )
 def test_the_home_directory_is_never_the_job_directory_nor_another_s(entry, name, job, alias, home):
     table = b"" if entry is None else b"%s:*:4242:1::%s:/bin/sh\n" % (name, entry)
-    caller = SimpleNamespace(
-        user=name, uid=0 if name == b"root" else 4242, as_root=False, job_directory=job,
-        job_alias=alias or job, home=b""
-    )
-    assert apppot_init.choose_home(caller, table) == home
+    caller = apppot_init.Caller(name, 0 if name == b"root" else 4242, (), b"", False)
+    asked = SimpleNamespace(caller=caller, job_directory=job, job_alias=alias or job)
+    assert apppot_init.choose_home(asked, table) == home
 
 
 # --- What the job was granted -------------------------------------------------------------------------------
