@@ -1,11 +1,14 @@
 #!/usr/bin/python3 -IS
 # SPDX-License-Identifier: Apache-2.0
-"""AppPot's guest agent: runs one command in the appliance for the runner on the host.
+"""AppPot's agent in the guest: it runs one command in the appliance for the runner on the host.
 
-Usage: it is started by /sbin/apppot-init as PID 1 of a User-Mode Linux guest, never by hand.
+Usage: /sbin/apppot-init starts it as PID 1 of the guest; nobody starts it by hand.
 
-Constraint: a system call costs about 20 us here and starting a process 4 to 15 ms, so the agent imports
+Constraint: a system call costs about 20 us here, a new process 4 to 15 ms. So the agent imports
 little, starts nothing but the command, and moves bytes in large pieces.
+
+A run is one pass through run_job(), near the end of this file. The sections above it stand in the
+order in which it needs them.
 """
 import ctypes
 import errno
@@ -37,19 +40,20 @@ if TYPE_CHECKING:
 
     import changes
 else:
-    # The module signal makes enums, with a third of all the imports.
+    # The module signal makes enums, which takes a third of the time of all imports.
     import _signal as signal
 
     class Hint:
-        """Stands in for the names of typing, which takes a fifth of all the imports."""
+        """Stands in for the names of typing, whose import takes a fifth of all imports' time."""
 
         def __getitem__(self, item):
             return self
 
-    BinaryIO = Callable = Dict = FrozenSet = Iterable = List = NoReturn = Optional = Sequence = Tuple = Hint()
+    BinaryIO = Callable = Dict = FrozenSet = Iterable = List = NoReturn = Hint()
+    Optional = Sequence = Tuple = Hint()
 
     class NamedTuple:
-        """Fields by name, as far as the agent needs it of typing.NamedTuple."""
+        """Does what the agent needs of typing.NamedTuple: fields by name."""
 
         def __init__(self, *values, **named):
             self.__dict__.update(zip(type(self).__annotations__, values), **named)
@@ -75,18 +79,20 @@ OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may 
 SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
 TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
 
-# --- The errors, and the fields that carry them -------------------------------------------------------------
+# --- The errors, and the fields that carry them ---------------------------------------------------
 
 class Fatal(Exception):
-    """The command cannot be run, or its end not be told: `status` is the exit status that says so."""
+    """The command cannot be run, or nobody can tell how it ended. `status` is the exit status."""
 
     def __init__(self, message: str, hint: str = "", status: int = 125) -> None:
         super().__init__(message)
-        self.message, self.hint, self.status = message, hint, status
+        self.message = message
+        self.hint = hint
+        self.status = status
 
 
 class DiskFailure(Fatal):
-    """What was written to the root file system is lost; the runner sees which file of the host is the cause."""
+    """A write to the root file system is lost. The runner finds out which file of the host failed."""
 
 
 def encode_fields(fields: Iterable[Tuple[bytes, bytes]]) -> bytes:
@@ -102,27 +108,35 @@ def decode_fields(payload: bytes) -> Dict[bytes, List[bytes]]:
     return fields
 
 
-def show_path(path: bytes) -> str:
-    return path.decode("utf-8", "backslashreplace")
-
-
 def encode_failure(fatal: Fatal) -> bytes:
     def clean(text: str) -> bytes:
         return text.replace("\0", "?").encode("utf-8", "backslashreplace")
-    fields = [(b"error", clean(fatal.message)), (b"hint", clean(fatal.hint)), (b"status", b"%d" % fatal.status)]
-    return encode_fields(fields + [(b"disk", b"1")] * isinstance(fatal, DiskFailure))
+
+    fields = [
+        (b"error", clean(fatal.message)),
+        (b"hint", clean(fatal.hint)),
+        (b"status", b"%d" % fatal.status)]
+    if isinstance(fatal, DiskFailure):
+        fields.append((b"disk", b"1"))
+    return encode_fields(fields)
 
 
-# --- Files and paths ----------------------------------------------------------------------------------------
+# --- Files and paths ------------------------------------------------------------------------------
 
-PLACE = "/run/apppot"                # for the guest's root only: what others put there the host would get, too
+# Only the guest's root may enter it: what others put into the spool below it would reach the host.
+PLACE = "/run/apppot"
 
 
 def is_below(path: bytes, directory: bytes) -> bool:
     return path == directory or path.startswith(directory.rstrip(b"/") + b"/")
 
 
+def show_path(path: bytes) -> str:
+    return path.decode("utf-8", "backslashreplace")
+
+
 def read_file(path: str) -> bytes:
+    """The content of a file; nothing if there is no such file."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -140,17 +154,24 @@ def write_file(path: str, content: bytes) -> None:
     os.rename(temporary, path)
 
 
-def own_tree(path: bytes, uid: int, gid: int) -> None:
+def write_setting(name: str, value: str) -> None:
+    """Write a file below /proc, where it is the kernel that reads what is written."""
+    with open("/proc/" + name, "w") as file:
+        file.write(value)
+
+
+def chown_tree(path: bytes, uid: int, gid: int) -> None:
     os.chown(path, uid, gid, follow_symlinks=False)
     if os.path.isdir(path) and not os.path.islink(path):
         for name in os.listdir(path):
-            own_tree(os.path.join(path, name), uid, gid)
+            chown_tree(os.path.join(path, name), uid, gid)
 
 
 def copy_tree(source: bytes, target: bytes) -> None:
-    """Copy the contents of /etc/skel: links, files and directories with their modes."""
+    """Copy links, files and directories below `source`; files keep their modes."""
     for name in os.listdir(source):
-        old, new = os.path.join(source, name), os.path.join(target, name)
+        old = os.path.join(source, name)
+        new = os.path.join(target, name)
         if os.path.islink(old):
             os.symlink(os.readlink(old), new)
         elif os.path.isdir(old):
@@ -162,9 +183,10 @@ def copy_tree(source: bytes, target: bytes) -> None:
             os.chmod(new, os.stat(old).st_mode & 0o7777)
 
 
-# --- The kernel, called directly: Python has no mount() -----------------------------------------------------
+# --- The kernel, called directly: Python has no mount() -------------------------------------------
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096   # include/uapi/linux/mount.h
+# include/uapi/linux/mount.h
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
 MNT_DETACH = 2
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -187,19 +209,20 @@ def unmount(target: bytes) -> None:
     call_libc("umount2", target, MNT_DETACH)
 
 
-# --- The devices of the VMM ---------------------------------------------------------------------------------
-# Only this section knows that the VMM is User-Mode Linux. A second VMM gets its channel and its shares here.
+# --- The devices of the VMM -----------------------------------------------------------------------
+# Only this section knows that the VMM is User-Mode Linux. A second VMM gets its channel and shares here.
 #
-# UML's hostfs passes what write(2) brings to the host at once. What programs change through mmap(2) it keeps
-# until a sync, and that of Linux 6.1 until they end, even if they wait for it to be written.
+# UML's hostfs passes on at once what write(2) brings. It keeps what programs change through mmap(2)
+# until somebody synchronises the file; by itself, that of Linux 6.1 writes it only when they have ended.
 
 CHANNEL = "/dev/ttyS0"               # ssl0 of UML's command line
-# Flags of mount(2) that remount, bind, move or propagate; with one of them it makes no new mount.
+# Flags of mount(2) that remount, bind, move or propagate. With one of them it makes no new mount.
 MS_SHAPE = MS_REMOUNT | MS_BIND | 8192 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20
 SYS_MOUNT, SYS_FSOPEN, AUDIT_ARCH_X86_64 = 165, 430, 0xC000003E
-PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2                    # include/uapi/linux/prctl.h, seccomp.h
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2       # include/uapi/linux/prctl.h, seccomp.h
 SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO = 0x7FFF0000, 0x00050000
-BPF_LOAD, BPF_EQUAL, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x45, 0x06   # 32-bit words; linux/bpf_common.h
+# 32-bit words; include/uapi/linux/bpf_common.h
+BPF_LOAD, BPF_EQUAL, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x45, 0x06
 CAP_SYS_ADMIN = 21
 
 
@@ -210,9 +233,9 @@ def open_channel() -> int:
     characters[termios.VMIN] = 1
     characters[termios.VTIME] = 0
 
-    # TCSAFLUSH hangs on a line that a pty carries.
     iflag = oflag = lflag = 0
     cflag = termios.CS8 | termios.CREAD | termios.CLOCAL
+    # TCSAFLUSH hangs on a line that a pty carries.
     termios.tcsetattr(line, termios.TCSANOW, [iflag, oflag, cflag, lflag, *speeds, characters])
     return line
 
@@ -222,68 +245,81 @@ def mount_share(tag: bytes, target: bytes, flags: int = 0) -> None:
     try:
         mount(b"none", target, b"hostfs", MS_NOSUID | MS_NODEV | flags, tag)
     except OSError as error:
-        raise Fatal("directory of the host ({}) cannot be mounted: {}".format(tag.decode(), error.strerror),
-                    "is it still there, and may you search it? The guest's kernel needs hostfs: see --doctor")
+        raise Fatal(
+            "directory of the host ({}) cannot be mounted: {}".format(tag.decode(), error.strerror),
+            "is it still there, and may you search it? The kernel needs hostfs: see --doctor")
 
 
 def forbid_mounts() -> None:
-    """Take new mounts from every process, this one included: hostfs can be mounted as any directory of the host.
+    """Take new mounts from every process, this one included. Bind mounts and remounts stay.
 
-    For a host that cannot confine the kernel. Bind mounts and remounts stay.
+    If the host cannot confine the kernel, the guest's root can mount any directory of it as hostfs.
     """
     refuse = SECCOMP_RET_ERRNO | errno.EPERM
-    program = (                                   # code, jump if true, jump if false, operand; struct seccomp_data
-        (BPF_LOAD, 0, 0, 4), (BPF_EQUAL, 0, 6, AUDIT_ARCH_X86_64),
-        (BPF_LOAD, 0, 0, 0), (BPF_EQUAL, 4, 0, SYS_FSOPEN), (BPF_EQUAL, 0, 2, SYS_MOUNT),
-        (BPF_LOAD, 0, 0, 16 + 8 * 3), (BPF_ANY_BIT, 0, 1, MS_SHAPE),
-        (BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW), (BPF_RETURN, 0, 0, refuse))
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
-    call_libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))
-    # Helpers that the kernel starts itself, for a core dump say, are no children of ours.
+    # Code, jump if true, jump if false, operand; loads are from struct seccomp_data.
+    program = (
+        (BPF_LOAD, 0, 0, 4),
+        (BPF_EQUAL, 0, 6, AUDIT_ARCH_X86_64),
+        (BPF_LOAD, 0, 0, 0),
+        (BPF_EQUAL, 4, 0, SYS_FSOPEN),
+        (BPF_EQUAL, 0, 2, SYS_MOUNT),
+        (BPF_LOAD, 0, 0, 16 + 8 * 3),
+        (BPF_ANY_BIT, 0, 1, MS_SHAPE),
+        (BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW),
+        (BPF_RETURN, 0, 0, refuse))
+    steps = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+    sock_fprog = struct.pack("HP", len(program), ctypes.addressof(steps))
+    call_libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, sock_fprog)
+
+    # Helpers that the kernel starts itself, to take a core dump for example, do not inherit the filter.
     with open("/proc/sys/kernel/usermodehelper/bset", "r+") as file:
         low, high = (int(word) for word in file.read().split())
         file.seek(0)
         file.write("{} {}".format(low & ~(1 << CAP_SYS_ADMIN), high))
 
 
-# --- The channel --------------------------------------------------------------------------------------------
+# --- The channel ----------------------------------------------------------------------------------
 
 SPOOL = PLACE + "/spool"
 READ_SIZE = 1 << 18
 BASE_ID = "/var/lib/apppot/base-id"
 
 
-
 def take_spool_file(name: bytes) -> bytes:
-    """What is too long for the slow way down the line comes as a file, which the reader deletes."""
+    """A payload that is too long for the slow line. It comes as a file, which the reader removes."""
     path = os.path.join(SPOOL.encode(), name)
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb", 0) as file:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags), "rb", 0) as file:
         content = file.read()
     os.unlink(path)
     return content
 
 
 class Channel:
-    """Frames over a line to the runner. Writing blocks, which is safe: the runner never stops reading."""
+    """Frames over the line to the runner. A write may block, as the runner never stops reading."""
 
     def __init__(self, line: int) -> None:
         self.fd = line
         self._received = bytearray()
 
     def send(self, kind: int, payload: bytes = b"") -> None:
-        pieces = [FRAME.pack(kind, len(payload)), payload]
-        written = os.writev(self.fd, pieces)
-        rest = memoryview(b"".join(pieces))[written:] if written < FRAME.size + len(payload) else memoryview(b"")
-        while rest:
-            rest = rest[os.write(self.fd, rest):]
+        header = FRAME.pack(kind, len(payload))
+        written = os.writev(self.fd, [header, payload])
+        if written < len(header) + len(payload):
+            rest = memoryview(header + payload)[written:]
+            while rest:
+                rest = rest[os.write(self.fd, rest):]
 
     def receive(self) -> List[Tuple[int, bytes]]:
-        """Read what is there, at least one byte, and return the frames it completes."""
+        """Read what is there, at least one byte, and return the frames that it completes."""
         piece = os.read(self.fd, READ_SIZE)
         if not piece:
             raise Fatal("the channel to the host is closed")
         self.send(RECEIVED, struct.pack("<I", len(piece)))
         self._received += piece
+        return self._take_frames()
+
+    def _take_frames(self) -> List[Tuple[int, bytes]]:
         frames = []
         start = 0
         while len(self._received) - start >= FRAME.size:
@@ -293,15 +329,18 @@ class Channel:
             end = start + FRAME.size + length
             if len(self._received) < end:
                 break
+
             payload = bytes(self._received[start + FRAME.size:end])
-            frames.append((kind & ~SPOOLED, take_spool_file(payload) if kind & SPOOLED else payload))
+            if kind & SPOOLED:
+                payload = take_spool_file(payload)
+            frames.append((kind & ~SPOOLED, payload))
             start = end
         del self._received[:start]
         return frames
 
 
 def receive_only(channel: Channel, wanted: int) -> bytes:
-    """Wait for a frame of this type, which is the only one that may come now."""
+    """Wait for a frame of this type; no other may come now."""
     frames: List[Tuple[int, bytes]] = []
     while not frames:
         frames = channel.receive()
@@ -313,11 +352,13 @@ def receive_only(channel: Channel, wanted: int) -> bytes:
 
 def greet(channel: Channel) -> None:
     os.write(channel.fd, MAGIC)
-    channel.send(HELLO, encode_fields(((b"protocol", b"%d" % PROTOCOL), (b"base", read_file(BASE_ID).strip()),
-                                       (b"agent", VERSION.encode()))))
+    channel.send(HELLO, encode_fields((
+        (b"protocol", b"%d" % PROTOCOL),
+        (b"base", read_file(BASE_ID).strip()),
+        (b"agent", VERSION.encode()))))
 
 
-# --- The job ------------------------------------------------------------------------------------------------
+# --- The job --------------------------------------------------------------------------------------
 
 class Group(NamedTuple):
     gid: int
@@ -347,7 +388,7 @@ class Share(NamedTuple):
 
 class Stdio(NamedTuple):
     """What the command's stdin, stdout and stderr are on the host."""
-    kinds: bytes                     # of each "n"ull, "p"ipe or "t"erminal; "s": stderr is the same as stdout
+    kinds: bytes                     # of each "n"ull, "p"ipe or "t"erminal; "s": stderr is stdout
     modes: bytes                     # of the caller's terminal; empty: those of the guest's kernel
     window: bytes                    # struct winsize; empty: no terminal
     foreground: bool                 # the command has the terminal from its start
@@ -404,7 +445,7 @@ class Job(NamedTuple):
     stdio: Stdio
     umask: int
     ignored_signals: Tuple[int, ...]
-    limits: Tuple[Tuple[int, ...], ...]   # number, soft and hard, as of setrlimit(2); RLIM_INFINITY is -1
+    limits: Tuple[Tuple[int, ...], ...]           # of setrlimit(2): number, soft, hard; -1: infinity
     first_pid: int                   # the process numbers begin near it
     disk: Disk
     changes: Changes
@@ -445,6 +486,9 @@ def parse_job(payload: bytes) -> Job:
     def get_number(name: bytes) -> int:
         return int(get(name) or b"0")
 
+    def get_bool(name: bytes) -> bool:
+        return get(name) == b"1"
+
     def get_binary(name: bytes) -> bytes:
         return bytes.fromhex(get(name).decode())
 
@@ -455,47 +499,52 @@ def parse_job(payload: bytes) -> Job:
         job_directory=get(b"job"),
         job_alias=get(b"alias"),
         binds=tuple(parse_bind(number, value) for number, value in enumerate(get_all(b"bind"))),
-        confined=get(b"confined") == b"1",
+        confined=get_bool(b"confined"),
         caller=Caller(
             get(b"user"), int(get(b"uid")),
             tuple(Group(int(gid), name) for gid, name in parse_pairs(get_all(b"group"))),
-            get(b"home"), get(b"root") == b"1"),
-        stdio=Stdio(get(b"stdio"), get_binary(b"modes"), get_binary(b"window"), get(b"foreground") == b"1"),
+            get(b"home"), get_bool(b"root")),
+        stdio=Stdio(
+            get(b"stdio"), get_binary(b"modes"), get_binary(b"window"), get_bool(b"foreground")),
         umask=int(get(b"umask")),
         ignored_signals=tuple(map(int, get_all(b"ignore"))),
         limits=tuple(tuple(map(int, value.split())) for value in get_all(b"limit")),
         first_pid=int(get(b"pid")),
-        disk=Disk(get(b"persistent") == b"1", get_number(b"disk"), get_number(b"room"), get(b"scratch")),
-        changes=Changes(tuple(get_all(b"layer")), get(b"force") == b"1", get(b"save"), get(b"save-name")),
-        node=Node(get(b"name"), get(b"hosts"), get(b"resolver"), get_binary(b"zone"), get(b"zone-name")),
+        disk=Disk(
+            get_bool(b"persistent"), get_number(b"disk"), get_number(b"room"), get(b"scratch")),
+        changes=Changes(
+            tuple(get_all(b"layer")), get_bool(b"force"), get(b"save"), get(b"save-name")),
+        node=Node(
+            get(b"name"), get(b"hosts"), get(b"resolver"), get_binary(b"zone"), get(b"zone-name")),
         network=Network(
             tuple(parse_interface(name, value) for name, value in parse_pairs(get_all(b"interface"))),
             parse_address(get(b"gateway")), get(b"nameserver"), get(b"lan")))
 
 
-# --- Processes ----------------------------------------------------------------------------------------------
+# --- Processes ------------------------------------------------------------------------------------
 
 PR_SET_CHILD_SUBREAPER = 36          # include/uapi/linux/prctl.h
 SYS_CLONE3 = 435
 # include/uapi/linux/sched.h
 CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND, CLONE_PIDFD = 0x100, 0x200, 0x400, 0x800, 0x1000
 NOWHERE = 8                          # an address that no process has
-PID_MAX = 1 << 22                    # PID_MAX_LIMIT of include/linux/threads.h: what 64-bit hosts have
+PID_MAX = 1 << 22                    # PID_MAX_LIMIT of include/linux/threads.h, as on 64-bit hosts
 PIDS_SKIPPED = 256                   # at 30 us each
 
 
 def clone(flags: int = 0, pidfd: int = 0, number: int = 0) -> int:
-    """clone3(2): the child's pid, which is `number` if that is given; 0 in the child."""
+    """clone3(2): the child's pid, which is `number` if that is not 0; in the child 0."""
     numbers = ctypes.c_int(number)
     set_tid = (ctypes.addressof(numbers), 1) if number else (0, 0)
     child_tid = parent_tid = stack = stack_size = tls = cgroup = 0
     arguments = struct.pack(
-        "11Q", flags, pidfd, child_tid, parent_tid, signal.SIGCHLD, stack, stack_size, tls, *set_tid, cgroup)
+        "11Q", flags, pidfd, child_tid, parent_tid, signal.SIGCHLD,
+        stack, stack_size, tls, *set_tid, cgroup)
     return call_libc("syscall", SYS_CLONE3, arguments, ctypes.c_size_t(len(arguments)))
 
 
 def use_up_number() -> None:
-    """A clone(2) that fails late, where it stores the pidfd, has taken a process number."""
+    """Take a process number for no process: clone(2) has one when it fails to store the pidfd."""
     try:
         clone(CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_PIDFD, pidfd=NOWHERE)
     except OSError:
@@ -503,16 +552,14 @@ def use_up_number() -> None:
 
 
 def choose_number(first: int) -> int:
-    """Let the numbers of processes go on from `first`: `tmp.$$` of two runs is not to be one file.
+    """Let process numbers begin at `first`, so that `tmp.$$` names another file in another run.
 
-    Returns the number that the command is to be forked with; 0: the next one. A kernel without
-    ns_last_pid numbers one process as it is told, but goes on from where it was with the next.
+    Returns the number to fork the command with; 0: any. A kernel without ns_last_pid gives one
+    process the number that it is told, but then counts on from where it was.
     """
-    with open("/proc/sys/kernel/pid_max", "w") as file:
-        file.write("%d" % PID_MAX)
+    write_setting("sys/kernel/pid_max", "%d" % PID_MAX)
     try:
-        with open("/proc/sys/kernel/ns_last_pid", "w") as file:
-            file.write("%d" % first)
+        write_setting("sys/kernel/ns_last_pid", "%d" % first)
         return 0
     except FileNotFoundError:
         for _ in range(first % PIDS_SKIPPED):
@@ -521,26 +568,22 @@ def choose_number(first: int) -> int:
 
 
 def fork_as(number: int) -> int:
-    """fork(2) a process of that number; another one where the kernel does not take it, or for 0."""
+    """fork(2) a process with this number if the kernel can, else with any; 0: any."""
     if number:
         try:
             return clone(number=number)
-        except OSError:                           # the number is in use, or the kernel is older than 5.5
+        except OSError:              # the number is in use, or the kernel is older than 5.5
             pass
     return os.fork()
 
 
-def write_score(score: str) -> None:
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write(score)
-
-
 def prefer_command() -> None:
-    """Not to preempt a command at its every write: its pipe fills and is moved in large pieces."""
+    """Let the command run on when it writes: its pipe fills and is moved in large pieces."""
     os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
 
 
 def kill_everything() -> None:
+    """Kill every process of the guest but this one."""
     try:
         os.kill(-1, signal.SIGKILL)
     except ProcessLookupError:
@@ -548,7 +591,7 @@ def kill_everything() -> None:
 
 
 def reap_everything() -> None:
-    """Wait for the end of all processes: a share may write only then what they changed through mmap(2)."""
+    """Wait for the end of all processes: only then is written what they changed through mmap(2)."""
     try:
         while True:
             os.wait()
@@ -556,17 +599,18 @@ def reap_everything() -> None:
         pass
 
 
-# --- The network --------------------------------------------------------------------------------------------
+# --- The network ----------------------------------------------------------------------------------
 
 NETWORK_GRACE_S = 2.0                # for the last bytes of the command's connections
 AF_INET, SOCK_STREAM, SOCK_CLOEXEC = 2, 1, os.O_CLOEXEC
-SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C  # include/uapi/linux/sockios.h
-IFF_UP, IFF_RUNNING = 0x1, 0x40                                # include/uapi/linux/if.h
-RTF_UP, RTF_GATEWAY = 0x1, 0x2                                 # include/uapi/linux/route.h
+# include/uapi/linux/sockios.h
+SIOCADDRT, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C
+IFF_UP, IFF_RUNNING = 0x1, 0x40      # include/uapi/linux/if.h
+RTF_UP, RTF_GATEWAY = 0x1, 0x2       # include/uapi/linux/route.h
 
 
 def open_control() -> BinaryIO:
-    """A socket for ioctls of netdevice(7). The module socket takes 20 ms to import."""
+    """A socket for the ioctls of netdevice(7). The import of the module socket takes 20 ms."""
     return open(call_libc("socket", AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), "rb", 0)
 
 
@@ -580,7 +624,7 @@ def set_flags(control: BinaryIO, name: bytes, flags: int) -> None:
 
 
 def raise_loopback() -> None:
-    """Bring `lo` up; the kernel gives it 127.0.0.1 by itself. A kernel without INET goes without."""
+    """Bring `lo` up; the kernel itself gives it 127.0.0.1. A kernel without INET does without."""
     try:
         control = open_control()
     except OSError:
@@ -591,53 +635,63 @@ def raise_loopback() -> None:
 
 def raise_interface(control: BinaryIO, interface: Interface) -> None:
     name = interface.name
+    address = struct.pack("16s16s8x", name, pack_address(interface.address))
+    netmask = struct.pack("16s16s8x", name, pack_address(interface.netmask))
     try:
-        fcntl.ioctl(control, SIOCSIFADDR, struct.pack("16s16s8x", name, pack_address(interface.address)))
-        fcntl.ioctl(control, SIOCSIFNETMASK, struct.pack("16s16s8x", name, pack_address(interface.netmask)))
+        fcntl.ioctl(control, SIOCSIFADDR, address)
+        fcntl.ioctl(control, SIOCSIFNETMASK, netmask)
         set_flags(control, name, IFF_UP | IFF_RUNNING)
     except OSError as error:
-        raise Fatal("network interface {} cannot be brought up: {}".format(name.decode(), error.strerror),
-                    "run with -v to see what the guest's kernel says; --net none runs without")
+        raise Fatal(
+            "network interface {} cannot be brought up: {}".format(name.decode(), error.strerror),
+            "run with -v to see what the guest's kernel says; --net none runs without")
 
 
 def raise_network(network: Network) -> None:
-    """Give the interfaces their addresses and bring them up; then set the route to the gateway, if there is one."""
+    """Give the interfaces their addresses, bring them up, and set the route to a gateway."""
     if not network.interfaces:
         return
 
     with open_control() as control:
         for interface in network.interfaces:
             raise_interface(control, interface)
+
         if network.gateway:
             everywhere = pack_address(bytes(4))
             gateway = pack_address(network.gateway)
             # struct rtentry: destination, gateway, netmask, flags.
-            route = struct.pack("8x16s16s16sH62x", everywhere, gateway, everywhere, RTF_UP | RTF_GATEWAY)
+            route = struct.pack(
+                "8x16s16s16sH62x", everywhere, gateway, everywhere, RTF_UP | RTF_GATEWAY)
             fcntl.ioctl(control, SIOCADDRT, route)
 
 
 def lower_interface(name: bytes) -> None:
-    """Take down an interface whose helper is dead: the kernel would read that end over and over."""
+    """Take down an interface whose helper is dead: the kernel would read its end over and over."""
     with open_control() as control:
         try:
             set_flags(control, name, 0)
-        except OSError:                           # the command has removed it
+        except OSError:              # the command has removed the interface
             pass
 
 
+def has_unsent_bytes() -> bool:
+    """Whether a TCP connection has bytes that the other end has not acknowledged."""
+    for line in (read_file("/proc/net/tcp") + read_file("/proc/net/tcp6")).splitlines():
+        # The fifth field is tx_queue:rx_queue, in hexadecimal. In the headings it has no colon.
+        sent, colon, _ = line.split()[4].partition(b":")
+        if colon and int(sent, 16):
+            return True
+    return False
+
+
 def send_rest() -> None:
-    """Let what the command wrote to its TCP connections go out: on a host the kernel would do so after its end."""
+    """Wait until what the command wrote is sent: on a host the kernel sends it after the command's end."""
     deadline = time.monotonic() + NETWORK_GRACE_S
-    unsent = True
-    while unsent and time.monotonic() < deadline:
-        sockets = [line.split() for line in (read_file("/proc/net/tcp") + read_file("/proc/net/tcp6")).split(b"\n")]
-        # The fifth field is tx_queue:rx_queue, in hexadecimal; the headings have no colon there.
-        unsent = any(int(fields[4].partition(b":")[0], 16) for fields in sockets if b":" in b"".join(fields[4:5]))
-        if unsent:
-            time.sleep(0.01)
+    while has_unsent_bytes() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
-# --- The system ---------------------------------------------------------------------------------------------
+# --- The system -----------------------------------------------------------------------------------
 
 MOUNTS = (                           # source, target, type, flags, options
     ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
@@ -648,7 +702,12 @@ MOUNTS = (                           # source, target, type, flags, options
     ("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755"),
     ("tmpfs", "/run/lock", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=1777"),
 )
-DEV_LINKS = (("/proc/self/fd", "/dev/fd"), ("fd/0", "/dev/stdin"), ("fd/1", "/dev/stdout"), ("fd/2", "/dev/stderr"))
+DEV_LINKS = (
+    ("/proc/self/fd", "/dev/fd"),
+    ("fd/0", "/dev/stdin"),
+    ("fd/1", "/dev/stdout"),
+    ("fd/2", "/dev/stderr"),
+)
 
 
 def mount_system(mounts: Iterable[Tuple[str, str, str, int, str]]) -> None:
@@ -657,9 +716,18 @@ def mount_system(mounts: Iterable[Tuple[str, str, str, int, str]]) -> None:
         try:
             mount(source.encode(), target.encode(), kind.encode(), flags, options.encode())
         except OSError as error:
-            if error.errno != errno.EBUSY:        # the kernel has mounted /dev itself
-                raise Fatal("cannot mount {} on {}: {}".format(kind, target, error.strerror),
-                            "the kernel has no {}, or the appliance no such directory".format(kind))
+            if error.errno == errno.EBUSY:        # the kernel has mounted /dev itself
+                continue
+            raise Fatal(
+                "cannot mount {} on {}: {}".format(kind, target, error.strerror),
+                "the kernel has no {}, or the appliance no such directory".format(kind))
+
+
+def mount_cgroups() -> None:
+    try:
+        mount(b"cgroup2", b"/sys/fs/cgroup", b"cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    except OSError:                  # a kernel without control groups
+        pass
 
 
 def prepare_system() -> None:
@@ -667,103 +735,111 @@ def prepare_system() -> None:
     os.mkdir(PLACE, 0o700)
     os.mkdir(SPOOL)
     mount_share(b"spool", SPOOL.encode(), MS_NOEXEC)
-    try:
-        mount(b"cgroup2", b"/sys/fs/cgroup", b"cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    except OSError:                               # a kernel without control groups
-        pass
+    mount_cgroups()
     for link_target, link in DEV_LINKS:
         if not os.path.lexists(link):
             os.symlink(link_target, link)
-    # The last that the guest's out-of-memory killer takes; start_command() makes the command no exception.
-    write_score("-1000")
+
+    # The guest's out-of-memory killer takes this process last; run_command() resets it for the command.
+    write_setting("self/oom_score_adj", "-1000")
     prefer_command()
     raise_loopback()
-    with open("/proc/sys/kernel/ctrl-alt-del", "w") as file:   # send PID 1 a SIGINT; do not reboot at once
-        file.write("0")
+    # Ctrl-Alt-Del sends PID 1 a SIGINT, instead of a reboot at once.
+    write_setting("sys/kernel/ctrl-alt-del", "0")
 
 
-def set_hostname(name: str) -> None:
-    with open("/proc/sys/kernel/hostname", "w") as file:
-        file.write(name)
+# --- The disk -------------------------------------------------------------------------------------
 
-
-# --- The disk -----------------------------------------------------------------------------------------------
-
-SPARE_ROOM = 64 << 20                # bytes of scratch, for what the guest writes besides
+SPARE_ROOM = 64 << 20                # bytes of scratch for what else the guest writes
 EXT4_IOC_RESIZE_FS = 0x40086610      # fs/ext4/ext4.h: _IOW('f', 16, __u64), the number of blocks
 
 
 def grow_root(size: int) -> None:
-    """Let the root file system have `size` bytes of its device, as resize2fs does with a mounted one."""
+    """Let the root file system, which is mounted, have `size` bytes of its device."""
     root = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
+    blocks = size // os.statvfs("/").f_frsize
     try:
-        fcntl.ioctl(root, EXT4_IOC_RESIZE_FS, struct.pack("Q", size // os.statvfs("/").f_frsize))
+        fcntl.ioctl(root, EXT4_IOC_RESIZE_FS, struct.pack("Q", blocks))
     except OSError as error:
-        raise Fatal("root file system cannot grow to {} MiB: {}".format(size >> 20, error.strerror),
-                    "run without --disk, or make a larger image: make image IMAGE_SIZE=")
+        raise Fatal(
+            "root file system cannot grow to {} MiB: {}".format(size >> 20, error.strerror),
+            "run without --disk, or make a larger image: make image IMAGE_SIZE=")
     finally:
         os.close(root)
 
 
 class RootDisk:
-    """Tells whether the disk took what was written to the root file system: it is a file of a host that may be full."""
+    """Tells whether the disk took what was written to the root file system.
+
+    The disk is a file of the host, whose file system may be full.
+    """
 
     def __init__(self) -> None:
-        self._root = os.open("/", os.O_RDONLY | os.O_CLOEXEC)  # syncfs(2) tells of errors since this
+        # syncfs(2) tells of the errors since this.
+        self._root = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
         self._errors = self._count_errors()
 
     def _count_errors(self) -> bytes:
-        """Of all times, as ext4 counts them in its superblock; nothing of another file system."""
+        """The number in ext4's superblock, of all times; nothing for another file system."""
         device = os.stat("/").st_dev
         link = os.readlink("/sys/dev/block/{}:{}".format(os.major(device), os.minor(device)))
         return read_file("/sys/fs/ext4/{}/errors_count".format(os.path.basename(link)))
 
     def check(self, is_kept: bool) -> None:
-        """Fatal if something was lost, or may be lost when what waits in memory is written.
+        """Raise Fatal if a write is lost, or may still get lost as it waits in memory.
 
-        Writing it takes its time; a disk of this run only, which has room for all of the memory, need not.
+        To write what waits takes time. It may stay in memory if the disk is of this run only and the
+        host has room for all that the memory can hold.
         """
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         scratch = os.statvfs(SPOOL)
-        try:
-            if is_kept or scratch.f_bavail * scratch.f_frsize < memory + SPARE_ROOM:
+        has_room = scratch.f_bavail * scratch.f_frsize >= memory + SPARE_ROOM
+        if is_kept or not has_room:
+            try:
                 call_libc("syncfs", self._root)
-        except OSError as error:
-            raise self._fail(str(error.strerror))
+            except OSError as error:
+                raise self._explain(error.strerror)
         if self._count_errors() != self._errors:
-            raise self._fail("ext4 has found errors")
+            raise self._explain("ext4 has found errors")
 
-    def _fail(self, reason: str) -> Fatal:
-        return DiskFailure("root file system cannot be written: " + reason,
-                           "run with -v to see the guest's console")
+    def _explain(self, reason: Optional[str]) -> Fatal:
+        return DiskFailure(
+            "root file system cannot be written: {}".format(reason),
+            "run with -v to see the guest's console")
 
 
-# --- What the node says -------------------------------------------------------------------------------------
+# --- What the node says ---------------------------------------------------------------------------
 
-HOSTS, RESOLV_CONF, LOCALTIME, TIMEZONE = "/etc/hosts", "/etc/resolv.conf", "/etc/localtime", "/etc/timezone"
-ZONES, NODE_ZONES = "/usr/share/zoneinfo", "/run/zoneinfo"     # the appliance's, and for one of the node's
+HOSTS = "/etc/hosts"
+RESOLV_CONF = "/etc/resolv.conf"
+LOCALTIME = "/etc/localtime"
+TIMEZONE = "/etc/timezone"
+ZONES = "/usr/share/zoneinfo"        # the appliance's time zones
+NODE_ZONES = "/run/zoneinfo"         # for one of the node's
 NODE_FILES = PLACE + "/node"
 
 
 def choose_nameserver(text: bytes, nameserver: bytes) -> bytes:
-    """A resolv.conf that names this server, if there is one: images of other origin name a server of theirs."""
+    """A resolv.conf that names this server, if one is given: an image may name one of its origin."""
     servers = [line.split()[1:2] for line in text.splitlines() if line.startswith(b"nameserver")]
-    return text if not nameserver or servers[:1] == [[nameserver]] else b"nameserver " + nameserver + b"\n"
+    if not nameserver or servers[:1] == [[nameserver]]:
+        return text
+    return b"nameserver " + nameserver + b"\n"
 
 
 class Lent(NamedTuple):
-    """A file that is mounted over one of the appliance for the run."""
-    path: str                        # of the latter
-    is_new: bool                     # the appliance has none; it was made as a mount point
+    """A file that is mounted over one of the appliance's for the run."""
+    path: str                        # the path of the appliance's file
+    is_new: bool                     # the appliance has none; an empty one was made to mount on
     text: bytes
-    lines: FrozenSet[bytes]          # those of it that are the node's
+    lines: FrozenSet[bytes]          # the lines of the text that are the node's
 
 
 class NodeFiles:
     """Files in which the guest says what the node says: names of hosts, search list, time zone.
 
-    They are mounted over the appliance's own, which stay as they are: in an image that --write boots
-    and in changes files nothing of the node is left, not even by a run that is killed.
+    They are mounted over the appliance's own files, which do not change. So nothing of the node is
+    left in an image that --write boots or in a changes file, not even if the run is killed.
     """
 
     def __init__(self, node: Node, nameserver: bytes) -> None:
@@ -772,13 +848,14 @@ class NodeFiles:
 
         names = b"127.0.1.1 %s\n" % node.host_names if node.host_names else b""
         self._lend_lines(HOSTS, read_file(HOSTS), names + node.hosts)
-        self._lend_lines(RESOLV_CONF, choose_nameserver(read_file(RESOLV_CONF), nameserver), node.resolver)
+        own = choose_nameserver(read_file(RESOLV_CONF), nameserver)
+        self._lend_lines(RESOLV_CONF, own, node.resolver)
         if node.zone and node.zone != read_file(LOCALTIME):
             self._lend_zone(node.zone, node.zone_name)
 
     def _lend_lines(self, path: str, own: bytes, lines: bytes) -> None:
-        """The appliance's lines and then the node's, where it has others."""
-        path = os.path.realpath(path)             # a service writes it in /run, perhaps
+        """Lend the lines `own` and then those of `lines` that are not among them."""
+        path = os.path.realpath(path)             # it may lead to a file of a service in /run
         own = own.rstrip(b"\n") + b"\n" if own else b""
         known = set(own.splitlines(True))
         added = [line for line in lines.splitlines(True) if line not in known]
@@ -791,7 +868,7 @@ class NodeFiles:
             self._lend(source, path, text, added)
 
     def _lend_zone(self, zone: bytes, name: bytes) -> None:
-        """A link, as programs ask it for the name of the zone."""
+        """Lend a link to the zone, as programs read the zone's name from the link."""
         name_in_path = os.fsdecode(name) or "localtime"
         target = os.path.join(ZONES, name_in_path)
         if read_file(target) != zone:             # another edition of the time zones, or none
@@ -812,7 +889,7 @@ class NodeFiles:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             open(path, "wb").close()
 
-        # By descriptors: mount(2) follows the links that a path names.
+        # By descriptors, as mount(2) follows the links that a path names.
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
         ours = os.open(source, flags)
         theirs = os.open(path, flags)
@@ -827,8 +904,9 @@ class NodeFiles:
             text = read_file(lent.path)
             try:
                 unmount(lent.path.encode())
-            except OSError:                       # the command has done so
+            except OSError:          # the command has unmounted it
                 continue
+
             if lent.text and text != lent.text:
                 kept = [line for line in text.splitlines(True) if line not in lent.lines]
                 write_file(lent.path, b"".join(kept))
@@ -836,14 +914,17 @@ class NodeFiles:
                 os.unlink(lent.path)
 
 
-# --- The account --------------------------------------------------------------------------------------------
+# --- The account ----------------------------------------------------------------------------------
 
-MOVED_HOMES = "/var/lib/apppot/home"  # for a home directory that the job directory would cover
-# Directories that may be covered by the job directory although they are not empty.
+PASSWD = "/etc/passwd"
+GROUP = "/etc/group"
+MOVED_HOMES = b"/var/lib/apppot/home"             # for a home that the job directory would cover
+# Directories that the job directory may cover although they are not empty.
 PLACES_FOR_JOBS = (b"/tmp", b"/var/tmp", b"/home", b"/mnt", b"/media", b"/srv")
 
 
 class Account(NamedTuple):
+    """What the command runs as."""
     name: bytes
     uid: int
     gid: int
@@ -853,6 +934,7 @@ class Account(NamedTuple):
 
 
 def find_account(table: bytes, name: bytes) -> Optional[List[bytes]]:
+    """The fields of the line of a passwd file that has this name."""
     for entry in table.split(b"\n"):
         fields = entry.split(b":")
         if fields[0] == name and len(fields) >= 7:
@@ -861,44 +943,52 @@ def find_account(table: bytes, name: bytes) -> Optional[List[bytes]]:
 
 
 def is_account(entry: bytes, name: bytes, number: int) -> bool:
-    """Whether a line of a passwd file is found by this name or by this number."""
+    """Whether a lookup of this name, or of this number, finds this line of a passwd file."""
     fields = entry.split(b":")
     return fields[0] == name or fields[2:3] == [b"%d" % number]
 
 
 def put_account(table: bytes, name: bytes, number: int, line: bytes) -> bytes:
-    """A passwd file in which both the name and the number look up `line`; all others stay, behind it."""
+    """A passwd file in which both the name and the number find `line`. All other lines stay."""
     lines = [entry for entry in table.split(b"\n") if entry]
     same = [index for index, entry in enumerate(lines) if is_account(entry, name, number)]
     lines.insert(same[0] if same else len(lines), line)
     return b"\n".join(lines) + b"\n"
 
 
-def one_field(name: bytes) -> bytes:
+def clean_name(name: bytes) -> bytes:
     """A name as the files passwd and group can hold it."""
     return name.replace(b":", b"_").replace(b"\n", b"_")
 
 
 def choose_name(caller: Caller, passwd: bytes) -> bytes:
-    """The caller's name, unless the guest's root has it or no home directory can be called so."""
+    """The caller's name, unless it is root's in the guest or no home directory can be called so."""
     entry = find_account(passwd, caller.name)
     is_taken = bool(entry and entry[2] == b"0")
     if is_taken or caller.name in (b"", b".", b".."):
         return b"u%d" % caller.uid
-    return one_field(caller.name)
+    return clean_name(caller.name)
+
+
+def choose_shell(entry: Optional[List[bytes]]) -> bytes:
+    shell = entry[6] if entry else b""
+    if os.access(shell, os.X_OK) and os.path.basename(shell) not in (b"nologin", b"false"):
+        return shell
+    return b"/bin/bash" if os.access(b"/bin/bash", os.X_OK) else b"/bin/sh"
 
 
 def is_own_home(home: bytes, uid: int) -> bool:
-    """Whether a user may have this directory: not the /usr/sbin of the account `daemon`."""
+    """Whether a user may have this home: the account `daemon` has /usr/sbin, for example."""
     if is_below(home, b"/home"):
         return home != b"/home"
     return os.path.isdir(home) and os.stat(home).st_uid == uid
 
 
 def choose_home(job: Job, passwd: bytes) -> bytes:
-    """The account's home in the image if that is its own, else /home/NAME; the caller's if that is shown.
+    """The caller's home if the guest sees it, else that of the account here, else /home/NAME.
 
-    It is moved if the job directory would cover it, or if ~/job is a directory on the way to that.
+    A home here moves if the job directory would cover it, or if the way to the job directory would
+    go through ~/job, which is a link.
     """
     if job.caller.home:
         return job.caller.home
@@ -914,17 +1004,12 @@ def choose_home(job: Job, passwd: bytes) -> bytes:
             home = b"/home/" + name.replace(b"/", b"_")
 
     directory = job.job_directory
-    covered = directory == home or (directory in PLACES_FOR_JOBS and is_below(home, directory))
-    below_link = os.path.join(home, b"job/")
-    no_link = any(path.startswith(below_link) for path in (directory, job.job_alias))
-    return os.path.join(MOVED_HOMES.encode(), os.path.basename(home)) if covered or no_link else home
-
-
-def choose_shell(entry: Optional[List[bytes]]) -> bytes:
-    shell = entry[6] if entry else b""
-    if os.access(shell, os.X_OK) and os.path.basename(shell) not in (b"nologin", b"false"):
-        return shell
-    return b"/bin/bash" if os.access(b"/bin/bash", os.X_OK) else b"/bin/sh"
+    is_covered = directory == home or (directory in PLACES_FOR_JOBS and is_below(home, directory))
+    link = os.path.join(home, b"job/")
+    is_on_the_way = directory.startswith(link) or job.job_alias.startswith(link)
+    if is_covered or is_on_the_way:
+        return os.path.join(MOVED_HOMES, os.path.basename(home))
+    return home
 
 
 def make_home(home: bytes, uid: int, gid: int) -> None:
@@ -934,35 +1019,37 @@ def make_home(home: bytes, uid: int, gid: int) -> None:
         os.mkdir(home, 0o755)
         if os.path.isdir(b"/etc/skel"):
             copy_tree(b"/etc/skel", home)
-    is_ours = is_new or is_below(home, b"/home") or is_below(home, MOVED_HOMES.encode())
+
+    is_ours = is_new or is_below(home, b"/home") or is_below(home, MOVED_HOMES)
     if is_ours and os.stat(home).st_uid != uid:
-        own_tree(home, uid, gid)
+        chown_tree(home, uid, gid)
 
 
 def add_groups(wanted: Iterable[Group]) -> None:
-    """Give names to the groups that the appliance does not know."""
-    table = read_file("/etc/group")
+    """Give a name to each group that the appliance does not know."""
+    table = read_file(GROUP)
     lines = [entry.split(b":") for entry in table.split(b"\n")]
     names = {fields[0] for fields in lines} | {b""}
     known = {fields[2] for fields in lines if len(fields) > 3}
+
     added = b""
     for group in wanted:
         if b"%d" % group.gid not in known:
-            name = one_field(group.name)
+            name = clean_name(group.name)
             name = b"g%d" % group.gid if name in names else name
             added += name + b":x:%d:\n" % group.gid
             names.add(name)
     if added:
-        write_file("/etc/group", table.rstrip(b"\n") + b"\n" + added)
+        write_file(GROUP, table.rstrip(b"\n") + b"\n" + added)
 
 
 def make_account(job: Job) -> Account:
     """Let the guest know the caller; return the account that the command runs under.
 
-    With --root the accounts of the appliance stay as they are: the command may be there to change them.
+    With --root the accounts of the appliance stay as they are: perhaps the command is to change them.
     """
     caller = job.caller
-    passwd = read_file("/etc/passwd")
+    passwd = read_file(PASSWD)
     name = choose_name(caller, passwd)
     home = choose_home(job, passwd)
     shell = choose_shell(find_account(passwd, b"root" if caller.is_root else name))
@@ -970,10 +1057,10 @@ def make_account(job: Job) -> Account:
 
     is_known = any(is_account(entry, name, caller.uid) for entry in passwd.split(b"\n"))
     if caller.uid != 0 and not (caller.as_root and is_known):
-        # "*" and not "x": PAM then asks no shadow file, so that sudo accepts the account.
+        # "*" instead of "x": so PAM does not look into the shadow file, and sudo takes the account.
         caller_home = b"/nonexistent" if caller.as_root else home
         line = b":".join((name, b"*", b"%d" % caller.uid, b"%d" % gid, b"", caller_home, shell))
-        write_file("/etc/passwd", put_account(passwd, name, caller.uid, line))
+        write_file(PASSWD, put_account(passwd, name, caller.uid, line))
     if caller.uid != 0:
         add_groups(caller.groups)
 
@@ -984,17 +1071,19 @@ def make_account(job: Job) -> Account:
     return Account(name, caller.uid, gid, tuple(group.gid for group in caller.groups), home, shell)
 
 
-# --- The places of the host ---------------------------------------------------------------------------------
+# --- The shares -----------------------------------------------------------------------------------
 
-PARENT = SPOOL.encode()              # a share is mounted here, over the spool, until it is bound to its place
+# A share is mounted here, over the spool, until what is wanted of it is bound to its place.
+PARENT = SPOOL.encode()
 
 
 def make_mount_point(path: bytes, account: Account, is_directory: bool = True) -> None:
-    """Make what is missing of a path, for the account, which may then make neighbours as it could on the host."""
+    """Make what is missing of a path, for the account, which can make neighbours as on the host."""
     missing: List[bytes] = []
     while not os.path.lexists(path):
         missing.insert(0, path)
         path = os.path.dirname(path)
+
     for directory in missing if is_directory else missing[:-1]:
         os.mkdir(directory, 0o755)
     if missing and not is_directory:
@@ -1004,44 +1093,51 @@ def make_mount_point(path: bytes, account: Account, is_directory: bool = True) -
 
 
 def covers_system(path: bytes) -> bool:
-    """Whether a mount on `path` would hide something of the appliance, or cannot be made."""
+    """Whether a mount on `path` would hide something of the appliance, or is impossible."""
     if path in PLACES_FOR_JOBS or is_below(path, b"/home"):
         return os.path.lexists(path) and not os.path.isdir(path)
+    if os.path.lexists(path):
+        return not os.path.isdir(path) or bool(os.listdir(path))
+
     while not os.path.lexists(path):
         path = os.path.dirname(path)
-        if os.path.lexists(path):                 # the first ancestor there is: can a directory be made in it?
-            return not os.path.isdir(path) or is_below(path, b"/proc") or is_below(path, b"/sys")
-    return not os.path.isdir(path) or bool(os.listdir(path))
+    # In the first ancestor that exists a directory must be made.
+    return not os.path.isdir(path) or is_below(path, b"/proc") or is_below(path, b"/sys")
 
 
 class MountedShares:
     """The directories and files of the host that the guest sees at their places."""
 
     def __init__(self, job: Job, account: Account, channel: Channel) -> None:
-        self._account, self._channel = account, channel
+        self._account = account
+        self._channel = channel
         self._mounted: Dict[bytes, bytes] = {}    # place to tag
         self._has_unread = False                  # something is mounted that cannot be opened
-        self._roots: Dict[int, bytes] = {}        # descriptors of what is mounted, of each where that is
-        # Those that the job directory is below of come first, else they would hide it.
-        early = [bind for bind in job.binds if is_below(job.job_directory, bind.target)]
-        late = [bind for bind in job.binds if bind not in early]
-        for bind in sorted(early, key=lambda bind: bind.target.count(b"/")):
+        self._roots: Dict[int, bytes] = {}        # descriptor of each share to its place
+
+        # Those that hold the job directory come before it: later they would hide it.
+        binds = sorted(job.binds, key=lambda bind: bind.target.count(b"/"))
+        early = [bind for bind in binds if is_below(job.job_directory, bind.target)]
+        for bind in early:
             self._mount(bind)
         self.job_directory = self._mount_job_directory(job) if job.job_directory else account.home
-        for bind in sorted(late, key=lambda bind: bind.target.count(b"/")):
-            self._mount(bind)
+        for bind in binds:
+            if bind not in early:
+                self._mount(bind)
 
     def is_on_host(self, path: bytes) -> bool:
         return any(is_below(path, place) for place in self._mounted)
 
     def _make_place(self, path: bytes, is_directory: bool = True) -> None:
-        """Make what is missing of a path. What is the host's the host makes, which removes it at the end."""
+        """Make what is missing of a path. In a share the host makes it and removes it at the end."""
         holders = [place for place in self._mounted if is_below(path, place)]
         if os.path.lexists(path) or not holders:
             make_mount_point(path, self._account, is_directory)
             return
+
         holder = max(holders, key=len)
-        self._channel.send(MOUNT_POINT, (b"d" if is_directory else b"f") + self._mounted[holder] + path[len(holder):])
+        kind = b"d" if is_directory else b"f"
+        self._channel.send(MOUNT_POINT, kind + self._mounted[holder] + path[len(holder):])
         number, = struct.unpack("<I", receive_only(self._channel, MADE))
         if number:
             raise OSError(number, os.strerror(number))
@@ -1051,49 +1147,55 @@ class MountedShares:
         source = os.path.join(PARENT, share.only_file)
         try:
             self._make_place(target, not share.only_file)
-            # Only directories are shared. A descriptor of a mount of its own is in nobody's way, and nothing
-            # hides it: syncfs(2) tells by it of all errors since.
+            # Only a directory can be shared. The descriptor is of a mount of its own, which nothing
+            # hides and which is in nobody's way. syncfs(2) on it tells of all errors since now.
             mount_share(share.tag, PARENT, MS_RDONLY if share.read_only else 0)
             self._open(source, target)
             mount(source, target, b"", MS_BIND)
-        except OSError as error:                  # mount_share() tells of its own failure
-            raise Fatal("cannot bind to {!r}: {}".format(os.fsdecode(share.target), error.strerror),
-                        "DST must be free or of the same kind as SRC, and what it is in, writable")
+        except OSError as error:
+            raise Fatal(
+                "cannot bind to {!r}: {}".format(os.fsdecode(share.target), error.strerror),
+                "DST must be free or of the same kind as SRC, and what it is in, writable")
         unmount(PARENT)
         self._mounted[target] = share.tag
 
     def _open(self, path: bytes, place: bytes) -> None:
         try:
-            self._roots[os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)] = place
-        except OSError:                           # not for reading: find_losses() does without
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._roots[descriptor] = place
+        except OSError:              # nobody may read it: find_losses() does without
             self._has_unread = True
 
     def _mount_job_directory(self, job: Job) -> bytes:
-        """Mount it at its path on the host, link ~/job to it; return its path in the guest."""
-        link = os.path.join(self._account.home, b"job")
+        """Mount it at its path on the host and let ~/job lead to it; return its path here."""
+        directory = job.job_directory
+        home = self._account.home
+        link = os.path.join(home, b"job")
         home_is_ours = not self.is_on_host(link)
         if home_is_ours and os.path.islink(link):
             os.unlink(link)
-        made_way = is_below(self._account.home, MOVED_HOMES.encode())
-        if covers_system(job.job_directory) and not made_way and not self.is_on_host(job.job_directory):
+
+        made_way = is_below(home, MOVED_HOMES)
+        if covers_system(directory) and not made_way and not self.is_on_host(directory):
             self._mount(Share(b"job", b"", link, False))
             return link
-        self._mount(Share(b"job", b"", job.job_directory, False))
+        self._mount(Share(b"job", b"", directory, False))
         if home_is_ours and not os.path.lexists(link):
-            os.symlink(job.job_directory, link)
-        if job.job_alias != job.job_directory and not os.path.lexists(job.job_alias):
-            alias = os.path.realpath(job.job_alias)
-            self._make_place(alias)
-            mount(job.job_directory, alias, b"", MS_BIND)
-            self._mounted[alias] = b"job"
-            return job.job_alias
-        return job.job_directory
+            os.symlink(directory, link)
+
+        if job.job_alias == directory or os.path.lexists(job.job_alias):
+            return directory
+        alias = os.path.realpath(job.job_alias)
+        self._make_place(alias)
+        mount(directory, alias, b"", MS_BIND)
+        self._mounted[alias] = b"job"
+        return job.job_alias
 
     def find_losses(self) -> Dict[bytes, int]:
-        """Write what programs changed through mmap(2), and return the errno of each place where that failed."""
+        """Write what programs changed through mmap(2); return the errno by place where that fails."""
         losses = {}
         if self._has_unread:
-            call_libc("sync")                          # it tells of no error
+            call_libc("sync")        # it tells of no error
         for descriptor, place in self._roots.items():
             try:
                 call_libc("syncfs", descriptor)
@@ -1102,8 +1204,8 @@ class MountedShares:
         return losses
 
 
-# --- The changes files --------------------------------------------------------------------------------------
-# The module changes, in the image beside this one, is imported only by who needs it: that takes 0.1 s.
+# --- The changes files ----------------------------------------------------------------------------
+# The import of `changes`, which lies beside this module, takes 0.1 s. Only who needs it imports it.
 
 def make_report(disk: Disk, channel: Channel) -> "changes.Report":
     import changes
@@ -1113,45 +1215,59 @@ def make_report(disk: Disk, channel: Channel) -> "changes.Report":
             channel.send(WARNING, text.encode("utf-8", "backslashreplace"))
 
         def progress(self, what: str, count: int, size: int) -> None:
-            pass                                  # the console is a terminal that nobody looks at
+            pass                     # nobody looks at the console
 
         def allow(self, layers: Sequence["changes.Layer"]) -> None:
-            # Of several layers one may take the place of another: nobody knows what they need together.
+            # One layer may take the place of another: nobody knows how much several need together.
             largest = max(layers, key=lambda layer: layer.size)
-            if largest.size > disk.room:
-                raise changes.Fatal("no room to merge, {} has {} for the guest's disk and {} are needed: {}".format(
-                    show_path(disk.scratch), changes.format_size(disk.room), changes.format_size(largest.size),
-                    show_path(largest.path)), "nothing was applied; free some, or name another directory with --tmpdir")
+            if largest.size <= disk.room:
+                return
+            raise changes.Fatal(
+                "no room to merge, {} has {} for the guest's disk and {} are needed: {}".format(
+                    show_path(disk.scratch), changes.format_size(disk.room),
+                    changes.format_size(largest.size), show_path(largest.path)),
+                "nothing was applied; free some, or name another directory with --tmpdir")
 
     return ChannelReport()
 
 
+def blame_host_paths(fatal: "changes.Fatal", paths: Iterable[Tuple[bytes, bytes]]) -> Fatal:
+    """The failure with the host's paths of changes files in place of the guest's."""
+    message = fatal.message
+    hint = fatal.hint
+    for ours, theirs in paths:
+        message = message.replace(show_path(ours), show_path(theirs))
+        hint = hint.replace(show_path(ours), show_path(theirs))
+    return Fatal(message, hint)
+
+
+def mount_for_changes(tag: bytes, flags: int) -> bytes:
+    place = os.path.join(PLACE.encode(), tag)
+    os.mkdir(place, 0o700)
+    mount_share(tag, place, flags)
+    return place
+
+
 def merge_layers(job: Job, channel: Channel) -> None:
-    """Before anything of the host is mounted but the layers themselves, and those for a moment."""
+    """Apply the layers. Nothing else of the host is mounted yet, and the layers only until then."""
     import changes
 
     changes.spare_memory()
-    tags = [b"layer%d" % number for number in range(len(job.changes.layers))]
-    places = [os.path.join(PLACE.encode(), tag) for tag in tags]
-    paths = [os.path.join(place, os.path.basename(layer)) for place, layer in zip(places, job.changes.layers)]
-    for tag, place in zip(tags, places):
-        os.mkdir(place, 0o700)
-        mount_share(tag, place, MS_RDONLY)
+    layers = job.changes.layers
+    places = [mount_for_changes(b"layer%d" % number, MS_RDONLY) for number in range(len(layers))]
+    paths = [os.path.join(place, os.path.basename(layer)) for place, layer in zip(places, layers)]
     try:
-        changes.run_apply(paths, b"/", False, job.changes.force, make_report(job.disk, channel))
+        report = make_report(job.disk, channel)
+        changes.run_apply(paths, b"/", False, job.changes.force, report)
     except changes.Fatal as fatal:
-        message, hint = fatal.message, fatal.hint
-        for path, layer in zip(paths, job.changes.layers):
-            message = message.replace(show_path(path), show_path(layer))
-            hint = hint.replace(show_path(path), show_path(layer))
-        raise Fatal(message, hint)
+        raise blame_host_paths(fatal, zip(paths, layers))
     finally:
         for place in places:
             unmount(place)
 
 
 class OwnFiles:
-    """What the agent itself changes in the appliance, which is not for a changes file unless the command does, too."""
+    """What the agent itself changes in the appliance. It is not saved unless the command changes it."""
 
     def __init__(self, job: Job) -> None:
         import changes
@@ -1159,10 +1275,11 @@ class OwnFiles:
         self._sign = changes.sign
         self._base = changes.read_manifest(b"/")
         self._unchanged: List[bytes] = []         # until now; paths without the leading slash
-        home = choose_home(job, read_file("/etc/passwd"))
-        mount_points = [os.path.dirname(os.path.realpath(path)).encode() for path in (HOSTS, RESOLV_CONF)]
-        self._expect([b"/etc/passwd", b"/etc/group", *mount_points, home, job.job_directory, job.job_alias,
-                      *(bind.target for bind in job.binds)])
+
+        self._expect([PASSWD.encode(), GROUP.encode()])
+        self._expect(os.path.dirname(os.path.realpath(path)).encode() for path in (HOSTS, RESOLV_CONF))
+        self._expect([choose_home(job, read_file(PASSWD)), job.job_directory, job.job_alias])
+        self._expect(bind.target for bind in job.binds)
 
     def _signature(self, path: bytes) -> Optional[bytes]:
         try:
@@ -1171,7 +1288,7 @@ class OwnFiles:
             return None
 
     def _expect(self, paths: Iterable[bytes]) -> None:
-        """The agent may change these, what is above them, and below if they are new."""
+        """The agent may change these paths, what is above them, and what is below new ones."""
         for path in paths:
             parts = path.strip(b"/").split(b"/")
             for above in (b"/".join(parts[:count]) for count in range(len(parts) + 1)):
@@ -1179,14 +1296,17 @@ class OwnFiles:
                     self._unchanged.append(above)
 
     def list_changed(self) -> Dict[bytes, bytes]:
-        """Signatures of what the agent has changed, to be asked for before the command starts."""
+        """Signatures of what the agent has changed; to be called before the command starts."""
         known = {}
         for path in self._unchanged:
             signature = self._signature(path)
-            if signature and signature != self._base.get(path):
-                known[path] = signature
-                if path not in self._base and os.path.isdir(b"/" + path) and not os.path.islink(b"/" + path):
-                    self._unchanged += [os.path.join(path, name) for name in os.listdir(b"/" + path)]
+            if not signature or signature == self._base.get(path):
+                continue
+
+            known[path] = signature
+            full = b"/" + path
+            if path not in self._base and os.path.isdir(full) and not os.path.islink(full):
+                self._unchanged += [os.path.join(path, name) for name in os.listdir(full)]
         return known
 
 
@@ -1195,118 +1315,145 @@ def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
 
     channel.send(SAVING)
     changes.spare_memory()
-    place = PLACE.encode() + b"/save"
-    os.mkdir(place, 0o700)
-    mount_share(b"save", place)
+    place = mount_for_changes(b"save", 0)
     path = os.path.join(place, job.changes.saved_name)
     try:
         changes.save_changes(b"/", path, [], make_report(job.disk, channel), known)
     except changes.Fatal as fatal:
-        raise Fatal(fatal.message.replace(show_path(path), show_path(job.changes.saved)), fatal.hint)
+        raise blame_host_paths(fatal, [(path, job.changes.saved)])
     finally:
         unmount(place)
 
 
-# --- The command --------------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------
 
 SHELLS = (b"ash", b"bash", b"csh", b"dash", b"fish", b"ksh", b"mksh", b"sh", b"tcsh", b"zsh")
-SHELL_OPTIONS = (b"--rcfile", b"--init-file", b"-o", b"+o", b"-O", b"+O")      # those with a value
+# The options of shells that take a value.
+SHELL_OPTIONS = (b"--rcfile", b"--init-file", b"-o", b"+o", b"-O", b"+O")
 PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def choose_command(job: Job, account: Account, directory: bytes) -> Tuple[List[bytes], bytes]:
-    """argv, and what to execute: the command line, ./apppot-run, ~/apppot-autorun, or a login shell."""
+    """argv, and the program: the command line, ./apppot-run, ~/apppot-autorun, or a login shell."""
     if job.argv:
         return list(job.argv), job.argv[0]
-    for path in (os.path.join(directory, b"apppot-run"), os.path.join(account.home, b"apppot-autorun")):
-        if os.path.isfile(path):
-            if os.access(path, os.X_OK):
-                return [path], path
-            # Stage-in of grid jobs loses the execute bit: start what its first line names.
-            with open(path, "rb") as file:
-                first = file.readline(4096)
-            interpreter = first[2:].split(None, 1) if first.startswith(b"#!") else [b"/bin/sh"]
-            return [word.strip() for word in interpreter] + [path], interpreter[0].strip()
+
+    run = os.path.join(directory, b"apppot-run")
+    autorun = os.path.join(account.home, b"apppot-autorun")
+    for path in (run, autorun):
+        if not os.path.isfile(path):
+            continue
+        if os.access(path, os.X_OK):
+            return [path], path
+        # Stage-in of grid jobs loses the execute bit: start what the first line names.
+        with open(path, "rb") as file:
+            first = file.readline(4096)
+        interpreter = first[2:].split(None, 1) if first.startswith(b"#!") else [b"/bin/sh"]
+        return [word.strip() for word in interpreter] + [path], interpreter[0].strip()
+
     return [b"-" + os.path.basename(account.shell)], account.shell
 
 
 def is_interactive_shell(argv: Sequence[bytes]) -> bool:
-    """Whether a command line is that of a shell with neither a script nor a command to run."""
+    """Whether a command line starts a shell with neither a script nor a command to run."""
     words = list(argv[1:])
     while words:
         word = words.pop(0)
-        is_short = word[:1] in (b"-", b"+") and word[:2] != b"--"
         if word in SHELL_OPTIONS:
             words = words[1:]
-        elif (word[:1] not in (b"-", b"+") or is_short and b"c" in word
-              or word in (b"--command", b"--help", b"--version")):
+            continue
+
+        is_option = word[:1] in (b"-", b"+")
+        is_long = word[:2] == b"--"
+        ends_at_once = word in (b"--command", b"--help", b"--version")
+        if not is_option or ends_at_once or not is_long and b"c" in word:
             return False
     return os.path.basename(argv[0]).lstrip(b"-") in SHELLS
 
 
 def describe_start(job: Job, account: Account, shares: MountedShares) -> int:
     """The bits of STARTED."""
-    argv = choose_command(job, account, shares.job_directory)[0]
-    has_terminal = job.stdio.kinds[:1] == b"t" == job.stdio.kinds[2:]
-    return ((IS_SHELL if has_terminal and is_interactive_shell(argv) else 0)
-            | (HOME_STAYS if shares.is_on_host(account.home) else 0))
+    argv, _ = choose_command(job, account, shares.job_directory)
+    kinds = job.stdio.kinds
+    has_terminal = kinds[:1] == b"t" and kinds[2:] == b"t"
+    is_shell = has_terminal and is_interactive_shell(argv)
+    home_stays = shares.is_on_host(account.home)
+    return (IS_SHELL if is_shell else 0) | (HOME_STAYS if home_stays else 0)
 
 
 def build_environment(job: Job, account: Account, directory: bytes) -> Dict[bytes, bytes]:
     environment = {
-        b"PATH": PATH, b"HOME": account.home, b"USER": account.name, b"LOGNAME": account.name,
-        b"SHELL": account.shell, b"PWD": directory}
+        b"PATH": PATH,
+        b"HOME": account.home,
+        b"USER": account.name,
+        b"LOGNAME": account.name,
+        b"SHELL": account.shell,
+        b"PWD": directory,
+    }
     environment.update(job.environment)
     return environment
 
 
-def find_program(program: bytes, path: bytes) -> bytes:
-    """What a shell would execute; Fatal with 127 or 126 as a shell exits."""
+def explain_no_program(program: bytes, reason: str) -> Fatal:
     name = repr(os.fsdecode(program))
+    if reason == "permission denied":
+        hint = "chmod +x makes a script executable"
+    elif reason:
+        hint = "name a program; --cwd names the directory in which it starts"
+    elif b"/" in program:
+        hint = "it must be in the appliance or in the job directory"
+    else:
+        hint = "is it installed in the appliance? A program in the job directory is called ./NAME"
+
+    if reason:
+        return Fatal("command cannot be executed, {}: {}".format(reason, name), hint, 126)
+    return Fatal("command not found: " + name, hint, 127)
+
+
+def find_program(program: bytes, path: bytes) -> bytes:
+    """The file that a shell would execute; Fatal with 127 or 126 as a shell exits."""
     is_path = b"/" in program
-    places = [program] if is_path else [os.path.join(directory or b".", program) for directory in path.split(b":")]
+    directories = [b""] if is_path else [directory or b"." for directory in path.split(b":")]
     reason = ""
-    for place in places if program else []:
+    for place in [os.path.join(directory, program) for directory in directories if program]:
         try:
             mode = os.stat(place).st_mode
-        except PermissionError:                   # a directory on the way
+        except PermissionError:      # a directory on the way
             reason = "permission denied" if is_path else reason
             continue
         except OSError:
             continue
+
         if stat.S_ISREG(mode) and os.access(place, os.X_OK):
             return place
         if stat.S_ISREG(mode):
             reason = "permission denied"
         elif is_path:
             reason = "is a directory" if stat.S_ISDIR(mode) else "is no file"
-    if reason:
-        hint = ("chmod +x makes a script executable" if reason == "permission denied" else
-                "name a program; --cwd names the directory in which it starts")
-        raise Fatal("command cannot be executed, {}: {}".format(reason, name), hint, 126)
-    hint = ("it must be in the appliance or in the job directory" if is_path else
-            "is it installed in the appliance? A program in the job directory is called ./NAME")
-    raise Fatal("command not found: " + name, hint, 127)
+    raise explain_no_program(program, reason)
 
 
-# --- The terminal -------------------------------------------------------------------------------------------
+# --- The terminal ---------------------------------------------------------------------------------
 
-TERMINAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+TERMINAL_SIGNALS = (
+    signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 
 class Terminal(NamedTuple):
-    """A pseudo-terminal, and the controlling terminal of the agent's session, in which the command is a job."""
+    """A pseudo-terminal. It controls the agent's session, in which the command is a job."""
     master: int
-    slave: int                       # kept open, so that the master reaches no end before the command does
+    slave: int                       # kept open, so that the master has no end before the command's
 
 
 def leave_pid_1() -> None:
-    """Go on as a child of PID 1: a child of PID 1 itself has no job control, Ctrl-Z does not stop it."""
+    """Go on as a child of PID 1: Ctrl-Z does not stop PID 1's own children, they have no job control."""
     agent = os.fork()
     while agent:
         if os.wait()[0] == agent:
-            os._exit(1)                           # a panic, as the end of PID 1 always is
-    call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)      # orphans are this one's to reap, as PID 1's otherwise
+            os._exit(1)              # the kernel panics, as always when PID 1 ends
+
+    # Orphans come to this process, as they do to PID 1 otherwise.
+    call_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)
     prefer_command()
 
 
@@ -1317,6 +1464,7 @@ def open_terminal(stdio: Stdio, account: Account) -> Terminal:
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
     for number in TERMINAL_SIGNALS:
         signal.signal(number, signal.SIG_IGN)     # they are for the command
+
     fcntl.ioctl(master, termios.TIOCSWINSZ, stdio.window)
     if stdio.modes:
         *flags, characters = TERMINAL_MODES.unpack(stdio.modes)
@@ -1325,20 +1473,22 @@ def open_terminal(stdio: Stdio, account: Account) -> Terminal:
     return Terminal(master, slave)
 
 
-# --- The start ----------------------------------------------------------------------------------------------
+# --- The start ------------------------------------------------------------------------------------
 
-PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
-F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
-RLIMIT_DATA, RLIMIT_NOFILE, RLIMIT_AS = 2, 7, 9   # include/uapi/asm-generic/resource.h
+PIPE_SIZE = 1 << 20                  # the most that an unprivileged process may have
+F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 on
+RLIMIT_DATA, RLIMIT_NOFILE, RLIMIT_AS = 2, 7, 9                # include/uapi/asm-generic/resource.h
 NR_OPEN = 1 << 20                    # linux/fs.h: the most that the limit of files may be at first
-# A program, its argv and environment, to the pid of its process.
+
+# Executes a program with argv and environment: execve(2), or posix_spawn(3), which returns a pid.
 Start = Callable[[bytes, List[bytes], Dict[bytes, bytes]], int]
 
 
-class Command(NamedTuple):
-    pid: int
-    inputs: Dict[int, int]           # frame type (STDIN, KEYS) to the agent's descriptor
-    outputs: Dict[int, int]          # frame type (STDOUT, STDERR, SCREEN) to descriptor
+class Streams(NamedTuple):
+    """Both ends of the command's streams, as descriptors."""
+    theirs: List[int]                # the command's 0, 1 and 2
+    inputs: Dict[int, int]           # by frame type: STDIN, KEYS
+    outputs: Dict[int, int]          # by frame type: STDOUT, STDERR, SCREEN
     terminal: Optional[Terminal]
 
 
@@ -1350,15 +1500,16 @@ def make_pipe(account: Account) -> Tuple[int, int]:
     return reader, writer
 
 
-def connect_stdio(
-        stdio: Stdio, account: Account) -> Tuple[List[int], Dict[int, int], Dict[int, int], Optional[Terminal]]:
-    """The command's 0, 1, 2; the agent's ends of them by frame type, inputs and outputs; the terminal."""
+def connect_stdio(stdio: Stdio, account: Account) -> Streams:
     theirs: List[int] = []
-    inputs, outputs = {}, {}
+    inputs: Dict[int, int] = {}
+    outputs: Dict[int, int] = {}
     terminal = None
     if stdio.window:
         terminal = open_terminal(stdio, account)
-        inputs[KEYS] = outputs[SCREEN] = terminal.master
+        inputs[KEYS] = terminal.master
+        outputs[SCREEN] = terminal.master
+
     for number, kind in enumerate(stdio.kinds.decode()):
         if kind == "t" and terminal:
             theirs.append(terminal.slave)
@@ -1366,11 +1517,13 @@ def connect_stdio(
             theirs.append(theirs[1])
         elif kind == "n":
             theirs.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+        elif number == 0:
+            reader, inputs[STDIN] = make_pipe(account)
+            theirs.append(reader)
         else:
-            reader, writer = make_pipe(account)
-            theirs.append(writer if number else reader)
-            (outputs if number else inputs)[(STDIN, STDOUT, STDERR)[number]] = reader if number else writer
-    return theirs, inputs, outputs, terminal
+            outputs[STDOUT if number == 1 else STDERR], writer = make_pipe(account)
+            theirs.append(writer)
+    return Streams(theirs, inputs, outputs, terminal)
 
 
 def set_limit(number: int, soft: int, hard: int) -> None:
@@ -1378,11 +1531,10 @@ def set_limit(number: int, soft: int, hard: int) -> None:
 
 
 def allow_limits(limits: Iterable[Tuple[int, ...]]) -> None:
-    """Set the caller's hard limits, which only root can do where they are above the guest's own."""
+    """Set the caller's hard limits. Only root can raise a limit above the guest's own."""
     for number, _, hard in limits:
         if number == RLIMIT_NOFILE and hard > NR_OPEN:
-            with open("/proc/sys/fs/nr_open", "w") as file:
-                file.write(str(hard))
+            write_setting("sys/fs/nr_open", str(hard))
         set_limit(number, hard, hard)
 
 
@@ -1392,43 +1544,50 @@ def become(account: Account) -> None:
     os.setresuid(account.uid, account.uid, account.uid)
 
 
-def execute(start: Start, program: bytes, path: bytes, argv: List[bytes], environment: Dict[bytes, bytes]) -> int:
-    """Start a program by execve(2), which does not return, or posix_spawn(3), which returns its pid."""
+def execute(
+        start: Start, program: bytes, path: bytes,
+        argv: List[bytes], environment: Dict[bytes, bytes]) -> int:
+    """Start the file `path`, which was found for `program`."""
     try:
         return start(path, argv, environment)
     except OSError as error:
         if error.errno == errno.ENOEXEC:
             with open(path, "rb") as file:
                 is_text = b"\0" not in file.read(256)
-            if is_text:                           # a script without "#!" is the shell's, as execvp(3) has it
+            if is_text:              # a script without "#!" is the shell's, as for execvp(3)
                 return start(b"/bin/sh", [b"/bin/sh", path] + argv[1:], environment)
-        raise Fatal("command cannot be executed, {}: {!r}".format(error.strerror, os.fsdecode(program)),
-                    "is its interpreter in the appliance, and is it made for this machine?",
-                    127 if error.errno == errno.ENOENT else 126)
+
+        raise Fatal(
+            "command cannot be executed, {}: {!r}".format(error.strerror, os.fsdecode(program)),
+            "is its interpreter in the appliance, and is it made for this machine?",
+            127 if error.errno == errno.ENOENT else 126)
 
 
-def lead_job(stdio: Stdio, descriptors: Sequence[int]) -> Start:
-    """Become a job of the terminal, as an interactive shell makes it: the command leads its group."""
+def lead_job(stdio: Stdio, theirs: Sequence[int]) -> Start:
+    """Become a job of the terminal as an interactive shell makes it: the command leads its group."""
     os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     os.setpgid(0, 0)
     if stdio.foreground:
-        os.tcsetpgrp(descriptors[stdio.kinds.index(b"t")], os.getpid())
+        os.tcsetpgrp(theirs[stdio.kinds.index(b"t")], os.getpid())
     return os.execve
 
 
 def lead_group(job: Job, number: int) -> Start:
-    """Make a session and process group that this process leads, not the command; return what starts that.
+    """Lead a session and process group that the command is in; return what starts the command.
 
-    As with a command of a batch script: if it led its group, setsid(1) would fork, and its end would be
-    taken for the end of what it started. The leader has ended before the command begins, which is a
-    child of PID 1 then: nothing preempts a SCHED_FIFO process.
+    The command of a batch script is no leader either. If it was one, setsid(1) would fork, and its end
+    would count as the end of what it started. The leader ends before the command begins, as nothing
+    preempts a SCHED_FIFO process: the command is a child of PID 1 from its start.
     """
     os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     os.setsid()
+
+    # posix_spawn(3) costs a tenth of fork(2). It needs SIGCHLD and memory, and knows no number.
     is_waited_for = signal.SIGCHLD not in job.ignored_signals
-    has_memory = all(soft == -1 for which, soft, _ in job.limits if which in (RLIMIT_DATA, RLIMIT_AS))
+    of_memory = [soft for which, soft, _ in job.limits if which in (RLIMIT_DATA, RLIMIT_AS)]
+    has_memory = all(soft == -1 for soft in of_memory)
     if hasattr(os, "posix_spawn") and is_waited_for and has_memory and not number:
-        return os.posix_spawn                     # at a tenth of the cost of fork(2)
+        return os.posix_spawn
 
     leader = os.getpid()
     if fork_as(number):
@@ -1438,15 +1597,18 @@ def lead_group(job: Job, number: int) -> Start:
     return os.execve
 
 
-def run_command(job: Job, account: Account, directory: bytes, stdio: Sequence[int], start: Start) -> int:
+def run_command(
+        job: Job, account: Account, directory: bytes, theirs: Sequence[int], start: Start) -> int:
     """In the forked child: start the command as execute() does, or raise Fatal."""
-    for target, source in enumerate(stdio):
+    for target, source in enumerate(theirs):
         os.dup2(source, target)
-    write_score("0")
-    for number in (signal.SIGPIPE, signal.SIGXFSZ, *TERMINAL_SIGNALS):   # Python and open_terminal() ignore these
+    write_setting("self/oom_score_adj", "0")
+    # Python ignores the first two, open_terminal() the others.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, *TERMINAL_SIGNALS):
         signal.signal(number, signal.SIG_DFL)
     for ignored in job.ignored_signals:
         signal.signal(ignored, signal.SIG_IGN)
+
     allow_limits(job.limits)
     become(account)
     os.umask(job.umask)
@@ -1454,12 +1616,15 @@ def run_command(job: Job, account: Account, directory: bytes, stdio: Sequence[in
     try:
         os.chdir(place)
     except OSError as error:
-        raise Fatal("cannot start in directory {!r}: {}".format(os.fsdecode(place), error.strerror),
-                    "--cwd names a directory as the guest sees it")
+        raise Fatal(
+            "cannot start in directory {!r}: {}".format(os.fsdecode(place), error.strerror),
+            "--cwd names a directory as the guest sees it")
+
     argv, program = choose_command(job, account, directory)
     environment = build_environment(job, account, place)
     path = find_program(program, environment.get(b"PATH", PATH))
-    for limit in job.limits:                      # Python itself may need more
+    # The soft limits come last, as Python itself may need more.
+    for limit in job.limits:
         set_limit(*limit)
     return execute(start, program, path, argv, environment)
 
@@ -1468,80 +1633,49 @@ def encode_pid(pid: int) -> bytes:
     return encode_fields([(b"pid", b"%d" % pid)])
 
 
-def start_command(job: Job, account: Account, directory: bytes) -> Command:
-    """Fork and execute; return when the command runs, or raise the Fatal that its start ended with."""
-    theirs, inputs, outputs, terminal = connect_stdio(job.stdio, account)
+def read_pid(report: int) -> int:
+    """The command's pid from the child's report, which ends when the command runs; or its Fatal."""
+    with os.fdopen(report, "rb") as file:
+        fields = decode_fields(file.read())
+    if b"error" in fields:
+        error, hint, status = (fields[name][0].decode() for name in (b"error", b"hint", b"status"))
+        raise Fatal(error, hint, int(status))
+    return int(fields[b"pid"][0])
+
+
+def start_command(job: Job, account: Account, directory: bytes, streams: Streams) -> int:
+    """Fork and execute; return the command's pid, or raise the Fatal that its start ended with."""
+    has_terminal = streams.terminal is not None
     report, to_agent = os.pipe()
     number = choose_number(job.first_pid)
-    if fork_as(number if terminal else 0) == 0:
+    if fork_as(number if has_terminal else 0) == 0:
         try:
-            start = lead_job(job.stdio, theirs) if terminal else lead_group(job, number)
+            start = lead_job(job.stdio, streams.theirs) if has_terminal else lead_group(job, number)
             if start is os.execve:
                 os.write(to_agent, encode_pid(os.getpid()))
-            pid = run_command(job, account, directory, theirs, start)
+            pid = run_command(job, account, directory, streams.theirs, start)
             os.write(to_agent, encode_pid(pid))
         except Fatal as fatal:
             os.write(to_agent, encode_failure(fatal))
-        except BaseException as error:            # nothing may escape into the agent's own code below
-            os.write(to_agent, encode_failure(Fatal("cannot start the command: {!r}".format(error))))
+        except BaseException as error:            # nothing may escape into the agent's code below
+            failure = Fatal("cannot start the command: {!r}".format(error))
+            os.write(to_agent, encode_failure(failure))
         finally:
             os._exit(125)
-    for descriptor in set(theirs) - {terminal.slave if terminal else -1} | {to_agent}:
+
+    kept = {streams.terminal.slave} if streams.terminal else set()
+    for descriptor in {to_agent, *streams.theirs} - kept:
         os.close(descriptor)
-    with os.fdopen(report, "rb") as file:         # to its end, which comes with a successful exec
-        fields = decode_fields(file.read())
-    if b"error" in fields:
-        raise Fatal(fields[b"error"][0].decode(), fields[b"hint"][0].decode(), int(fields[b"status"][0]))
-    for descriptor in [*inputs.values(), *outputs.values()]:
+    for descriptor in (*streams.inputs.values(), *streams.outputs.values()):
         os.set_blocking(descriptor, False)
-    return Command(int(fields[b"pid"][0]), inputs, outputs, terminal)
+    return read_pid(report)
 
 
-# --- Relaying -----------------------------------------------------------------------------------------------
+# --- What waits to be written ---------------------------------------------------------------------
+# A share may not write what programs change through mmap(2) before they end. A program that must wait
+# until less of that is in memory would wait for ever.
 
-FIONREAD = termios.FIONREAD
-CHECK_S = 2.0                        # how often to look whether programs wait for pages to be written
-
-
-class Feed:
-    """What the host sent for the command's stdin or terminal, and there is no room for yet."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.fd: Optional[int] = descriptor
-        self.pending: List[memoryview] = []
-        self.ends = False
-        self.delivered = 0                        # bytes
-        self._leftover: Optional[int] = None
-
-    def write(self) -> int:
-        """Write what there is room for and return how much; BrokenPipeError: nobody reads any more."""
-        before = self.delivered
-        try:
-            while self.pending and self.fd is not None:
-                count = os.write(self.fd, self.pending[0])
-                self.delivered += count           # at once: the next write may find that nobody reads any more
-                self.pending[0] = self.pending[0][count:]
-                if not self.pending[0]:
-                    del self.pending[0]
-        except BlockingIOError:
-            pass
-        return self.delivered - before
-
-    def close_pipe(self) -> None:
-        if self.fd is not None:
-            # A reader of our own, for what the command leaves unread at its end; without a writer it hurts nobody.
-            self._leftover = os.open("/proc/self/fd/{}".format(self.fd), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            os.close(self.fd)
-            self.fd = None
-            self.pending = []
-
-    @property
-    def consumed(self) -> int:
-        """Of the delivered bytes, what the command has read; to be asked after its end."""
-        if self._leftover is None:
-            return self.delivered
-        unread: int = struct.unpack("i", fcntl.ioctl(self._leftover, FIONREAD, b"\0" * 4))[0]
-        return self.delivered - unread
+CHECK_S = 2.0                        # how often to look
 
 
 def find_mapped_files() -> Iterable[str]:
@@ -1554,10 +1688,11 @@ def find_mapped_files() -> Iterable[str]:
 
 
 def fork_to_sync() -> int:
-    """Start a process that writes what programs changed through mmap(2); where that fails it ends with 1."""
+    """Start a process that writes what waits. It ends with 1 if something is lost."""
     pid = os.fork()
     if pid:
         return pid
+
     status = 0
     try:
         for path in find_mapped_files():
@@ -1565,25 +1700,84 @@ def fork_to_sync() -> int:
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
-            except OSError as error:              # others: it has ended meanwhile, or cannot be synchronised
+            except OSError as error:
+                # With another errno the program has ended, or the file has nothing to write.
                 status |= error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT)
     finally:
         os._exit(status)
 
 
-class Relay:
-    """Moves bytes between the channel and the command until the command has ended and all it wrote is sent."""
+def must_programs_wait() -> bool:
+    """Whether who changes more has to wait: balance_dirty_pages() of mm/page-writeback.c."""
+    counts = dict(line.split() for line in read_file("/proc/vmstat").splitlines())
+    changed, begin, limit = (int(counts.get(name, 0)) for name in (
+        b"nr_dirty", b"nr_dirty_background_threshold", b"nr_dirty_threshold"))
+    return changed > (begin + limit) // 2
 
-    def __init__(self, channel: Channel, command: Command, wakeup: int) -> None:
-        self._channel, self._pid, self._wakeup = channel, command.pid, wakeup
+
+# --- Relaying -------------------------------------------------------------------------------------
+
+class Feed:
+    """What the host has sent for the command's stdin or terminal and what had no room there yet."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.fd: Optional[int] = descriptor
+        self.pending: List[memoryview] = []
+        self.ends = False
+        self.delivered = 0                        # bytes
+        self._leftover: Optional[int] = None
+
+    def write(self) -> int:
+        """Write what there is room for, return how much; BrokenPipeError: nobody reads any more."""
+        before = self.delivered
+        try:
+            while self.pending and self.fd is not None:
+                count = os.write(self.fd, self.pending[0])
+                # Counted at once: the next write may find that nobody reads any more.
+                self.delivered += count
+                self.pending[0] = self.pending[0][count:]
+                if not self.pending[0]:
+                    del self.pending[0]
+        except BlockingIOError:
+            pass
+        return self.delivered - before
+
+    def close_pipe(self) -> None:
+        if self.fd is None:
+            return
+        # A reader of our own, to count what the command leaves unread. It hurts nobody: no writer is left.
+        path = "/proc/self/fd/{}".format(self.fd)
+        self._leftover = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.close(self.fd)
+        self.fd = None
+        self.pending = []
+
+    @property
+    def consumed(self) -> int:
+        """How many of the delivered bytes the command has read; to be asked after its end."""
+        if self._leftover is None:
+            return self.delivered
+        answer = fcntl.ioctl(self._leftover, termios.FIONREAD, b"\0" * 4)
+        unread: int = struct.unpack("i", answer)[0]
+        return self.delivered - unread
+
+
+class Relay:
+    """Moves bytes between channel and command until the command has ended and its output is sent."""
+
+    def __init__(self, channel: Channel, pid: int, streams: Streams, wakeup: int) -> None:
+        self._channel = channel
+        self._pid = pid
+        self._wakeup = wakeup
+        self._feeds = {kind: Feed(descriptor) for kind, descriptor in streams.inputs.items()}
+        self._outputs = dict(streams.outputs)
+        self._window = {
+            kind: SCREEN_WINDOW if kind == SCREEN else OUTPUT_WINDOW for kind in self._outputs}
+        self._terminal = streams.terminal
+        self._front = pid                         # the terminal's foreground, while the agent has that
         self._due = time.monotonic() + CHECK_S    # when to look at what waits to be written
-        self._helper = 0                          # pid of a process that writes it
-        self._has_losses = False
-        self._feeds = {kind: Feed(descriptor) for kind, descriptor in command.inputs.items()}
-        self._outputs = dict(command.outputs)
-        self._window = {kind: SCREEN_WINDOW if kind == SCREEN else OUTPUT_WINDOW for kind in self._outputs}
-        self._terminal = command.terminal
-        self._front = command.pid                 # the terminal's foreground, while it is in the background itself
+        self._helper = 0                          # pid of the process that writes it
+        self._has_losses = False                  # it could not
         self.status: Optional[int] = None         # as from waitpid()
 
     @property
@@ -1592,44 +1786,45 @@ class Relay:
 
     def run(self) -> None:
         while (self.status is None or self._outputs) and not self._has_losses:
-            self._poll()
+            self._serve(self._wait())
             if time.monotonic() > self._due:
-                self._help_writeback()
+                self._due = time.monotonic() + CHECK_S
+                if not self._helper and must_programs_wait():
+                    self._helper = fork_to_sync()
 
-    def _help_writeback(self) -> None:
-        """Write for programs that are made to wait until less of what they changed is in memory.
-
-        A share may not write what one changes through mmap(2) before its end: it would wait for ever.
-        """
-        self._due = time.monotonic() + CHECK_S
-        counts = dict(line.split() for line in read_file("/proc/vmstat").splitlines() if line.startswith(b"nr_dirty"))
-        changed, begin, limit = (int(counts.get(name, 0)) for name in (
-            b"nr_dirty", b"nr_dirty_background_threshold", b"nr_dirty_threshold"))
-        if changed > (begin + limit) // 2 and not self._helper:               # mm/page-writeback.c
-            self._helper = fork_to_sync()
-
-    def _poll(self) -> None:
+    def _wait(self) -> Dict[int, int]:
+        """Wait for something to do; return the events of poll(2) by descriptor."""
         wanted = {self._channel.fd: select.POLLIN, self._wakeup: select.POLLIN}
         for kind, descriptor in self._outputs.items():
             if self._window[kind] > 0:
                 wanted[descriptor] = select.POLLIN
         for kind, feed in self._feeds.items():
+            # Without an event stdin's pipe is watched, too: for the command closing its end.
             if feed.fd is not None and (feed.pending or kind == STDIN):
-                wanted[feed.fd] = wanted.get(feed.fd, 0) | (select.POLLOUT if feed.pending else 0)
+                events = select.POLLOUT if feed.pending else 0
+                wanted[feed.fd] = wanted.get(feed.fd, 0) | events
+
         poll = select.poll()
         for descriptor, events in wanted.items():
             poll.register(descriptor, events)
-        ready = dict(poll.poll(max(0, self._due - time.monotonic()) * 1000))
-        for kind in [kind for kind in self._outputs if ready.get(self._outputs[kind], 0) & ~select.POLLOUT]:
+        return dict(poll.poll(max(0, self._due - time.monotonic()) * 1000))
+
+    def _serve(self, ready: Dict[int, int]) -> None:
+        # A terminal is one descriptor for both ways.
+        outputs = [kind for kind, descriptor in self._outputs.items()
+                   if ready.get(descriptor, 0) & ~select.POLLOUT]
+        for kind in outputs:
             self._forward_output(kind)
         for kind, feed in self._feeds.items():
             if feed.fd is not None and ready.get(feed.fd, 0) & ~select.POLLIN:
                 self._feed(kind, feed)
+
         if self._channel.fd in ready:
             for kind, payload in self._channel.receive():
                 self._obey(kind, payload)
         if self._wakeup in ready:
-            if signal.SIGINT in os.read(self._wakeup, 512):    # Ctrl-Alt-Del: the runner ends us as by its own SIGTERM
+            # Ctrl-Alt-Del is a SIGINT: the runner ends the guest as for a SIGTERM of its own.
+            if signal.SIGINT in os.read(self._wakeup, 512):
                 self._channel.send(TERMINATE)
             self._reap()
 
@@ -1639,9 +1834,10 @@ class Relay:
         except BlockingIOError:
             return
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno != errno.EIO:          # the terminal has no slave any more
                 raise
-            content = b""                         # the terminal has no slave any more
+            content = b""
+
         if content:
             self._window[kind] -= len(content)
             self._channel.send(kind, content)
@@ -1657,7 +1853,8 @@ class Relay:
 
     def _feed(self, kind: int, feed: Feed) -> None:
         try:
-            if kind == STDIN and not feed.pending:   # ready with nothing to write: the command has closed its stdin
+            if kind == STDIN and not feed.pending:
+                # Ready although nothing waits to be written: the command has closed its stdin.
                 raise BrokenPipeError
             written = feed.write()
             if written:
@@ -1683,7 +1880,8 @@ class Relay:
             stream, count = struct.unpack("<BI", payload)
             self._window[stream] += count
         elif kind == OUTPUT_CLOSED:
-            self._close_output(payload[0])        # the command's next write gets it SIGPIPE, as on the host
+            # The command's next write gets it SIGPIPE, as on the host.
+            self._close_output(payload[0])
         elif kind == NETWORK_LOST:
             lower_interface(payload)
         elif kind == WINDOW and self._terminal:
@@ -1692,49 +1890,54 @@ class Relay:
             self._set_foreground(self._terminal.master, payload == b"\1")
 
     def _set_foreground(self, master: int, to_command: bool) -> None:
-        """Give the terminal to the command, or to the agent: then it is stopped at its next read from it."""
+        """Give the terminal to the command, or to the agent: then a read stops the command."""
         front = os.tcgetpgrp(master)
         is_ours = front == os.getpgrp()
         if not to_command and not is_ours:
-            self._front = front                   # a job of the guest's shell, perhaps
-        if to_command == is_ours:
-            try:
-                os.tcsetpgrp(master, self._front if to_command else os.getpgrp())
-            except OSError:                       # that group has ended
-                os.tcsetpgrp(master, self._pid)
+            self._front = front                   # it may be a job of the guest's shell
+        if to_command != is_ours:
+            return
+
+        try:
+            os.tcsetpgrp(master, self._front if to_command else os.getpgrp())
+        except OSError:              # that group has ended
+            os.tcsetpgrp(master, self._pid)
 
     def _signal(self, number: int) -> None:
         if self.status is not None:
             return
+        if number == signal.SIGKILL:
+            kill_everything()
+            return
         try:
-            if number == signal.SIGKILL:
-                os.kill(-1, signal.SIGKILL)       # every process of the guest but this one
-            else:
-                os.killpg(os.getpgid(self._pid), number)       # setsid(1) gives it another
+            os.killpg(os.getpgid(self._pid), number)           # setsid(1) gives it another group
         except ProcessLookupError:
             pass
 
     def _reap(self) -> None:
+        # A command with a terminal may be stopped from it, and the host's shell wants to know.
+        flags = os.WNOHANG | (os.WUNTRACED if self._terminal else 0)
         while True:
             try:
-                # Who has a terminal may be stopped from it, and the host's shell wants to know.
-                pid, status = os.waitpid(-1, os.WNOHANG | (os.WUNTRACED if self._terminal else 0))
+                pid, status = os.waitpid(-1, flags)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
+
             if pid == self._helper:
                 self._helper = 0
                 self._has_losses = status != 0 and self.status is None
             elif pid == self._pid and os.WIFSTOPPED(status):
-                if self._terminal:                # else it has asked us to trace it
+                # Without a terminal it is stopped as it has asked to be traced.
+                if self._terminal:
                     self._channel.send(STOPPED, bytes([os.WSTOPSIG(status)]))
             elif pid == self._pid:
                 self.status = status
                 self._release_command()
 
     def _release_command(self) -> None:
-        """Let the outputs reach their end: no writer is left, and what the command has not read is counted."""
+        """Let the outputs end, as no writer is left, and keep what the command has not read for counting."""
         if STDIN in self._feeds:
             self._feeds[STDIN].close_pipe()
         kill_everything()
@@ -1742,7 +1945,7 @@ class Relay:
             os.close(self._terminal.slave)
 
 
-# --- The end ------------------------------------------------------------------------------------------------
+# --- The end --------------------------------------------------------------------------------------
 
 def describe_end(status: Optional[int]) -> str:
     if status is None:
@@ -1753,18 +1956,22 @@ def describe_end(status: Optional[int]) -> str:
 
 
 def flush_mounts(shares: MountedShares, disk: RootDisk, job: Job, status: Optional[int]) -> None:
-    """Leave nothing in the guest that the host would miss when it ends this kernel the moment it hears of the end."""
+    """Write what the host would miss, as it ends this kernel when it hears of the command's end."""
     kill_everything()
     reap_everything()
     for place, number in shares.find_losses().items():
-        raise Fatal("files in {} could not be written, {}; {}".format(
-            show_path(place), os.strerror(number), describe_end(status)),
+        raise Fatal(
+            "files in {} could not be written, {}; {}".format(
+                show_path(place), os.strerror(number), describe_end(status)),
             "what was changed there through mmap is lost: is the disk full, or the quota used up?")
+
     if job.disk.is_kept or job.changes.saved or status is None:
         disk.check(job.disk.is_kept or status is None)
-    if status is None:                            # files of another file system, which the guest's root has mounted
-        raise Fatal("what a program changed through mmap could not be written; " + describe_end(status),
-                    "is a disk full, or a quota used up, that root of the guest has mounted?")
+    if status is None:               # in a file system that the guest's root has mounted
+        raise Fatal(
+            "what a program changed through mmap could not be written; " + describe_end(status),
+            "is a disk full, or a quota used up, that root of the guest has mounted?")
+
     if job.disk.is_kept:
         mount(b"none", b"/", b"", MS_REMOUNT | MS_RDONLY)
         disk.check(True)
@@ -1772,67 +1979,86 @@ def flush_mounts(shares: MountedShares, disk: RootDisk, job: Job, status: Option
 
 def encode_result(relay: Relay) -> bytes:
     status = relay.status or 0
-    how = (b"signal", b"%d" % os.WTERMSIG(status)) if os.WIFSIGNALED(status) else (b"exit", b"%d" % (status >> 8))
+    if os.WIFSIGNALED(status):
+        how = (b"signal", b"%d" % os.WTERMSIG(status))
+    else:
+        how = (b"exit", b"%d" % os.WEXITSTATUS(status))
     return encode_fields((how, (b"stdin", b"%d" % relay.stdin_consumed)))
 
 
-# --- Main ---------------------------------------------------------------------------------------------------
+# --- Main -----------------------------------------------------------------------------------------
 
-def run_job(channel: Channel, wakeup: int) -> None:
+def run_job(channel: Channel, wakeup: int) -> bytes:
+    """Run the job that the runner sends; return the payload of RESULT."""
+    greet(channel)
+    prepare_system()
+    job = parse_job(receive_only(channel, JOB))
+
+    if job.disk.size:
+        grow_root(job.disk.size)
+    disk = RootDisk()
+    if job.changes.layers:
+        merge_layers(job, channel)
+        disk.check(job.disk.is_kept)
+
+    own_files = OwnFiles(job) if job.changes.saved else None
+    raise_network(job.network)
+    host_name = job.network.lan_address or job.node.host_names.split()[-1]
+    write_setting("sys/kernel/hostname", host_name.decode())
+    node_files = NodeFiles(job.node, job.network.nameserver)
+    account = make_account(job)
+    shares = MountedShares(job, account, channel)
+    known = own_files.list_changed() if own_files else {}
+    if not job.confined:
+        forbid_mounts()
+
+    streams = connect_stdio(job.stdio, account)
+    pid = start_command(job, account, shares.job_directory, streams)
+    channel.send(STARTED, bytes([describe_start(job, account, shares)]))
+    relay = Relay(channel, pid, streams, wakeup)
+    relay.run()
+
+    if job.network.interfaces:
+        send_rest()
+    if job.disk.is_kept or job.changes.saved:
+        kill_everything()
+        node_files.take_back()
+    flush_mounts(shares, disk, job, relay.status)
+    if job.changes.saved:
+        save_layer(job, known, channel)
+        disk.check(job.disk.is_kept)
+    return encode_result(relay)
+
+
+def serve(channel: Channel, wakeup: int) -> None:
+    """Run the job and tell the runner how it ended."""
     try:
-        greet(channel)
-        prepare_system()
-        job = parse_job(receive_only(channel, JOB))
-        if job.disk.size:
-            grow_root(job.disk.size)
-        disk = RootDisk()
-        if job.changes.layers:
-            merge_layers(job, channel)
-            disk.check(job.disk.is_kept)
-        own_files = OwnFiles(job) if job.changes.saved else None
-        raise_network(job.network)
-        set_hostname((job.network.lan_address or job.node.host_names.split()[-1]).decode())
-        node_files = NodeFiles(job.node, job.network.nameserver)
-        account = make_account(job)
-        shares = MountedShares(job, account, channel)
-        known = own_files.list_changed() if own_files else {}
-        if not job.confined:
-            forbid_mounts()
-        command = start_command(job, account, shares.job_directory)
-        channel.send(STARTED, bytes([describe_start(job, account, shares)]))
-        relay = Relay(channel, command, wakeup)
-        relay.run()
-        if job.network.interfaces:
-            send_rest()
-        if job.disk.is_kept or job.changes.saved:
-            kill_everything()
-            node_files.take_back()
-        flush_mounts(shares, disk, job, relay.status)
-        if job.changes.saved:
-            save_layer(job, known, channel)
-            disk.check(job.disk.is_kept)
-        channel.send(RESULT, encode_result(relay))
+        result = run_job(channel, wakeup)
     except Fatal as fatal:
-        channel.send(RESULT, encode_failure(fatal))
+        result = encode_failure(fatal)
     except Exception as error:
         sys.excepthook(*sys.exc_info())           # to the console
-        channel.send(RESULT, encode_failure(Fatal(
+        result = encode_failure(Fatal(
             "the agent in the appliance failed: {}: {}".format(type(error).__name__, error),
-            "run again with -v for the guest's console; please report it")))
+            "run again with -v for the guest's console; please report it"))
+    channel.send(RESULT, result)
 
 
 def main() -> NoReturn:
-    mount_system(MOUNTS[:1])                      # /dev, for the channel: from then on failures can be told
-    while os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) < 3:       # without a console 0 to 2 are free to be mistaken
+    mount_system(MOUNTS[:1])         # /dev, for the channel: from then on failures can be told
+    # Without a console 0 to 2 are free, and a file with such a number would pass for stdin or stdout.
+    while os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) < 3:
         pass
+
     wakeup, to_wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     os.set_blocking(to_wakeup, False)
     signal.set_wakeup_fd(to_wakeup)
     for number in (signal.SIGCHLD, signal.SIGINT):
         signal.signal(number, lambda received, frame: None)
-    run_job(Channel(open_channel()), wakeup)
-    while True:                                   # PID 1 must not end; the host ends the machine now
+
+    serve(Channel(open_channel()), wakeup)
+    while True:                      # PID 1 must not end; the host ends the machine now
         time.sleep(3600)
 
 
