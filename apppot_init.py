@@ -10,7 +10,7 @@ little, starts nothing but the command, and moves bytes in large pieces.
 A run is one pass through run_job(), near the end of this file. The sections above it stand in the
 order in which it needs them.
 """
-import ctypes
+import _ctypes
 import errno
 import fcntl
 import os
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Optional,
         Sequence,
         Tuple,
+        Union,
     )
 
     import changes
@@ -50,7 +51,7 @@ else:
             return self
 
     BinaryIO = Callable = Dict = FrozenSet = Iterable = List = NoReturn = Hint()
-    Optional = Sequence = Tuple = Hint()
+    Optional = Sequence = Tuple = Union = Hint()
 
     class NamedTuple:
         """Does what the agent needs of typing.NamedTuple: fields by name."""
@@ -189,20 +190,36 @@ def copy_tree(source: bytes, target: bytes) -> None:
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
 MNT_DETACH = 2
 
-libc = ctypes.CDLL(None, use_errno=True)
+
+# The module ctypes makes types for all of C, which takes a sixth of all imports' time. These will do.
+class Int(_ctypes._SimpleCData):  # type: ignore[type-arg]
+    _type_ = "i"
 
 
-def call_libc(name: str, *arguments: object) -> int:
-    """The result of a function of the C library; OSError if it fails."""
-    result: int = getattr(libc, name)(*arguments)
+class Long(_ctypes._SimpleCData):  # type: ignore[type-arg]
+    _type_ = "l"
+
+
+class Function(_ctypes.CFuncPtr):
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+    _restype_ = Int
+
+
+LIBC = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]
+
+
+def call_libc(name: str, *arguments: Union[int, bytes]) -> int:
+    """The result of a function of the C library; OSError if it fails. Bytes are passed as a pointer."""
+    function = Function(_ctypes.dlsym(LIBC, name))
+    result: int = function(*[Long(each) if isinstance(each, int) else each for each in arguments])
     if result < 0:
-        number = ctypes.get_errno()
+        number = _ctypes.get_errno()
         raise OSError(number, os.strerror(number), name)
     return result
 
 
 def mount(source: bytes, target: bytes, kind: bytes, flags: int = 0, options: bytes = b"") -> None:
-    call_libc("mount", source, target, kind, ctypes.c_ulong(flags), options)
+    call_libc("mount", source, target, kind, flags, options)
 
 
 def unmount(target: bytes) -> None:
@@ -255,6 +272,8 @@ def forbid_mounts() -> None:
 
     If the host cannot confine the kernel, the guest's root can mount any directory of it as hostfs.
     """
+    import ctypes
+
     refuse = SECCOMP_RET_ERRNO | errno.EPERM
     # Code, jump if true, jump if false, operand; loads are from struct seccomp_data.
     program = (
@@ -267,6 +286,7 @@ def forbid_mounts() -> None:
         (BPF_ANY_BIT, 0, 1, MS_SHAPE),
         (BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW),
         (BPF_RETURN, 0, 0, refuse))
+
     steps = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
     sock_fprog = struct.pack("HP", len(program), ctypes.addressof(steps))
     call_libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, sock_fprog)
@@ -534,13 +554,13 @@ PIDS_SKIPPED = 256                   # at 30 us each
 
 def clone(flags: int = 0, pidfd: int = 0, number: int = 0) -> int:
     """clone3(2): the child's pid, which is `number` if that is not 0; in the child 0."""
-    numbers = ctypes.c_int(number)
-    set_tid = (ctypes.addressof(numbers), 1) if number else (0, 0)
+    numbers = Int(number)
+    set_tid = (_ctypes.addressof(numbers), 1) if number else (0, 0)
     child_tid = parent_tid = stack = stack_size = tls = cgroup = 0
     arguments = struct.pack(
         "11Q", flags, pidfd, child_tid, parent_tid, signal.SIGCHLD,
         stack, stack_size, tls, *set_tid, cgroup)
-    return call_libc("syscall", SYS_CLONE3, arguments, ctypes.c_size_t(len(arguments)))
+    return call_libc("syscall", SYS_CLONE3, arguments, len(arguments))
 
 
 def use_up_number() -> None:
