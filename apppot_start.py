@@ -79,21 +79,25 @@ TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, 
 
 # --- Errors and messages ------------------------------------------------------------------------------------
 
-EXIT_TIMEOUT, EXIT_FAILED, EXIT_NOT_FOUND = 124, 125, 127
+EXIT_TIMEOUT = 124
+EXIT_FAILED = 125
+EXIT_NOT_FOUND = 127
 TRACE_MAX = 3000                     # bytes of a supervisor's traceback: a pipe takes 4096 at once
 CONTROL_CHARACTERS = r"[^\t\n\r\x20-\x7e\xa0-\U0010ffff]"    # compiled when needed: that takes 8 ms
 
 
 class Fatal(Exception):
-    """AppPot cannot go on: `message` says what, and of which object; `hint` what to do about it."""
+    """AppPot cannot go on: `message` names the fault and the object, `hint` says what to do."""
 
     def __init__(self, message: str, hint: str, status: int = EXIT_FAILED) -> None:
         super().__init__(message)
-        self.message, self.hint, self.status = message, hint, status
+        self.message = message
+        self.hint = hint
+        self.status = status
 
 
 class Bug(Exception):
-    """An exception that nobody foresaw, of another process."""
+    """Another process had an exception that nobody foresaw."""
 
     def __init__(self, trace: bytes) -> None:
         super().__init__(trace)
@@ -101,19 +105,25 @@ class Bug(Exception):
 
 
 class Misfit(ValueError):
-    """The guest sent what is no message of AppPot, or none that fits now: anything there can write to the line."""
+    """What the guest sent is no message of AppPot, or does not fit now.
+
+    Any program of the guest's root can write to the line.
+    """
 
 
 def one_line(text: str) -> bytes:
-    """A text of anybody's as one line that a terminal only shows: no control or escape sequence in it works."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
-                   for char in text).encode()
+    """A text of unknown origin as one line, without control sequences for a terminal."""
+    def escape(char: str) -> str:
+        return char if char.isprintable() else char.encode("unicode_escape").decode()
+
+    return "".join(map(escape, text)).encode()
 
 
 def show_console(content: bytes) -> bytes:
-    """What the guest's console says, line by line, without what a terminal would obey."""
+    """Lines of the guest's console, without control sequences for a terminal."""
     text = content.decode("utf-8", "replace")
-    return re.sub(CONTROL_CHARACTERS, lambda found: "\\x{:02x}".format(ord(found.group())), text).encode()
+    shown = re.sub(CONTROL_CHARACTERS, lambda found: "\\x{:02x}".format(ord(found.group())), text)
+    return shown.encode()
 
 
 def last_line(said: bytes) -> str:
@@ -125,7 +135,7 @@ def write_stderr(content: bytes) -> None:
     try:
         os.write(2, content)
     except OSError:
-        pass                                      # nobody listens
+        pass                                      # stderr was closed, so nobody listens
 
 
 def warn(text: str) -> None:
@@ -133,18 +143,20 @@ def warn(text: str) -> None:
 
 
 def report(fatal: Fatal) -> int:
-    write_stderr(b"apppot: error: %s\napppot: hint: %s\n" % (one_line(fatal.message), one_line(fatal.hint)))
+    write_stderr(b"apppot: error: %s\n" % one_line(fatal.message)
+                 + b"apppot: hint: %s\n" % one_line(fatal.hint))
     return fatal.status
 
 
 def write_stdout(text: str) -> None:
-    with blaming("cannot be written", "standard output", "is the disk full that it goes to, or its reader gone?"):
+    hint = "is the disk full that it goes to, or its reader gone?"
+    with blaming("cannot be written", "standard output", hint):
         print(text, end="", flush=True)
 
 
 @contextmanager
 def blaming(what: str, path: AnyPath, hint: str) -> Iterator[None]:
-    """Tell an OSError as a failure to do `what` with `path`."""
+    """Raise an OSError again as a Fatal: `what` says what cannot be done with `path`."""
     try:
         yield
     except OSError as error:
@@ -152,23 +164,25 @@ def blaming(what: str, path: AnyPath, hint: str) -> Iterator[None]:
 
 
 def describe_exception() -> bytes:
-    """The traceback of what is being handled, the end of a long one."""
+    """The traceback of the exception that is being handled; the end of it if it is long."""
     import traceback
 
     error = sys.exc_info()[1]
-    trace = error.trace if isinstance(error, Bug) else traceback.format_exc().encode("utf-8", "backslashreplace")
-    return trace[-TRACE_MAX:]
+    if isinstance(error, Bug):
+        return error.trace
+    return traceback.format_exc().encode("utf-8", "backslashreplace")[-TRACE_MAX:]
 
 
 def explain_bug(where: str, trace: bytes) -> Fatal:
-    """What to say of an exception that nobody foresaw, below its traceback."""
+    """The error below the traceback of an exception that nobody foresaw."""
     what = trace.decode("utf-8", "replace").strip().rpartition("\n")[2]
     return Fatal("bug in {}: {}".format(where, what), "please report it, with the lines above")
 
 
 def explain_exception(error: Exception) -> Fatal:
     if isinstance(error, OSError) and error.filename:
-        return Fatal("{}: {}".format(error.strerror, os.fsdecode(error.filename)), "look at that file or directory")
+        message = "{}: {}".format(error.strerror, os.fsdecode(error.filename))
+        return Fatal(message, "look at that file or directory")
     trace = describe_exception()
     write_stderr(trace)
     return explain_bug("the runner", trace)
@@ -177,7 +191,8 @@ def explain_exception(error: Exception) -> Fatal:
 # --- Frames and fields --------------------------------------------------------------------------------------
 
 TEXT_MAX = 4096                      # characters of a text from the guest that are shown
-NOTHING, BYTE, COUNT, STREAM_COUNT = map(struct.Struct, ("", "<B", "<I", "<BI"))         # payloads of frames
+# Payloads of frames.
+NOTHING, BYTE, COUNT, STREAM_COUNT = map(struct.Struct, ("", "<B", "<I", "<BI"))
 SIGNALS_MAX = 64                     # _NSIG, include/uapi/asm-generic/signal.h
 
 
@@ -186,13 +201,14 @@ def encode_frame(kind: int, payload: bytes = b"") -> bytes:
 
 
 def decode_frames(received: bytearray) -> List[Tuple[int, bytes]]:
-    """Take the complete frames off the front of `received`; Misfit when it cannot be a frame."""
+    """Take the complete frames off the front of `received`; Misfit if a frame is too long."""
     frames = []
     start = 0
     while len(received) - start >= FRAME.size:
         kind, length = FRAME.unpack_from(received, start)
         if length > FRAME_MAX:
             raise Misfit("a frame of {} bytes".format(length))
+
         end = start + FRAME.size + length
         if len(received) < end:
             break
@@ -203,7 +219,7 @@ def decode_frames(received: bytearray) -> List[Tuple[int, bytes]]:
 
 
 def encode_fields(fields: Iterable[Tuple[bytes, bytes]]) -> bytes:
-    """NAME=VALUE records, each ended by NUL; a name may come again. Values hold no NUL (nothing in exec does)."""
+    """NAME=VALUE records, each ended by NUL. A name may come again. A value holds no NUL."""
     return b"".join(name + b"=" + value + b"\0" for name, value in fields)
 
 
@@ -240,7 +256,8 @@ def text_field(fields: Dict[bytes, List[bytes]], name: bytes) -> str:
 
 def number_field(fields: Dict[bytes, List[bytes]], name: bytes, least: int, most: int) -> int:
     text = only_field(fields, name)
-    if not re.fullmatch(br"[0-9]{1,18}", text):                # int() takes blanks, signs and a million digits, too
+    # int() also takes blanks, signs and a million digits.
+    if not re.fullmatch(br"[0-9]{1,18}", text):
         raise Misfit("no number in the field {}".format(name.decode()))
     return check_range(int(text), least, most)
 
@@ -950,16 +967,17 @@ WINDOW_SIZE = struct.Struct("4H")    # struct winsize: rows, columns, width and 
 
 
 class Stdio(NamedTuple):
-    """What the command's standard descriptors are to be."""
-    kinds: bytes                     # of 0, 1, 2 each "n"ull, "p"ipe or "t"erminal; "s": 2 is the same as 1
+    """What the command gets as standard descriptors."""
+    kinds: bytes                     # of each "n"ull, "p"ipe, "t"erminal or "s"ame as stdout
     terminal: Optional["Terminal"]
-    at_once: bool                    # the command gets the terminal at its start, not when it first reads from it
+    at_once: bool                    # it gets the terminal when it starts, not when it reads
 
 
 def encode_modes(attributes: List[Any]) -> bytes:
-    """What termios.tcgetattr() returns, as bytes; characters of c_cc may be numbers there."""
+    """Encode what termios.tcgetattr() returns. It returns some of the characters as numbers."""
     *flags, characters = attributes
-    return TERMINAL_MODES.pack(*flags, b"".join(c if isinstance(c, bytes) else bytes([c]) for c in characters))
+    return TERMINAL_MODES.pack(
+        *flags, b"".join(char if isinstance(char, bytes) else bytes([char]) for char in characters))
 
 
 def decode_modes(modes: bytes) -> List[Any]:
@@ -973,18 +991,19 @@ def is_null(descriptor: int) -> bool:
 
 
 class Terminal:
-    """The caller's terminal: raw while the command has it, and at all other times as it was.
+    """The caller's terminal: raw as long as the command has it, and otherwise as it was.
 
-    With -t and no terminal there, whatever stdin and stdout are takes its place.
+    With -t and without a terminal, stdin and stdout take its place, whatever they are.
     """
 
     def __init__(self, input_fd: int, output_fd: int, shares_output: bool = False) -> None:
-        self._shares_output = shares_output       # with other programs of a pipeline
-        # Not the caller's own numbers, which lead elsewhere in the supervisor.
-        self.input, self.output = (fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3) for number in (input_fd, output_fd))
+        # In the supervisor the caller's own numbers lead elsewhere.
+        self.input = fcntl.fcntl(input_fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        self.output = fcntl.fcntl(output_fd, fcntl.F_DUPFD_CLOEXEC, 3)
         self.is_real = os.isatty(input_fd)
-        # Shared with the supervisor, which puts the terminal in order if the runner is killed: is it raw, and what
-        # was it before?
+        self._shares_output = shares_output       # with other programs of a pipeline
+        # Whether the terminal is raw, and its modes before that. The supervisor shares this
+        # memory: it puts the terminal in order if the runner is killed.
         self._state = mmap.mmap(-1, 1 + TERMINAL_MODES.size)
 
     @property
@@ -993,14 +1012,14 @@ class Terminal:
 
     @property
     def ends_lines(self) -> bool:
-        """Whether it makes carriage return and line feed of a line feed itself."""
+        """Whether the terminal itself makes carriage return and line feed of a line feed."""
         return self.is_real and (self._shares_output or not self.is_raw)
 
     @property
     def modes(self) -> bytes:
         try:
             return encode_modes(termios.tcgetattr(self.input)) if self.is_real else b""
-        except termios.error:                     # it was hung up
+        except termios.error:                     # the terminal was hung up
             return b""
 
     @property
@@ -1008,25 +1027,26 @@ class Terminal:
         try:
             if self.is_real:
                 return fcntl.ioctl(self.input, termios.TIOCGWINSZ, bytes(WINDOW_SIZE.size))
-        except OSError:                           # it was hung up
+        except OSError:                           # the terminal was hung up
             pass
         return WINDOW_SIZE.pack(24, 80, 0, 0)
 
     def is_ours(self) -> bool:
-        """Whether this process is in the foreground of the terminal, or no shell has a say in that."""
+        """Whether this process is in the terminal's foreground, or no shell decides about that."""
         try:
             return os.tcgetpgrp(self.input) == os.getpgrp()
         except OSError:
             return True
 
     def acquire(self) -> None:
-        """Make it raw; in the background this stops the process until the user brings it to the foreground."""
+        """Make the terminal raw. In the background this stops the process until `fg`."""
         import tty
 
         if self.is_real:
             if not self.is_raw:
                 self._state[1:] = encode_modes(termios.tcgetattr(self.input))
             tty.setraw(self.input, termios.TCSANOW)
+
             if self._shares_output:
                 raw = termios.tcgetattr(self.input)
                 raw[1] |= termios.OPOST
@@ -1037,13 +1057,16 @@ class Terminal:
         if self.is_raw:
             try:
                 termios.tcsetattr(self.input, termios.TCSANOW, decode_modes(self._state[1:]))
-            except termios.error:                 # it is gone
+            except termios.error:                 # the terminal is gone
                 pass
             self._state[:1] = b"-"
 
 
 def find_open_for(not_only: int, on_terminal: Sequence[bool]) -> int:
-    """Which of 0, 1, 2 is the terminal, and not open only for the other direction, as `> /dev/tty` makes it."""
+    """The first of 0, 1, 2 that is the terminal and can be read or written.
+
+    `> /dev/tty` opens the terminal for writing only.
+    """
     for number in (0, 1, 2):
         if on_terminal[number] and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != not_only:
             return number
@@ -1052,7 +1075,7 @@ def find_open_for(not_only: int, on_terminal: Sequence[bool]) -> int:
 
 
 def find_controlling_terminal() -> Optional[Terminal]:
-    """The one that a program can open as /dev/tty, to ask for a password, though all of 0, 1, 2 lead elsewhere."""
+    """The terminal that a program opens as /dev/tty, say to ask for a password."""
     try:
         descriptor = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
     except OSError:
@@ -1060,25 +1083,28 @@ def find_controlling_terminal() -> Optional[Terminal]:
     return Terminal(descriptor, descriptor, True)
 
 
+def find_terminal(choice: Optional[bool], on_terminal: Sequence[bool]) -> Optional[Terminal]:
+    if choice:
+        return Terminal(0, 1)
+    if any(on_terminal):
+        readable = find_open_for(os.O_WRONLY, on_terminal)
+        writable = find_open_for(os.O_RDONLY, on_terminal)
+        return Terminal(readable, writable, not on_terminal[1])
+    return None if choice is False else find_controlling_terminal()
+
+
 @contextmanager
 def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
     """Decide what 0, 1 and 2 of the command are; leave the terminal as it was found."""
     on_terminal = [choice is not False and os.isatty(descriptor) for descriptor in (0, 1, 2)]
-    if choice:
-        terminal: Optional[Terminal] = Terminal(0, 1)
-        kinds = b"ttt"
-    elif any(on_terminal):
-        terminal = Terminal(find_open_for(os.O_WRONLY, on_terminal), find_open_for(os.O_RDONLY, on_terminal),
-                            not on_terminal[1])
-        kinds = b"".join(b"t" if yes else b"p" for yes in on_terminal)
-    else:
-        terminal = None if choice is False else find_controlling_terminal()
-        kinds = b"ppp"
+    terminal = find_terminal(choice, on_terminal)
+    kinds = b"ttt" if choice else b"".join(b"t" if yes else b"p" for yes in on_terminal)
     if kinds[:1] == b"p" and is_null(0):
         kinds = b"n" + kinds[1:]
     if kinds[1:] == b"pp" and os.path.sameopenfile(1, 2):
         kinds = kinds[:2] + b"s"
-    # Where stdout goes elsewhere, another program of the pipeline may want the keyboard: less, say.
+
+    # If stdout leads elsewhere, another program of the pipeline may want the keyboard: less, say.
     at_once = bool(choice) or (on_terminal[1] and terminal is not None and terminal.is_ours())
     try:
         yield Stdio(kinds, terminal, at_once)
@@ -3948,8 +3974,13 @@ def describe_network(network: Network) -> Fields:
 
 # --- The channel --------------------------------------------------------------------------------------------
 
-LINE_WINDOW = 3072                   # bytes to the guest that it has not read: from 3968 on UML stops the line for good
-INLINE_MAX = 1024                    # longer payloads are spooled: the line brings 1.5 MB/s, hostfs 300
+# Bytes to the guest that it has not read. From 3968 on User-Mode Linux stops the line for good.
+# The pty of `empty` holds 8 KiB and must not be full: `empty` moves bytes one way at a time, so it
+# and the agent would each wait for the other to read. If its write is interrupted, it forgets the
+# rest.
+LINE_WINDOW = 3072
+# Longer payloads are spooled: the line carries 1.5 MB/s, hostfs 300.
+INLINE_MAX = 1024
 
 
 class Channel:
@@ -3970,7 +4001,7 @@ class Channel:
         self._unsent = b""                        # the rest of a frame
         self._room = LINE_WINDOW
         self._lock = threading.Lock()
-        self._written: Dict[int, int] = {}        # bytes of each output stream that the guest has not heard of
+        self._written: Dict[int, int] = {}        # bytes of each output stream, still to be told
 
         self.is_open = True
         self.is_greeted = False                   # the agent's first bytes have come
@@ -3987,7 +4018,7 @@ class Channel:
         self.wake()
 
     def acknowledge(self, kind: int, count: int) -> None:
-        """One frame tells of all that was written since the last, however slowly the guest reads."""
+        """Note what was written. One frame tells all since the last, however slow the guest is."""
         with self._lock:
             self._written[kind] = self._written.get(kind, 0) + count
         self.wake()
@@ -4015,7 +4046,7 @@ class Channel:
                 sent = os.write(self.to_guest, self._unsent[:self._room])
             except BlockingIOError:
                 return
-            except BrokenPipeError:               # the guest is gone, and the supervisor's report tells how
+            except BrokenPipeError:               # the guest has ended: the report tells how
                 self._outbox.clear()
                 self._unsent = b""
                 return
@@ -4033,7 +4064,7 @@ class Channel:
         self._room += check_range(count, 1, LINE_WINDOW - self._room)
 
     def receive(self) -> Iterator[Tuple[int, bytes]]:
-        """Read once, and return the frames; Misfit for one that the guest may not send when its turn comes."""
+        """Read once, and yield the frames; Misfit for one that the guest may not send now."""
         content = os.read(self.from_guest, PIPE_SIZE)
         self.is_open = bool(content)
         self._received += content
@@ -4054,17 +4085,16 @@ class Channel:
 
 # --- Streams ------------------------------------------------------------------------------------------------
 
-# Bytes of stdin frames on their way. A pty holds 8 KiB and must not be full: `empty` moves bytes one way at a time,
-# so it and the agent would each wait for the other to read; and of a write that it is stopped in it forgets the rest.
-SPOOL_CHUNK = 1 << 20
-STDIN_WINDOW = 8 << 20
-ACK_STEP = 512 << 10
+SPOOL_CHUNK = 1 << 20                # bytes of stdin that are read at once
+STDIN_WINDOW = 8 << 20               # bytes of stdin that the command has not read yet
+ACK_STEP = 512 << 10                 # bytes of output that are written at once
 
 
 class Worker(threading.Thread):
     """A thread that does its work and then waits for the process to end.
 
-    Up to Python 3.8 a thread ends by pthread_exit(3), which wants a library (libgcc_s.so.1) that a node may lack.
+    Up to Python 3.8 a thread ends by pthread_exit(3), which needs a library, libgcc_s.so.1. A node
+    may lack it.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -4087,9 +4117,10 @@ class Worker(threading.Thread):
 
 
 class OutputWriter(Worker):
-    """Writes one output stream to the caller's descriptor, which may block as long as it likes.
+    """Writes one output stream to the caller's descriptor.
 
-    A thread, because a descriptor that belongs to the caller must not be made non-blocking.
+    A thread does this, because the descriptor may block, and because it belongs to the caller, who
+    would notice if it became non-blocking.
     """
 
     def __init__(self, channel: Channel, kind: int, descriptor: int, file_limit: int,
@@ -4112,15 +4143,18 @@ class OutputWriter(Worker):
 
     @property
     def has_lost_output(self) -> bool:
-        """Whether somebody misses what was not written: not the reader of a closed pipe, nor of a closed terminal."""
-        return bool(self.error and self.error.errno != errno.EPIPE and not is_hung_up(self._descriptor, self.error))
+        """Whether output was not written, for another reason than that its reader is gone."""
+        if self.error is None or self.error.errno == errno.EPIPE:
+            return False
+        return not is_hung_up(self._descriptor, self.error)
 
     def put(self, content: bytes) -> None:
-        """Misfit for what the guest may not send before more is written: the queue is in this process's memory."""
+        """Queue output. Misfit for more than the window, as the queue takes our memory."""
         with self._changed:
             if not content or self._unwritten >= self._window:
                 raise Misfit("{} bytes of output behind {} that nobody has read".format(
                     len(content), self._unwritten))
+
             self._queue += content
             self._unwritten += len(content)
             self._changed.notify()
@@ -4153,14 +4187,14 @@ class OutputWriter(Worker):
             while rest:
                 try:
                     rest = rest[os.write(self._descriptor, rest[:self._find_room(len(rest))]):]
-                except BlockingIOError:           # the caller's descriptor is non-blocking, and stays so
+                except BlockingIOError:           # the caller has made it non-blocking
                     select.select([], [self._descriptor], [])
         except OSError as error:
             self.error = error
             self._channel.post(OUTPUT_CLOSED, bytes([self._kind]))
 
     def _find_room(self, size: int) -> int:
-        """How much of `size` bytes the command's own limit allows in this file; EFBIG if nothing."""
+        """How many of `size` bytes the command's own limit allows in this file; EFBIG if none."""
         status = os.fstat(self._descriptor) if self._file_limit >= 0 else None
         if not status or not stat.S_ISREG(status.st_mode):
             return size
@@ -4186,7 +4220,7 @@ class InputReader(Worker):
         try:
             self._start_offset: Optional[int] = os.lseek(0, 0, os.SEEK_CUR)
         except OSError:
-            self._start_offset = None             # not a file: what is read is gone
+            self._start_offset = None             # no file, so what is read is gone
 
     def take_credit(self, count: int) -> None:
         """The command has read so many bytes more."""
@@ -4200,7 +4234,7 @@ class InputReader(Worker):
             self._changed.notify()
 
     def close_input(self) -> None:
-        """The command reads no more: let the writer of a pipe know, as it would on the host."""
+        """The command reads no more. The writer of a pipe then gets EPIPE, as on the host."""
         self.stop()
         if self._start_offset is None and not os.isatty(0):
             null = os.open(os.devnull, os.O_RDONLY)
@@ -4208,20 +4242,22 @@ class InputReader(Worker):
             os.close(null)
 
     def restore_offset(self, consumed: int) -> None:
-        """Leave a file where the command stopped reading, so that the next reader of a shell loop goes on there."""
+        """Leave a file where the command stopped reading, for the next reader of a shell loop."""
         if self._start_offset is not None:
             self.stop()
             self.finished.wait()
             os.lseek(0, self._start_offset + consumed, os.SEEK_SET)
 
     def work(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTIN])     # a background read then fails with EIO
+        # A read in the background then fails with EIO and does not stop the process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTIN])
         try:
             while self._wait_for_room():
                 content = self._read()
                 if not content:
                     self._channel.post(STDIN_EOF)
                     return
+
                 with self._changed:
                     self._room -= len(content)
                     self.delivered += len(content)
@@ -4237,7 +4273,7 @@ class InputReader(Worker):
             return not self._stopped
 
     def _read(self) -> bytes:
-        """Some bytes, and as many more as are there already: large pieces are cheaper to hand over."""
+        """Wait for some bytes, and take those that are there already: large pieces are cheaper."""
         pieces = [self._read_some(SPOOL_CHUNK)]
         size = len(pieces[0])
         ready = select.poll()
@@ -4245,17 +4281,17 @@ class InputReader(Worker):
         while pieces[-1] and size < SPOOL_CHUNK and not os.isatty(0) and ready.poll(0):
             pieces.append(self._read_some(SPOOL_CHUNK - size))
             size += len(pieces[-1])
-        return b"".join(pieces)                   # an end behind them is read again in the next round
+        return b"".join(pieces)                   # the next round reads the end of input again
 
     def _read_some(self, size: int) -> bytes:
         while True:
             try:
                 return os.read(0, size)
             except OSError as error:
-                if error.errno == errno.EAGAIN:   # the caller's descriptor is non-blocking, and stays so
+                if error.errno == errno.EAGAIN:   # the caller has made it non-blocking
                     select.select([0], [], [])
                 elif error.errno == errno.EIO and os.isatty(0) and os.tcgetpgrp(0) != os.getpgrp():
-                    time.sleep(0.5)               # in the background of a terminal; nothing tells when that ends
+                    time.sleep(0.5)               # in the background: no event tells when that ends
                 elif is_hung_up(0, error):
                     return b""
                 else:
@@ -4263,9 +4299,10 @@ class InputReader(Worker):
 
 
 class Streams:
-    """The command's standard streams that are relayed, each by a thread."""
+    """The command's standard streams and its screen, each with a thread that relays it."""
 
-    def __init__(self, channel: Channel, stdio: Stdio, scratch: str, limits: Iterable[Limit]) -> None:
+    def __init__(self, channel: Channel, stdio: Stdio, scratch: str,
+                 limits: Iterable[Limit]) -> None:
         soft_limits = {limit.number: limit.soft for limit in limits}
         file_limit = soft_limits.get(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
         self.writers: Dict[int, OutputWriter] = {}
@@ -4302,13 +4339,13 @@ class Streams:
             writer.complete()
 
     def check(self, has_ended: bool) -> None:
-        """Raise what a thread failed by. A command that has ended did without the rest of its stdin."""
+        """Raise the failure of a thread. A command that has ended needs no more of its stdin."""
         for worker in self._list_workers():
             if worker.failure and not (has_ended and worker is self.reader):
                 raise worker.failure
 
     def check_written(self) -> bool:
-        """Whether all output was written; False if the command's own limit kept it from that, else Fatal."""
+        """Whether all output was written; False if the command's own limit forbids it."""
         errors = [writer.error for writer in self.writers.values() if writer.has_lost_output]
         for error in errors:
             if error and error.errno != errno.EFBIG:
@@ -4323,13 +4360,13 @@ def explain_bad_input(error: OSError) -> Fatal:
 
 
 def is_hung_up(descriptor: int, error: OSError) -> bool:
-    """Whether an error means the end of a terminal. One that was hung up is no terminal to isatty(3) any more."""
+    """Whether an error means that a terminal was hung up. isatty(3) does not know it any more."""
     return error.errno == errno.EIO and stat.S_ISCHR(os.fstat(descriptor).st_mode)
 
 
 # --- The command's terminal ---------------------------------------------------------------------------------
 
-KEYS_WINDOW = 64 << 10
+KEYS_WINDOW = 64 << 10               # bytes of keys that the command has not read yet
 END_OF_FILE = b"\4"                  # Ctrl-D
 TYPED_AHEAD_MAX = 64                 # lines
 
@@ -4337,8 +4374,9 @@ TYPED_AHEAD_MAX = 64                 # lines
 class TerminalLink:
     """Joins the caller's terminal to the guest's.
 
-    The guest's terminal belongs to a foreground process group, as any terminal does. As long as that is the agent's
-    own group, the command is stopped when it reads, and in that way asks for the caller's terminal.
+    The guest's terminal belongs to a foreground process group, as any terminal does. As long as
+    that is the agent's own group, the command is stopped when it reads. That way it asks for the
+    caller's terminal.
     """
 
     def __init__(self, terminal: Terminal, channel: Channel) -> None:
@@ -4347,7 +4385,7 @@ class TerminalLink:
         self._channel = channel
         self._has_started = False                 # the command
         self._is_given = False                    # to the command
-        self.stopped_by = 0                       # the signal that stopped the command, until this is dealt with
+        self.stopped_by = 0                       # the signal that has stopped the command; 0: none
         self._key_room = KEYS_WINDOW
         self._keys_end = False
 
@@ -4366,13 +4404,13 @@ class TerminalLink:
             if self._terminal.is_real and self._terminal.is_ours():
                 self._take_typed_ahead()
             self._terminal.acquire()
-        except (termios.error, OSError):          # in the background for ever, without a shell; or hung up
+        except (termios.error, OSError):          # hung up, or in the background without a shell
             self._send_keys(END_OF_FILE)
         self._is_given = True
         self._channel.post(FOREGROUND, b"\1")
 
     def _take_typed_ahead(self) -> None:
-        """Read as it was typed, in the caller's modes; an end of file would be none any more in a raw terminal."""
+        """Read what was typed in the caller's modes: a raw terminal knows no end of file."""
         for _ in range(TYPED_AHEAD_MAX):
             if not select.select([self.keyboard], [], [], 0)[0]:
                 break
@@ -4384,7 +4422,7 @@ class TerminalLink:
         except BlockingIOError:
             return
         except OSError as error:
-            if not is_hung_up(self.keyboard, error):    # with -t and no terminal here
+            if not is_hung_up(self.keyboard, error):           # of -t without a terminal
                 raise explain_bad_input(error)
             content = b""
         self._keys_end = not content
@@ -4402,14 +4440,14 @@ class TerminalLink:
         self.stopped_by = check_range(number, 1, SIGNALS_MAX)
 
     def follow_stop(self) -> None:
-        """The command was stopped: give it the terminal that it wanted, or stop as it would have on the host."""
+        """The command has stopped: give it the terminal if it wants that, else stop as well."""
         wants_terminal = self.stopped_by in (signal.SIGTTIN, signal.SIGTTOU) and not self._is_given
         self.stopped_by = 0
         if wants_terminal:
             self._give()
         else:
             self._terminal.release()
-            # As Ctrl-Z here: the whole process group, unless it has no shell that could continue it.
+            # This stops the process group, as Ctrl-Z does, if it has a shell that can continue it.
             handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             os.kill(0, signal.SIGTSTP)
             signal.signal(signal.SIGTSTP, handler)
@@ -4417,11 +4455,11 @@ class TerminalLink:
         self._channel.post(SIGNAL, bytes([signal.SIGCONT]))
 
     def resume(self) -> None:
-        """Go on after a stop, in the foreground or, as `bg` has it, without the terminal."""
+        """Go on after a stop: with the terminal, or after `bg` without it."""
         if self._is_given and self._terminal.is_ours():
             try:
                 self._terminal.acquire()
-            except termios.error:                 # it was hung up, which says SIGCONT, too
+            except termios.error:                 # hung up, which sends SIGCONT as well
                 return
             self.tell_window()
         elif self._is_given:
@@ -4429,31 +4467,32 @@ class TerminalLink:
             self._channel.post(FOREGROUND, b"\0")
 
     def tell_window(self) -> None:
-        if self._has_started:                     # else the job will tell
+        if self._has_started:                     # before that, the job tells the window
             self._channel.post(WINDOW, self._terminal.window)
 
 
 # --- The result ---------------------------------------------------------------------------------------------
 
-USE_UP_S = 60                        # for a job's memory to be used up
+USE_UP_S = 60                        # to use up a job's memory
 
 
 class Result(NamedTuple):
     """How the command ended."""
     status: int
-    signal: int = 0                  # what the command died of, and AppPot is to die of
-    out_of_memory: bool = False      # the guest was
+    signal: int = 0                  # the command died of it; 0: of none
+    out_of_memory: bool = False      # the guest was out of memory
 
 
 def killed_by(number: int) -> Result:
-    """In shell's terms, and what to die of."""
+    """The status is as a shell shows it."""
     return Result(128 + number, signal=number)
 
 
 def use_up_memory(limit_mib: int) -> None:
-    """Have the limit on the job's memory kill a process of ours, as it would have killed what was killed in the guest.
+    """Let a process of ours be killed for want of memory, as one of the guest's was.
 
-    The batch system then tells its user that the job was out of memory, and what runs it again grants it more.
+    The batch system then tells its user that the job was out of memory, and a workflow engine asks
+    for more when it runs the job again.
     """
     try:
         pid = os.fork()
@@ -4461,44 +4500,47 @@ def use_up_memory(limit_mib: int) -> None:
         return
     if pid == 0:
         try:
-            try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+            call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(USE_UP_S)
             with open("/proc/self/oom_score_adj", "w") as file:
-                file.write("1000")                # no other process is to be chosen
+                file.write("1000")                # so that no other process is chosen
+
             block = b"x" * (64 << 20)
             pieces = []
             for _ in range(0, limit_mib + limit_mib // 4, 64):
-                pieces.append(mmap.mmap(-1, len(block), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-                pieces[-1].write(block)
+                piece = mmap.mmap(-1, len(block), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                piece.write(block)
+                pieces.append(piece)
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
 
 
 def die_of(number: int) -> None:
-    """End as the command did, in a batch job: its system tells death by a signal from a status of 128 and more.
+    """Die of the command's signal. A batch system tells that from a status of 128 and more.
 
-    Returns where that cannot be, as for process 1 of a container.
+    Returns if the signal does not kill, as in process 1 of a container.
     """
-    try_libc("prctl", PR_SET_DUMPABLE, 0)        # the core that counts is the guest's
+    call_libc("prctl", PR_SET_DUMPABLE, 0)        # the guest's core is the one that counts
     try:
         if number != signal.SIGKILL:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
         os.kill(os.getpid(), number)
-    except (OSError, ValueError):                 # those that the C library keeps for itself
+    except (OSError, ValueError):                 # the C library keeps some signals for itself
         pass
 
 
 def place_changes(save: PrivateDirectory, name: str, path: str) -> None:
-    """Give a complete changes file, safe on its disk, its name. The guest has made it and still lives."""
+    """Bring the complete changes file to its disk, and name it. The guest still lives."""
     try:
         given = os.open(GIVEN, DIRECTORY, dir_fd=save.fd)
-        try:                                      # out of the reach of the guest, before it is looked at
+        try:                                      # before the file is looked at, the guest loses it
             os.rename(name, name, src_dir_fd=given, dst_dir_fd=save.fd)
         finally:
             os.close(given)
+
         descriptor = open_own(name, save.fd)
         try:
             os.fsync(descriptor)
@@ -4506,17 +4548,20 @@ def place_changes(save: PrivateDirectory, name: str, path: str) -> None:
             os.close(descriptor)
         os.rename(name, path, src_dir_fd=save.fd)
     except FileNotFoundError:
-        raise Fatal("changes were not saved, as the run was killed: " + path, "--kill-after gives the command longer")
+        raise Fatal("changes were not saved, as the run was killed: " + path,
+                    "--kill-after gives the command longer")
     except OSError as error:
         raise Fatal("changes were not saved, {}: {}".format(error.strerror, path),
-                    "is the directory of the file still there, and did no program of the guest touch what it made?")
+                    "is the directory of the file still there, and did no program of the guest "
+                    "touch what it made?")
 
 
 # --- The session --------------------------------------------------------------------------------------------
 
 POLL_MAX_S = 3600.0                  # poll(2) takes no more than 24 days, and --timeout does
 ANCESTOR_S = 1.0                     # how often to look whether the process of --die-with lives
-SAME_SIGNAL_S = 0.1                  # a batch system's and that of a dead parent come at once, and mean one thing
+# A batch system's SIGTERM and that of --die-with-parent come at once, and are one.
+SAME_SIGNAL_S = 0.1
 KILL_GRACE_S = 5.0                   # for the guest to tell how the command died after SIGKILL
 
 
@@ -4534,7 +4579,7 @@ class Ending:
             self._fail_to_boot: time.monotonic() + spec.boot_timeout_s}
         if spec.timeout_s is not None:
             self._deadlines[self._time_out] = time.monotonic() + spec.timeout_s
-        if spec.ancestor:                         # of the end of one that is no parent no signal tells
+        if spec.ancestor:                         # no signal tells of its end
             self._deadlines[self._follow_ancestor] = time.monotonic()
 
     def note_boot(self) -> None:
@@ -4555,10 +4600,11 @@ class Ending:
         self._is_running = False
 
     def forward(self, number: int) -> None:
-        over_limit = blame_cpu_limit(os.getpid(), "the runner") if number == signal.SIGXCPU else None
-        if over_limit:
-            raise over_limit
-        if not self._is_running:                  # nothing to forward to: die of it, as any program would
+        if number == signal.SIGXCPU:
+            over_limit = blame_cpu_limit(os.getpid(), "the runner")
+            if over_limit:
+                raise over_limit
+        if not self._is_running:                  # so AppPot itself dies of it, as any program
             if number not in self._spec.job.ignored_signals:
                 self.result = killed_by(number)
             return
@@ -4575,12 +4621,14 @@ class Ending:
 
     @property
     def left_s(self) -> float:
-        """Until the next deadline."""
-        return max(0.0, min([POLL_MAX_S, *(due - time.monotonic() for due in self._deadlines.values())]))
+        """The time until the next deadline."""
+        now = time.monotonic()
+        return max(0.0, min([POLL_MAX_S, *(due - now for due in self._deadlines.values())]))
 
     def review(self) -> None:
-        """Do what each deadline that is over is for."""
-        for action in [action for action, due in self._deadlines.items() if due <= time.monotonic()]:
+        """Do what each deadline is for that is over."""
+        now = time.monotonic()
+        for action in [action for action, due in self._deadlines.items() if due <= now]:
             del self._deadlines[action]
             action()
 
@@ -4612,7 +4660,7 @@ class Ending:
 
 
 class Conversation:
-    """What the agent and the runner say to each other, from the agent's greeting to the result of the command."""
+    """What the agent and the runner say to each other, from the greeting to the result."""
 
     def __init__(self, machine: Machine, spec: RunSpec, stdio: Stdio, reporter: Reporter) -> None:
         self._directories = machine.directories
@@ -4630,7 +4678,7 @@ class Conversation:
         self.told: Union[Result, Fatal, None] = None           # by the agent
 
     def _list_actions(self) -> Dict[int, Tuple[Optional[struct.Struct], Callable[..., None]]]:
-        """For each type of frame the layout of its payload, None if it has no fixed one, and what it does."""
+        """For each type of frame the layout of its payload, if that is fixed, and what it does."""
         actions: Dict[int, Tuple[Optional[struct.Struct], Callable[..., None]]] = {
             HELLO: (None, self._greet),
             MOUNT_POINT: (None, self._make_mount_point),
@@ -4639,9 +4687,11 @@ class Conversation:
             CREDIT: (STREAM_COUNT, self._take_credit),
             STDIN_CLOSED: (NOTHING, self._close_stdin),
             WARNING: (None, self._warn),
-            TERMINATE: (NOTHING, partial(self.ending.forward, signal.SIGTERM)),    # Ctrl-Alt-Del by mconsole
+            # Ctrl-Alt-Del by the mconsole.
+            TERMINATE: (NOTHING, partial(self.ending.forward, signal.SIGTERM)),
             SAVING: (NOTHING, self._note_saving),
             RESULT: (None, self._take_result)}
+
         if self.terminal:
             actions[STOPPED] = BYTE, self.terminal.note_stop
         for kind, writer in self.streams.writers.items():
@@ -4656,12 +4706,14 @@ class Conversation:
                 action(*(unpack_exactly(layout, payload) if layout else (payload,)))
         except Misfit as misfit:
             if self.channel.is_greeted_again:
-                raise Fatal("guest rebooted before the command ended", "it ends with the command by itself")
+                raise Fatal("guest rebooted before the command ended",
+                            "it ends with the command by itself")
             raise Fatal("guest sent what is no message of AppPot ({})".format(misfit),
                         "did something in the appliance write to /dev/ttyS0?")
 
     def _greet(self, hello: bytes) -> None:
-        if self._directories.ram != self._directories.run:     # the kernel's file in it has no name any more
+        # By now the kernel's file in it has no name any more.
+        if self._directories.ram != self._directories.run:
             remove_private(self._directories.ram)
         if self._spec.job.layers:                     # merging takes its time
             self.ending.note_boot()
@@ -4756,7 +4808,7 @@ class Conversation:
 
 
 class Session:
-    """The runner's side of one run, from the boot to the result: waits for one event after the other."""
+    """The runner's side of one run, from the boot to the result: one event after the other."""
 
     def __init__(self, machine: Machine, spec: RunSpec, stdio: Stdio, reporter: Reporter) -> None:
         self._machine = machine
@@ -4770,13 +4822,13 @@ class Session:
         self._carried = 0                         # pid of the kernel if `empty` carries the channel
         self._exchanged = not spec.empty          # whether that is known
         self._report: Optional[str] = None        # the supervisor's, of the kernel's end
-        self._told: Union[Result, Fatal, None] = None          # by the agent; output may still be unwritten
+        self._told: Union[Result, Fatal, None] = None          # by the agent
         self._signals: Deque[int] = collections.deque()
         self._actions = self._list_actions()
         self.result: Optional[Result] = None
 
     def _list_actions(self) -> Dict[int, Callable[[], None]]:
-        """What each signal does when its turn in the queue comes; a handler only queues it."""
+        """What each signal does when its turn comes: a handler does nothing but queue it."""
         actions: Dict[int, Callable[[], None]] = {
             number: partial(self._ending.forward, number) for number in FORWARDED_SIGNALS}
         actions[signal.SIGTSTP] = self._suspend
@@ -4787,12 +4839,12 @@ class Session:
         return actions
 
     def run(self, mask: Iterable[int]) -> Result:
-        """Until there is a result, or a Fatal. The signals, which are held back, are let in by the mask before that."""
+        """Go on until there is a result or a Fatal. `mask` lets in the signals that are held."""
         signal.set_wakeup_fd(self._channel.to_wakeup)
         for number in self._actions:
             signal.signal(number, lambda received, frame: self._signals.append(received))
         for number in {signal.SIGCONT, signal.SIGWINCH} & set(self._actions):
-            signal.siginterrupt(number, False)    # so that tcsetattr() in the background begins again
+            signal.siginterrupt(number, False)    # tcsetattr() in the background begins again
         held = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
             while self.result is None:
@@ -4807,7 +4859,7 @@ class Session:
         return self.result
 
     def step(self) -> None:
-        """Wait for something to happen, and do what follows from it."""
+        """Wait for an event, and do what follows from it."""
         ready = self._wait()
         if self._channel.wakeup in ready:
             os.read(self._channel.wakeup, 4096)
@@ -4863,7 +4915,7 @@ class Session:
             self._wake_writer()
         if self._conversation.told and not self._told:
             while select.select([self._machine.console], [], [], 0)[0] and self._take_console():
-                pass                              # the kernel may have said before that its disk failed
+                pass                              # perhaps the kernel said that its disk failed
             self._told = self._correct(self._conversation.told)
 
     def _correct(self, told: Union[Result, Fatal]) -> Union[Result, Fatal]:
@@ -4875,8 +4927,9 @@ class Session:
             self._reporter.warn(killed_process)
             told = killed_by(signal.SIGKILL) if told.signal == signal.SIGSEGV else told
         if self._console.is_out_of_memory:
-            self._reporter.warn("guest was out of memory, of which it has {}, and killed a process; ask the batch "
-                                "system for more, or with --mem".format(format_mib(self._spec.guest.mem_mib)))
+            self._reporter.warn(
+                "guest was out of memory, of which it has {}, and killed a process; ask the batch system "
+                "for more, or with --mem".format(format_mib(self._spec.guest.mem_mib)))
         return told._replace(out_of_memory=self._console.is_out_of_memory)
 
     def _exchange_channel(self) -> None:
@@ -4960,8 +5013,8 @@ class Session:
         if self._told and (streams.is_finished or not self._conversation.has_started):
             self.result = self._conclude(self._told)
         if self.result and self._ending.is_time_over:
-            raise Fatal("walltime of {:g} s is over".format(self._spec.timeout_s or 0), "--timeout sets it",
-                        EXIT_TIMEOUT)
+            raise Fatal("walltime of {:g} s is over".format(self._spec.timeout_s or 0),
+                        "--timeout sets it", EXIT_TIMEOUT)
 
     def _conclude(self, told: Union[Result, Fatal]) -> Result:
         """The result of the command, once all that can be written is written."""
@@ -5639,10 +5692,10 @@ def open_standard_descriptors() -> None:
 
 
 def find_ignored_signals(parent: int) -> Tuple[int, ...]:
-    """What the caller ignores, so that the command is to ignore it, too.
+    """The signals that the caller ignores. The command ignores them as well.
 
-    Python ignores two signals by itself, so that only a parent can tell whether the caller does, if it
-    is a shell. By the terminal's own stop signals the command asks for the terminal.
+    Python itself ignores two signals. A parent that is a shell shows whether the caller does, too.
+    SIGTTIN and SIGTTOU are left out, as by these the command asks for the terminal.
     """
     numbers = [*range(1, 32), *range(signal.SIGRTMIN, signal.SIGRTMAX + 1)]
     ignored = {number for number in numbers if signal.getsignal(number) == signal.SIG_IGN}
@@ -5661,38 +5714,49 @@ def follow_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def start(argv: List[str], started: float, parent: int, ignored: Tuple[int, ...]) -> int:
+    parser = build_parser()
+    words, command = parser.split(argv)
+    options = parser.parse_args(words)
+    if options.help or options.version:
+        write_stdout(parser.format_help() if options.help else "AppPot {}\n".format(VERSION))
+        return 0
+    if options.doctor or options.boot:
+        return examine(options, command)
+
+    if options.die_with_parent:
+        follow_parent(parent)
+    spec = build_spec(options, command, ignored)
+    if options.dry_run:
+        import shlex
+
+        line = build_command_line(spec, name_disk(spec, None))
+        write_stdout(" ".join(map(shlex.quote, line)) + "\n")
+        return 0
+
+    result = run(spec, started)
+    if result.out_of_memory and spec.limit_mib:
+        use_up_memory(spec.limit_mib)
+    if result.signal and spec.in_job:
+        die_of(result.signal)
+    return result.status
+
+
 def main(argv: List[str]) -> int:
-    started, parent = time.time(), os.getppid()
+    started = time.time()
+    parent = os.getppid()
     open_standard_descriptors()
     ignored = find_ignored_signals(parent)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)              # where a caller ignores it, nobody can be waited for
+    # A caller may ignore it, and then nobody can wait for a child.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        parser = build_parser()
-        words, command = parser.split(argv)
-        options = parser.parse_args(words)
-        if options.help or options.version:
-            write_stdout(parser.format_help() if options.help else "AppPot {}\n".format(VERSION))
-            return 0
-        if options.doctor or options.boot:
-            return examine(options, command)
-        if options.die_with_parent:
-            follow_parent(parent)
-        spec = build_spec(options, command, ignored)
-        if options.dry_run:
-            import shlex
-
-            write_stdout(" ".join(map(shlex.quote, build_command_line(spec, name_disk(spec, None)))) + "\n")
-            return 0
-        result = run(spec, started)
-        if result.out_of_memory and spec.limit_mib:
-            use_up_memory(spec.limit_mib)
-        if result.signal and spec.in_job:
-            die_of(result.signal)
-        return result.status
+        return start(argv, started, parent, ignored)
+    except Fatal as fatal:
+        return report(fatal)
     except Exception as error:
-        return report(error if isinstance(error, Fatal) else explain_exception(error))
+        return report(explain_exception(error))
 
 
 if __name__ == "__main__":
     exit_status = main(sys.argv[1:])
-    os._exit(exit_status)                         # a thread may be blocked in read(0); Python would wait for it
+    os._exit(exit_status)                         # Python would wait for a thread that reads stdin
