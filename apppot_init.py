@@ -156,7 +156,7 @@ def write_file(path: str, content: bytes) -> None:
 
 
 def write_setting(name: str, value: str) -> None:
-    """Write a file below /proc, where it is the kernel that reads what is written."""
+    """Tell the kernel something: write to one of its files below /proc."""
     with open("/proc/" + name, "w") as file:
         file.write(value)
 
@@ -1066,7 +1066,7 @@ def add_groups(wanted: Iterable[Group]) -> None:
 def make_account(job: Job) -> Account:
     """Let the guest know the caller; return the account that the command runs under.
 
-    With --root the accounts of the appliance stay as they are: perhaps the command is to change them.
+    With --root the accounts of the appliance stay as they are, as the command may want to change them.
     """
     caller = job.caller
     passwd = read_file(PASSWD)

@@ -3,6 +3,7 @@
 
 import os
 import pwd
+import re
 import subprocess
 import termios
 
@@ -21,7 +22,8 @@ JOB = apppot_start.Job(
     umask=0o22, ignored_signals=(), limits=(), terminal=None, node=apppot_start.NodeView(), layers=(),
     force_changes=False, saved_changes=None,
 )  # fmt: skip
-DISK = apppot_start.Disk(image="/i", cow=None, write=False, root=apppot_start.RootDevice(0, "", 0, 0), size=None)
+ROOT = apppot_start.RootDevice(0, "", 0, 0)
+DISK = apppot_start.Disk(image="/i", cow=None, write=False, root=ROOT, size=None)
 GUEST = apppot_start.Guest(
     disk=DISK, shares=(), mem_mib=64, cpus=1, network=apppot_start.Network(), name="guest", extra=()
 )
@@ -67,13 +69,16 @@ def test_the_guest_understands_every_job_that_the_host_describes(words, environm
 
 def test_the_job_tells_who_the_caller_is_and_how_the_streams_are():
     job = make_job(b"pps", as_root=True, umask=0o27, ignored_signals=(1, 2), write=True)
-    assert (job.caller.uid, job.caller.name) == (os.getuid(), os.fsencode(pwd.getpwuid(os.getuid()).pw_name))
+    name = os.fsencode(pwd.getpwuid(os.getuid()).pw_name)
+    assert (job.caller.uid, job.caller.name) == (os.getuid(), name)
     assert {group.gid for group in job.caller.groups} == {os.getgid(), *os.getgroups()}
     assert job.caller.groups[0].gid == os.getgid()
     assert (job.umask, job.ignored_signals) == (0o27, (1, 2))
-    assert job.caller.as_root and job.disk.is_kept and job.stdio.kinds == b"pps"
+    assert (job.caller.as_root, job.disk.is_kept, job.stdio.kinds) == (True, True, b"pps")
+
     job = make_job()
-    assert not (job.caller.as_root or job.disk.is_kept or job.stdio.modes) and job.stdio.kinds == b"npp"
+    assert (job.caller.as_root, job.disk.is_kept, job.stdio.kinds) == (False, False, b"npp")
+    assert job.stdio.modes == b""
     assert make_job(cow="/c").disk.is_kept
 
 
@@ -95,8 +100,10 @@ def test_a_terminal_is_told_with_its_modes_and_size():
     os.write(keyboard, b"")
     terminal = apppot_start.Terminal(screen, screen)
     assert apppot_start.decode_modes(terminal.modes) == termios.tcgetattr(screen)
-    job = apppot_init.parse_job(apppot_start.build_job(SPEC, apppot_start.Stdio(b"ttt", terminal, True), None))
-    assert (job.stdio.modes, job.stdio.window, job.stdio.foreground) == (terminal.modes, terminal.window, True)
+    stdio = apppot_start.Stdio(b"ttt", terminal, True)
+    told = apppot_init.parse_job(apppot_start.build_job(SPEC, stdio, None)).stdio
+    assert (told.modes, told.window, told.foreground) == (terminal.modes, terminal.window, True)
+
     before = termios.tcgetattr(screen)
     terminal.acquire()
     assert terminal.is_raw and termios.tcgetattr(screen) != before
@@ -115,7 +122,8 @@ LINES = st.lists(ENTRIES.map(lambda entry: b"%s:x:%d:0::/:/bin/sh" % entry))
 @given(LINES, st.sampled_from([b"ann", b"eve"]), st.integers(0, 5))
 def test_name_and_number_look_up_the_account_that_was_put_and_others_stay(lines, name, number):
     line = b"%s:*:%d:9::/home/x:/bin/sh" % (name, number)
-    changed = apppot_init.put_account(b"".join(entry + b"\n" for entry in lines), name, number, line)
+    table = b"".join(entry + b"\n" for entry in lines)
+    changed = apppot_init.put_account(table, name, number, line)
     entries = changed.splitlines()
     assert changed.endswith(b"\n") and b"" not in entries
     assert apppot_init.find_account(changed, name) == line.split(b":")
@@ -139,10 +147,14 @@ def test_a_directory_of_the_system_is_not_covered_by_the_job_directory(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     (tmp_path / "empty").mkdir()
-    expected = {"full": True, "full/file": True, "full/file/below": True, "empty": False, "new": False, "new/er": False}
-    assert {name: apppot_init.covers_system(os.fsencode(tmp_path / name)) for name in expected} == expected
-    for path, covers in ((b"/", True), (b"/usr", True), (b"/proc/x", True), (b"/sys/x/y", True), (b"/tmp", False)):
-        assert apppot_init.covers_system(path) is covers, path
+
+    def covers(path):
+        return apppot_init.covers_system(os.fsencode(path))
+
+    names = ("full", "full/file", "full/file/below", "empty", "new", "new/er")
+    assert [name for name in names if covers(tmp_path / name)] == list(names[:3])
+    paths = ("/", "/usr", "/proc/x", "/sys/x/y", "/tmp")
+    assert [path for path in paths if covers(path)] == list(paths[:4])
 
 
 # --- The command --------------------------------------------------------------------------------------------
@@ -150,7 +162,8 @@ def test_a_directory_of_the_system_is_not_covered_by_the_job_directory(tmp_path)
 
 @pytest.fixture
 def programs(tmp_path):
-    for name, mode in (("run", 0o755), ("plain", 0o644), ("first/both", 0o644), ("second/both", 0o755)):
+    modes = {"run": 0o755, "plain": 0o644, "first/both": 0o644, "second/both": 0o755}
+    for name, mode in modes.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("#!/bin/sh -e\n")
@@ -163,7 +176,8 @@ def test_a_program_is_found_as_a_shell_finds_it(programs, monkeypatch):
     assert apppot_init.find_program(b"both", path) == programs + b"/second/both"
     assert apppot_init.find_program(programs + b"/run", b"") == programs + b"/run"
     monkeypatch.chdir(os.fsdecode(programs))
-    assert apppot_init.find_program(b"run", b"/none:") == b"./run"  # an empty entry is the current directory
+    # An empty entry is the current directory.
+    assert apppot_init.find_program(b"run", b"/none:") == b"./run"
 
 
 @pytest.mark.parametrize(
@@ -177,16 +191,19 @@ def test_what_is_no_program_ends_with_127_or_126_and_its_name(programs, monkeypa
     monkeypatch.chdir(os.fsdecode(programs))
     with pytest.raises(apppot_init.Fatal) as caught:
         apppot_init.find_program(word, b"/none:.")
-    assert caught.value.status == status and repr(os.fsdecode(word)) in caught.value.message and caught.value.hint
+    assert caught.value.status == status and caught.value.hint
+    assert repr(os.fsdecode(word)) in caught.value.message
 
 
 def test_command_then_apppot_run_then_autorun_then_a_login_shell(tmp_path):
     home, directory = tmp_path / "home", tmp_path / "job"
-    home.mkdir(), directory.mkdir()
+    home.mkdir()
+    directory.mkdir()
     account = make_account(os.fsencode(home))
 
     def chosen(*command):
-        return apppot_init.choose_command(make_job(command=command), account, os.fsencode(directory))
+        job = make_job(command=command)
+        return apppot_init.choose_command(job, account, os.fsencode(directory))
 
     assert chosen() == ([b"-bash"], b"/bin/bash")
     for path in (home / "apppot-autorun", directory / "apppot-run"):
@@ -200,10 +217,10 @@ def test_command_then_apppot_run_then_autorun_then_a_login_shell(tmp_path):
 
 
 def test_the_command_s_environment_is_the_account_s_and_what_the_job_asks_for():
-    environment = apppot_init.build_environment(make_job(environment={b"PATH": b"/x", b"A": b"1"}), ACCOUNT, b"/d")
-    assert environment == {
-        b"PATH": b"/x", b"A": b"1", b"HOME": b"/home/ann", b"USER": b"ann", b"LOGNAME": b"ann", b"SHELL": b"/bin/bash",
-        b"PWD": b"/d",
+    job = make_job(environment={b"PATH": b"/x", b"A": b"1"})
+    assert apppot_init.build_environment(job, ACCOUNT, b"/d") == {
+        b"PATH": b"/x", b"A": b"1", b"HOME": b"/home/ann", b"USER": b"ann", b"LOGNAME": b"ann",
+        b"SHELL": b"/bin/bash", b"PWD": b"/d",
     }  # fmt: skip
 
 
@@ -236,6 +253,13 @@ def test_every_python_here_imports_the_agent_and_the_runner_alone(python):
 )  # fmt: skip
 def test_a_shell_without_script_and_command_is_interactive(line, is_shell):
     assert apppot_init.is_interactive_shell(line.encode().split()) == is_shell
+
+
+def test_one_section_of_the_agent_knows_the_vmm():
+    sections = re.split("^# --- ", (TOP / "apppot_init.py").read_text(), flags=re.MULTILINE)
+    words = re.compile(r"hostfs|ttyS|seccomp|\buml\b|user-mode linux", re.IGNORECASE)
+    knowing = [section.split(" ---")[0] for section in sections if words.search(section)]
+    assert knowing == ["The devices of the VMM"]
 
 
 @pytest.mark.parametrize(
