@@ -35,8 +35,8 @@ hypothesis.settings.load_profile("untimed")
 
 # make check has two kernels: Debian's is 1, our own is 2 and boots twice as fast. Which of them does a test boot? The
 # columns are for a test of one user (fixture `node`), for a test of both users (`any_node`) as root, and for that test
-# as the ordinary user; with the carrier `empty` these two change places. What the files that are not here test is the
-# same with any kernel, so they boot our own.
+# as the ordinary user. With the carrier `empty` the two users change places, and one user has our own kernel alone.
+# What the files that are not here test is the same with any kernel, so they boot our own.
 KERNELS = {
     "test_areas.py": ("12", "1", "2"),
     "test_bind.py": ("12", "1", "2"),
@@ -78,19 +78,18 @@ def find_kernels(item):
     """The numbers of the kernels that a test meets."""
     if "kernel" not in item.fixturenames:
         return "1"
-    if item.get_closest_marker("every_kernel"):
+    if item.get_closest_marker("both_kernels"):
         return "12"
-    if item.get_closest_marker("last_kernel"):
+    if item.get_closest_marker("own_kernel"):
         return "2"
 
     one_user, *both_users = KERNELS.get(item.path.name, ("2", "2", "2"))
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if "any_node" not in parameters or os.getuid() != 0:
-        return one_user
+        return one_user if parameters.get("carrier") != "empty" else "2"
 
-    if parameters.get("carrier") == "empty":
-        both_users.reverse()
-    return both_users[parameters["any_node"] == "user"]
+    as_root, as_user = both_users if parameters.get("carrier") != "empty" else reversed(both_users)
+    return as_root if parameters["any_node"] == "root" else as_user
 
 
 def pytest_report_header():

@@ -32,6 +32,7 @@ def test_a_process_that_is_near_that_limit_runs_on(node):
     assert (result.returncode, result.stdout, result.stderr) == (0, b"%d\n" % (LIMIT - 1000), b"")
 
 
+@pytest.mark.own_kernel
 def test_the_doctor_names_the_limit(node):
     result = node.run("--doctor")
     assert f"{LIMIT} memory areas of a process (vm.max_map_count)" in result.stdout.decode()

@@ -71,6 +71,7 @@ def test_a_read_only_bind_refuses_writes_even_to_root(node, confined_by):
 NAMES = ["a b", "a,b=c", "a\nb", "a:b", "-x", "\u00e9", os.fsdecode(b"\xff\xfe"), "'\"$x`", "a" * 255, "#%\\"]
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("kind", ["directory", "file"])
 def test_paths_of_every_kind_can_be_bound(node, kind):
     words, places = [], []
@@ -87,6 +88,7 @@ def test_paths_of_every_kind_can_be_bound(node, kind):
     assert (result.stderr, result.stdout.decode()) == (b"", "".join(expected))
 
 
+@pytest.mark.own_kernel
 def test_a_bound_file_is_written_in_place(node):
     file = node.job / "settings"
     file.write_text("old")
@@ -251,6 +253,7 @@ def test_no_job_dir_shows_nothing_of_it(any_node):
     assert result.stderr.count(b"No such file") == 2 and b" /tmp" not in result.stdout
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize(
     "bind",
     ["/no/such", "", ":/x", "/etc:relative", "/etc:/", "/etc:/..", "/dev/null", "/etc:/mnt:rx"],
@@ -261,6 +264,7 @@ def test_a_bind_that_cannot_be_is_an_error_before_the_boot(node, bind):
     assert_error(result, "--bind")
 
 
+@pytest.mark.own_kernel
 def test_a_bind_without_a_place_is_an_error(node):
     (here,) = make_tree(node, "here")
     for target in ("/etc/passwd", "/proc/new", f"{here}/new"):
@@ -381,6 +385,7 @@ def test_a_cow_file_made_here_is_what_a_kernel_makes(node):
 # --- The caller's home --------------------------------------------------------------------------------------
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("job", ["home/project", "elsewhere", "home"])
 @pytest.mark.parametrize("bound", ["home", "."])
 def test_home_is_the_caller_s_where_bind_shows_it(any_node, job, bound):

@@ -36,6 +36,7 @@ def redirected(redirection):
 # --- Descriptors of the caller ------------------------------------------------------------------------------
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_a_closed_descriptor_is_no_matter(node, closed):
     script = f"cat; echo {NONCE}; echo {NONCE} >&2; : > ran; exit 3"
@@ -46,6 +47,7 @@ def test_a_closed_descriptor_is_no_matter(node, closed):
     assert (node.job / "ran").exists() and os.listdir(node.job) == ["ran"]
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_an_error_with_a_closed_descriptor_is_125_and_no_traceback(node, closed):
     status, stdout, stderr = node.finish(node.start("--image", "/no/such", "true", wrap=redirected(closed)))
@@ -190,6 +192,7 @@ def test_the_original_s_options_reach_the_guest_and_its_management_console(node,
     assert process.wait(DEADLINE_S) == 1
 
 
+@pytest.mark.own_kernel
 def test_the_parts_are_found_in_the_environment_or_beside_the_script(node, image):
     def run(**environment):
         return node.run("sh", "-c", f"echo {NONCE}; head -1 /proc/meminfo", env=environment).stdout.split()

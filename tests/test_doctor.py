@@ -89,12 +89,14 @@ def test_it_runs_without_image_and_kernel_and_with_all_closed(tmp_path):
     assert subprocess.run(closed + words, cwd=tmp_path, env={}).returncode == 125
 
 
+@pytest.mark.own_kernel
 @needs_root  # other users cannot reach every Python
 @pytest.mark.parametrize("python", pythons())
 def test_every_python_here_runs_it(node, python):
     examine(node, python=pythons()[python])
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("words", [["--boot"], ["--boot", "true"], ["--doctor", "true"]])
 def test_it_takes_no_command(node, words):
     result = node.run(*words)
@@ -169,6 +171,7 @@ def test_a_kernel_that_is_none_is_named(node, program):
     assert verdict == "fail" and program in text and "User-Mode Linux" in text
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("missing", ["/usr/sbin/apppot-init", apppot_start.AGENT_MODULE])
 def test_an_image_without_the_agent_is_named(node, image, missing):
     own = writable_copy(node, image)
@@ -180,6 +183,7 @@ def test_an_image_without_the_agent_is_named(node, image, missing):
     assert booted[0] == "fail" and f"no agent ({name})" in booted[1]
 
 
+@pytest.mark.own_kernel
 def test_an_image_without_the_agent_s_python_is_named(node, image):
     own = writable_copy(node, image)
     replace_agent(node, own, "#!/opt/python3 -IS\n")
@@ -253,6 +257,7 @@ def test_a_caller_that_ignores_the_end_of_children_is_no_matter(node):
     assert "fail" not in {verdict for verdict, _ in read_findings(result).values()}
 
 
+@pytest.mark.own_kernel
 def test_helpers_are_found_beside_the_runner(node):
     (node.root / "slirp4netns").symlink_to(shutil.which("slirp4netns"))
     (node.root / "empty").symlink_to(EMPTY)
@@ -368,6 +373,7 @@ def test_cpus_that_the_kernel_cannot_have_are_a_warning(node, kernel):
     assert b"SLURM_CPUS_PER_TASK=2" in told
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("number", ["0", "-1", "two", "1.5", " ", "10000"])
 def test_a_wrong_number_of_cpus_is_refused(node, number):
     by_option = node.run("--cpus=" + number, "true")

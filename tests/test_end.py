@@ -136,6 +136,7 @@ def test_a_run_ends_with_the_process_above_that_it_is_to_end_with(node):
 ABOVE = [["--die-with-parent"], ["--die-with", "no-such-process"], ["--die-with", "pytest"]]
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("options", ABOVE)
 def test_a_process_above_that_lives_or_is_not_there_is_no_matter(node, options):
     assert node.run(*options, "sh", "-c", "sleep 2; exit 3").returncode == 3
@@ -147,6 +148,7 @@ def test_a_guest_that_runs_out_of_memory_says_so(node):
     assert result.stderr.startswith(b"apppot: warning: guest was out of memory, of which it has 128 MiB")
 
 
+@pytest.mark.own_kernel
 def test_a_walltime_longer_than_poll_can_wait_is_kept(node):
     for time_s in ("30d", "999999999d"):
         result = node.run("--timeout", time_s, "--kill-after", time_s, "sh", "-c", "sleep 0.2; echo over")
@@ -326,6 +328,7 @@ def test_a_guest_that_goes_away_is_a_failure(any_node, script, words):
     assert_error(result, words)
 
 
+@pytest.mark.own_kernel
 def test_an_agent_that_fails_says_so(node, image):
     own = writable_copy(node, image)
     launcher = (
@@ -343,6 +346,7 @@ def test_an_agent_that_fails_says_so(node, image):
     assert_error(result, "panic")
 
 
+@pytest.mark.own_kernel
 def test_an_image_without_the_agent_is_named(node, image):
     own = writable_copy(node, image)
     change_image(own, "rm /usr/sbin/apppot-init\n")
@@ -359,6 +363,7 @@ def test_a_boot_that_hangs_is_given_up(node, image):
     assert_error(result, "did not start within 3 s")
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("kernel_of", ["/bin/true", "/bin/cat", "text", "missing", "directory"])
 def test_a_kernel_that_is_not_uml_is_named(node, kernel_of):
     (node.root / "text").write_text("#!/bin/sh\nexit 0\n")
@@ -378,6 +383,7 @@ def test_a_kernel_that_lost_its_execute_bit_is_used(node, kernel):
 # --- Odd nodes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("python", pythons())
 def test_every_python_here_runs_it_with_an_empty_environment(kernel, image, python):
     for node in make_node(kernel, image, os.getuid()):  # as root: other users cannot reach every Python

@@ -38,6 +38,7 @@ sudo -n sh -c 'echo g > /dev/stderr; echo h > /dev/stdout; cat /dev/stdin'
 """
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("kind", ["pipe", "file", "null", "closed"])
 def test_standard_streams_can_be_opened_by_their_names(any_node, kind):
     given = {"pipe": b"input\nand more\n", "file": b"input\nand more\n"}.get(kind, b"")
@@ -147,6 +148,7 @@ def test_the_command_leads_a_process_group_in_a_terminal_only(any_node):
     assert any_node.run("-t", "python3", "-c", script).stdout.startswith(b"True False ")
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("end, status", [("exit 3", 3), ("kill -9 $$", 137)])
 def test_a_command_that_ends_at_once_is_waited_for(any_node, end, status):
     assert any_node.run("sh", "-c", end).returncode == status
@@ -269,7 +271,7 @@ EDIT = f"echo 10.7.7.7 own-{NONCE} >> /etc/hosts; echo options rotate >> /etc/re
 SHOW = "cat /etc/hosts /etc/resolv.conf; readlink /etc/localtime; cat /etc/localtime | tail -n 1"
 
 
-@pytest.mark.last_kernel
+@pytest.mark.own_kernel
 @needs_root
 @pytest.mark.parametrize("edit", [":", EDIT])
 def test_the_node_s_files_are_not_for_changes_files_but_an_edit_is(node, edit):
@@ -290,7 +292,7 @@ def test_the_node_s_files_are_not_for_changes_files_but_an_edit_is(node, edit):
     )
 
 
-@pytest.mark.last_kernel
+@pytest.mark.own_kernel
 @needs_root
 @pytest.mark.parametrize("end", ["exit", "kill"])
 def test_the_node_s_files_do_not_stay_in_an_image_but_an_edit_does(node, image, end):
@@ -332,7 +334,7 @@ CALLERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.last_kernel
+@pytest.mark.own_kernel
 @needs_root
 @pytest.mark.parametrize("name, uid, shown", CALLERS)
 def test_any_caller_has_an_account_and_a_home_and_the_appliance_s_stay(kernel, image, name, uid, shown):
@@ -357,7 +359,7 @@ def test_any_caller_has_an_account_and_a_home_and_the_appliance_s_stay(kernel, i
         node.close()
 
 
-@pytest.mark.last_kernel
+@pytest.mark.own_kernel
 @needs_root
 @pytest.mark.parametrize("name, uid, added", [("daemon", 4242, []), ("ann", 33, []), ("ann", 4242, ["ann:4242"])])
 def test_with_root_the_accounts_of_the_appliance_stay_as_they_are(kernel, image, name, uid, added):
@@ -392,7 +394,7 @@ def test_configuration_of_the_host_s_clients_does_not_go_in_unless_it_is_named()
 # --- ~/job --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.last_kernel
+@pytest.mark.own_kernel
 @needs_root
 @pytest.mark.parametrize("kind", ["below", "itself", "linked"])
 def test_the_link_job_in_the_home_leads_to_a_job_directory_below_its_own_path(kernel, image, kind):

@@ -168,6 +168,7 @@ def test_names_resolve_by_the_name_server_of_the_host(node, helper):
     assert (status, stdout.split()[0], stderr) == (0, b"192.0.2.77", b"")
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("kind", ["file", "missing", "link to nothing", "link"])
 def test_the_image_s_resolv_conf_is_of_no_matter(node, image, kind):
     own = writable_copy(node, image)
@@ -294,6 +295,7 @@ COMPLAINTS = {"missing": "No such file", "crash": "signal 11", "other": "some ot
               "ends": "broken", "hangs": "stuck"}  # fmt: skip
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("kind", BAD_HELPERS)
 def test_a_helper_asked_for_that_is_no_use_is_an_error(any_node, kind):
     path = str(any_node.root / "none") if BAD_HELPERS[kind] is None else script(any_node, "help", BAD_HELPERS[kind])
@@ -344,6 +346,7 @@ def test_what_the_kernel_has_no_driver_for_is_an_error_when_asked_for(node, kern
     assert node.run("sh", "-c", "grep -c : /proc/net/dev").stdout == b"1\n"
 
 
+@pytest.mark.own_kernel
 def test_options_that_contradict_each_other_are_refused(node):
     for options in (("--net", "none", "--slirp", "x"), ("--net", "none", "--publish", "8080:80"), ("--net", "x")):
         result = node.run(*options, "true")
@@ -414,8 +417,16 @@ SERVE = (
 )
 
 
-@pytest.mark.parametrize("kind, suffix", [("SOCK_STREAM", ""), ("SOCK_STREAM", "/tcp"), ("SOCK_DGRAM", "/udp")])
-@pytest.mark.parametrize("host", ["", "127.0.0.1:", "127.0.0.9:", "0.0.0.0:"])
+@pytest.mark.parametrize(
+    "host, kind, suffix",
+    [
+        ("", "SOCK_STREAM", ""),
+        ("127.0.0.1:", "SOCK_STREAM", "/tcp"),
+        ("127.0.0.9:", "SOCK_STREAM", ""),
+        ("127.0.0.9:", "SOCK_DGRAM", "/udp"),
+        ("0.0.0.0:", "SOCK_DGRAM", "/udp"),
+    ],
+)
 def test_a_published_port_of_the_guest_answers_on_the_host(any_node, kind, suffix, host):
     port = free_port(getattr(socket, kind))
     code = SERVE.format(kind, 8000, NONCE, NONCE)

@@ -152,6 +152,7 @@ def make_repository(clone):
     return clone / "apt.tar.gz"
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("lines", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_an_example_of_the_readme_works_after_make_demo(lines, clone):
     # What the examples take for granted: data, settings, a program in the job directory.

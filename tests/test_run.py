@@ -34,6 +34,7 @@ def test_only_the_command_s_output_appears_and_v_shows_the_boot(any_node):
     assert verbose.stdout == NONCE.encode() + b"\n" and b"Linux version" in verbose.stderr
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize("status", [0, 1, 2, 7, 124, 125, 126, 127, 128, 200, 255])
 def test_exit_status_comes_back(node, status):
     assert node.run("sh", "-c", f"exit {status}").returncode == status
@@ -96,7 +97,7 @@ def test_stdout_and_stderr_are_byte_exact_at_once(any_node):
     assert stderr.hexdigest() == digest_of(any_node.job / "b")
 
 
-@pytest.mark.last_kernel
+@pytest.mark.own_kernel
 @both_carriers
 def test_a_gibibyte_of_stdin_arrives(node):
     process = node.start("sh", "-c", "cat | sha256sum", stdin=subprocess.PIPE)
@@ -160,6 +161,7 @@ def test_a_command_that_never_reads_leaves_its_input_where_it_was(node):
     assert node.finish(node.start("true", wrap=("bash", "-c", loop, "-"))) == (0, b"got one\ngot two\ngot three\n", b"")
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize(
     "script, lines_read", [("cat", None), ("sleep 1; cat", None), ("read a", 1), ("read a; exec <&-", 1)]
 )
@@ -248,6 +250,7 @@ def test_arguments_environment_and_directory_are_byte_exact(any_node):
     assert result.stdout.split(b"\0") == words + [b"from caller", b"a\nb\xff=c ", b"7", b"", path, path + b"\n"]
 
 
+@pytest.mark.own_kernel
 def test_an_argument_list_of_120_kib_arrives(node):
     words = [f"argument {i} {'x' * 100}" for i in range(1050)]
     result = node.run("sh", "-c", 'printf "%s\\n" "$@" | sha256sum', "sh", *words)
@@ -256,6 +259,7 @@ def test_an_argument_list_of_120_kib_arrives(node):
     )
 
 
+@pytest.mark.own_kernel
 def test_clean_env_passes_nothing_and_cwd_starts_elsewhere(node):
     result = node.run(
         "--clean-env", "--env", "A=1", "--cwd", "/usr/bin", "sh", "-c", "env; pwd", env={"SLURM_JOB_ID": "7"}
@@ -300,6 +304,7 @@ def test_the_command_is_the_caller_in_the_guest_and_root_on_request(any_node):
     assert (any_node.job / "by-root").stat().st_uid == any_node.uid
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize(
     "directory, shown",
     [
@@ -327,6 +332,7 @@ def test_the_job_directory_never_hides_the_system(node, directory, shown):
     assert directory == "/tmp" or before is None or before == sorted(os.listdir(directory))
 
 
+@pytest.mark.own_kernel
 def test_a_symbolic_link_in_pwd_names_the_directory_as_the_user_does(node):
     (node.root / "link").symlink_to(node.job)
     result = node.run(
@@ -373,6 +379,7 @@ def test_write_and_cow_keep_changes_and_leave_a_clean_file_system(any_node, imag
     assert_error(any_node.run("true", image=cow), "a cow", "own.img")
 
 
+@pytest.mark.own_kernel
 def test_who_writes_an_image_has_it_alone(node, image):
     own = writable_copy(node, image)
     holder = node.start_ready("read line", "--write", image=own, stdin=subprocess.PIPE)
@@ -423,6 +430,7 @@ def test_a_long_and_a_strange_path_are_no_obstacle(node, image):
     assert os.listdir(strange) == ["im age,1.img"]
 
 
+@pytest.mark.own_kernel
 def test_an_agent_of_another_protocol_is_refused(node, image):
     own = writable_copy(node, image)
     replace_agent(
@@ -441,6 +449,7 @@ def test_an_agent_of_another_protocol_is_refused(node, image):
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize(
     "given, options, expected",
     [

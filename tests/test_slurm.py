@@ -95,7 +95,7 @@ def test_a_signal_of_scancel_reaches_the_command(slurm, option):
     assert jobs.end() == (("FAILED", "42:0"), ["ready", "told"])
 
 
-@pytest.mark.every_kernel
+@pytest.mark.both_kernels
 def test_a_suspended_job_stands_still_and_goes_on_with_its_data_intact(slurm):
     jobs = Jobs(slurm, WORKS)
     jobs.wait_for_line("ready")

@@ -101,8 +101,14 @@ def install_python(python, root):
     return program
 
 
+def choose_pythons():
+    """The oldest and the newest here, and the one that runs the tests. test_end.py boots with each."""
+    by_age = sorted(pythons().items(), key=lambda item: int(item[0].partition(".")[2]))
+    return {"oldest": by_age[0][1], "newest": by_age[-1][1], "this": sys.executable}
+
+
 @needs_root
-@pytest.mark.parametrize("python", sorted(set(pythons().values()) | {sys.executable}))
+@pytest.mark.parametrize("python", choose_pythons().values(), ids=choose_pythons())
 def test_the_bundle_runs_in_a_root_directory_with_a_python_alone(tmp_path_factory, bundle, python):
     root = tmp_path_factory.mktemp("root")
     root.chmod(0o755), root.parent.chmod(0o755)
