@@ -688,6 +688,7 @@ XATTR_NAME_MAX = 255
 XATTR_SIZE_MAX = 1 << 16
 XATTR_LIST_MAX = 1 << 16
 OLD_SPARSE = b"S"  # the kind of a sparse file in GNU's old format
+KNOWN_KINDS = {*KINDS.values(), HARD_LINK, OLD_SPARSE}
 ID_MAX = (1 << 32) - 2  # -1 tells chown(2) to change nothing
 SIZE_MAX = (1 << 44) - 4096
 TIME_MAX_NS = (1 << 40) * 10 ** 9
@@ -804,7 +805,7 @@ def check_member(member: Member) -> None:
     """Raise Damaged if no file can be as the header says."""
     path, kind, _, uid, gid, size, mtime_ns, (major, minor), link, xattrs, _, _ = member
     flaw = None
-    if kind not in KINDS.values() and kind not in (HARD_LINK, OLD_SPARSE):
+    if kind not in KNOWN_KINDS:
         flaw = "a member of unknown type {!r}".format(kind)
     elif not (0 <= uid <= ID_MAX and 0 <= gid <= ID_MAX and 0 <= size <= SIZE_MAX):
         flaw = "an impossible owner or size"
@@ -992,7 +993,7 @@ class LayerReader:
 
     def _decode(self, header: bytes, records: Dict[bytes, bytes]) -> Tuple[Member, int]:
         """The member, and how many bytes of content follow."""
-        (name, mode, uid_field, gid_field, size_field, mtime_field, _, kind,
+        (name, mode, uid_field, gid_field, size_field, mtime_s, _, kind,
          link, magic, _, _, major, minor, prefix) = HEADER.unpack(header)
         name = name.partition(b"\0")[0]
         link = link.partition(b"\0")[0]
@@ -1002,29 +1003,29 @@ class LayerReader:
         if records:
             name = records.get(b"GNU.sparse.name", records.get(b"path", name))
             link = records.get(b"linkpath", link)
-
-        def choose(key: bytes, field: bytes) -> int:
-            return parse_decimal(records[key]) if key in records else parse_number(field)
+        uid = parse_decimal(records[b"uid"]) if b"uid" in records else parse_number(uid_field)
+        gid = parse_decimal(records[b"gid"]) if b"gid" in records else parse_number(gid_field)
+        mtime_ns = (
+            parse_time(records[b"mtime"]) if b"mtime" in records
+            else parse_number(mtime_s) * 10 ** 9)
 
         if kind in b"\0" + b"7":  # a file of old tars, and one that asks to be contiguous
             kind = REGULAR
-        size = choose(b"size", size_field) if kind == REGULAR else 0
-        if kind == REGULAR and name.endswith(b"/"):
-            kind = DIRECTORY
+        size = 0
+        if kind == REGULAR:
+            has_record = b"size" in records
+            size = parse_decimal(records[b"size"]) if has_record else parse_number(size_field)
+            if name.endswith(b"/"):
+                kind = DIRECTORY
         if kind == HARD_LINK:
             link = clean_path(link)
         elif kind != SYMLINK:
             link = b""
 
-        mtime_ns = (
-            parse_time(records[b"mtime"]) if b"mtime" in records
-            else parse_number(mtime_field) * 10 ** 9)
         device = (parse_number(major), parse_number(minor)) if kind in DEVICES else (0, 0)
         change = b"M" if records.get(b"comment") == b"modified" else b"C"
-
         member = Member(
-            clean_path(name), kind, parse_number(mode) & 0o7777,
-            choose(b"uid", uid_field), choose(b"gid", gid_field), size, mtime_ns,
+            clean_path(name), kind, parse_number(mode) & 0o7777, uid, gid, size, mtime_ns,
             device, link, decode_xattrs(records), None, change)
         check_member(member)
         if kind == OLD_SPARSE or b"GNU.sparse" in b"".join(records):
@@ -1981,9 +1982,8 @@ def read_layer(layer: Layer, report: Report) -> None:
 
     for member in reader:
         layer.count += 1
-        layer.memory += NODE_COST + len(member.path)
-        if member.kind == HARD_LINK:
-            layer.memory += MEMBER_COST
+        is_link = member.kind == HARD_LINK
+        layer.memory += NODE_COST + len(member.path) + (MEMBER_COST if is_link else 0)
         if layer.count % 500 == 0:
             report.progress("checking", layer.count, layer.size)
             expect_memory(layer.memory + NODE_COST * reader.levels, free // 2, [layer])
