@@ -97,7 +97,7 @@ class DiskFailure(Fatal):
 
 
 def encode_fields(fields: Iterable[Tuple[bytes, bytes]]) -> bytes:
-    """NAME=VALUE records, each ended by NUL; a name may come again. Values hold no NUL (nothing in exec does)."""
+    """NAME=VALUE records, each ended by NUL. A name may come again. A value holds no NUL."""
     return b"".join(name + b"=" + value + b"\0" for name, value in fields)
 
 
