@@ -50,6 +50,13 @@ def kernel_has(kernel, setting):
     return f"{setting}=y" in settings.split()
 
 
+def read_version(kernel):
+    """Its first two numbers."""
+    text = subprocess.run([kernel, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
 def pythons():
     """Name and path of every Python 3 in PATH and of pyenv's, which stand behind its shims."""
     places = os.environ["PATH"].split(":")
