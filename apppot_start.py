@@ -4815,12 +4815,14 @@ class Session:
         self._spec = spec
         self._stdio = stdio
         self._reporter = reporter
+
         self._console = Console(spec)
         self._conversation = Conversation(machine, spec, stdio, reporter)
         self._channel = self._conversation.channel
         self._ending = self._conversation.ending
         self._carried = 0                         # pid of the kernel if `empty` carries the channel
         self._exchanged = not spec.empty          # whether that is known
+
         self._report: Optional[str] = None        # the supervisor's, of the kernel's end
         self._told: Union[Result, Fatal, None] = None          # by the agent
         self._signals: Deque[int] = collections.deque()
@@ -4882,12 +4884,13 @@ class Session:
         self._finish_if_done()
 
     def _wait(self) -> Set[int]:
-        """Until a descriptor is ready or a deadline is over."""
+        """Wait until a deadline is over, or return the descriptors that are ready."""
         poll = select.poll()
         poll.register(self._channel.wakeup, select.POLLIN)
         if self._report is None:
             poll.register(self._machine.report, select.POLLIN)
             poll.register(self._machine.console, select.POLLIN)
+
         if self._channel.is_open:
             poll.register(self._channel.from_guest, select.POLLIN)
             if self._channel.can_send:
@@ -4928,35 +4931,35 @@ class Session:
             told = killed_by(signal.SIGKILL) if told.signal == signal.SIGSEGV else told
         if self._console.is_out_of_memory:
             self._reporter.warn(
-                "guest was out of memory, of which it has {}, and killed a process; ask the batch system "
-                "for more, or with --mem".format(format_mib(self._spec.guest.mem_mib)))
+                "guest was out of memory, of which it has {}, and killed a process; ask the batch "
+                "system for more, or with --mem".format(format_mib(self._spec.guest.mem_mib)))
         return told._replace(out_of_memory=self._console.is_out_of_memory)
 
     def _exchange_channel(self) -> None:
-        machine = self._machine
-        self._carried = exchange_channel(machine.directories.run.fd, machine.from_guest, machine.to_guest)
+        run = self._machine.directories.run
+        self._carried = exchange_channel(run.fd, self._channel.from_guest, self._channel.to_guest)
         self._exchanged = True
         how = "the channel is carried by {}" if self._carried else "without {}, which does not work"
         self._reporter.say("kernel started, " + how.format(self._spec.empty))
 
     def _wake_writer(self) -> None:
-        """Let User-Mode Linux see that its full pty has room again: the SIGIO of the pty's own comes too early."""
+        """Tell the kernel that its full pty has room again: the pty's own SIGIO comes too early."""
         try:
             os.kill(self._carried, signal.SIGIO)
         except OSError:
-            pass                                  # it is dead
+            pass                                  # the kernel is dead
 
     def _serve_terminal(self, terminal: TerminalLink, ready: Set[int]) -> None:
         if terminal.keyboard in ready:
             terminal.take_keys()
         if terminal.stopped_by and self._channel.is_idle and self._conversation.streams.is_idle:
-            terminal.follow_stop()                # not before all is written: this may stop us, too
+            terminal.follow_stop()                # this may stop us, so all must be written
 
     def _suspend(self) -> None:
-        # By default SIGTSTP does nothing to a process group without a shell, as a batch job's is.
+        # The default action of SIGTSTP stops no process group without a shell, such as a batch job.
         if self._stdio.terminal:
             self._stdio.terminal.release()
-        # The supervisor sees to that, too, but later, and SIGSTOP of everything may be near.
+        # The supervisor would do that later. A batch system may send SIGSTOP to all before.
         directory = self._machine.directories.run.fd
         ask_mconsole(directory, self._spec.guest.name, b"stop")
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -4972,16 +4975,17 @@ class Session:
             if not message:
                 return
         self._report = message.decode("utf-8", "surrogateescape")
-        if not self._report:                      # the supervisor is dead: what it would have ended is ours now
+        if not self._report:                      # the supervisor is dead, and its children are ours
             kill_children()
-        while self._take_console():               # to its end: nobody is left to write
+        while self._take_console():               # nobody is left to write, so it has an end
             pass
 
     def _lose_network(self) -> None:
         helper = self._spec.guest.network.helper
         if not self._conversation.has_started:
             raise Fatal("network helper was killed: " + helper, "--net none runs without a network")
-        self._reporter.warn("network helper was killed, the command goes on without a network: " + helper)
+        self._reporter.warn(
+            "network helper was killed, the command goes on without a network: " + helper)
         self._channel.post(NETWORK_LOST, b"vec0")
 
     def _explain_end(self) -> Fatal:
