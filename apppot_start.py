@@ -278,35 +278,43 @@ class Given(NamedTuple):
 
 
 def find_given(option: Optional[str], name: str) -> Optional[Given]:
-    """What --NAME says, or else APPPOT_NAME; in a variable, unlike in an option, an empty value usually means none."""
+    """What --NAME says, or else the variable APPPOT_NAME. An empty variable counts as not set."""
     variable = "APPPOT_" + name.upper()
     text = os.environ.get(variable, "")
     if option is not None:
         return Given(option, "--" + name)
     if not text:
         return None
+
     if is_blank(text):
-        raise Fatal("{} has no value: {!r}".format(variable, text), "unset the variable, or give it a value")
+        hint = "unset the variable, or give it a value"
+        raise Fatal("{} has no value: {!r}".format(variable, text), hint)
     return Given(text, variable)
 
 
 def parse_size_mib(text: str, what: str) -> int:
-    """MiB in "512", "512M", "1.5G", "2TiB"; a bare number is MiB, as original AppPot's users write it."""
-    match = re.match(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?$", text.strip(), re.IGNORECASE | re.ASCII)
+    """MiB in "512", "512M", "1.5G" or "2TiB". As with the original AppPot a bare number is MiB."""
+    pattern = r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?$"
+    match = re.match(pattern, text.strip(), re.IGNORECASE | re.ASCII)
     if not match:
-        raise Fatal("{} is not a size: {!r}".format(what, text), "give a number of MiB or a size such as 512M or 2G")
+        hint = "give a number of MiB or a size such as 512M or 2G"
+        raise Fatal("{} is not a size: {!r}".format(what, text), hint)
     factor = {"K": 1 / 1024.0, "": 1, "M": 1, "G": 1024, "T": 1024 ** 2}[match.group(2).upper()]
     return int(float(match.group(1)) * factor)
 
 
 def parse_seconds(text: str, what: str, has_none: bool = False) -> float:
-    """Seconds in "90", "1.5", "10m", "2h", "1d", as timeout(1) takes them; with `has_none` 0, too."""
+    """Seconds in "90", "1.5", "10m", "2h" or "1d", as timeout(1) takes them. With `has_none` 0 is allowed."""
     match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)$", text.strip(), re.ASCII)
     if not match:
-        raise Fatal("{} is not a time: {!r}".format(what, text), "give seconds, or a number with s, m, h or d")
-    seconds = float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+        hint = "give seconds, or a number with s, m, h or d"
+        raise Fatal("{} is not a time: {!r}".format(what, text), hint)
+
+    factor = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match.group(2)]
+    seconds = float(match.group(1)) * factor
     if not seconds and not has_none:
-        raise Fatal("{} is over at once: {!r}".format(what, text), "leave the option out, or give a time")
+        hint = "leave the option out, or give a time"
+        raise Fatal("{} is over at once: {!r}".format(what, text), hint)
     return seconds
 
 
@@ -332,18 +340,20 @@ FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
 IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 # Programs that leave SIGPIPE to their children as they have it themselves; from /proc/PID/status.
 SHELLS = re.compile(r"Name:\t(?:[a-z]*sh\d*|busybox|timeout|time|strace|make|xargs|perl)\n")
-# A batch system may signal every process of a job. Blocked at exec these reach neither the kernel, which would die
-# of them, nor the guest's processes, whose tracer would panic: SIGCONT, too, is reported to a tracer unless blocked.
-KEPT_FROM_KERNEL = FORWARDED_SIGNALS + (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT, signal.SIGXFSZ)
+# A batch system may signal every process of a job. The kernel would die of these signals, and a guest process that
+# gets one makes its tracer panic: SIGCONT, too, is reported to a tracer. So they are blocked before exec.
+KEPT_FROM_KERNEL = (*FORWARDED_SIGNALS, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT, signal.SIGXFSZ)
 PROCESSES_HINT = "raise the limit of processes (ulimit -u, or pids.max of the cgroup), or of memory"
 MORE_CPU_TIME = "ask the batch system for more CPU time, or raise the limit"
 # What a process of the guest has as one of the host would. Not the numbers of processes and of signals: the host counts
 # all of the caller's.
 PASSED_LIMITS = tuple(getattr(resource, "RLIMIT_" + name) for name in (
     "CPU", "FSIZE", "DATA", "STACK", "CORE", "NOFILE", "MEMLOCK", "AS"))
+RAISED_LIMITS = tuple(getattr(resource, "RLIMIT_" + name) for name in (
+    "AS", "CPU", "DATA", "FSIZE", "NOFILE", "NPROC", "SIGPENDING"))
 PIPE_SIZE = 1 << 20                  # F_SETPIPE_SZ: the most an unprivileged process may ask for
 F_SETPIPE_SZ = 1031                  # include/uapi/linux/fcntl.h; in Python's fcntl from 3.10 only
-HELPER_ANSWER_S = 10.0               # a helper that takes longer to start, or to say what it is, hangs
+HELPER_ANSWER_S = 10.0               # for a helper to start, or to say what it is
 
 
 class Limit(NamedTuple):
@@ -373,7 +383,7 @@ NO_PROCESS = ProcessStat("", 0, 0, -1, -1)
 
 @contextmanager
 def signals_held() -> Iterator[Set[int]]:
-    """Keep signals from ending this process while there is something that it must remove; yields the mask before.
+    """Keep signals from ending this process while it has something to remove; yield the mask before.
 
     Those that come are dealt with at the end of the context, or when Session.run() lets them in.
     """
@@ -448,7 +458,10 @@ def try_in_child(attempt: Callable[[], None]) -> str:
 
 
 def execute(argv: Sequence[str], keep: Dict[int, int], environment: Dict[str, str]) -> NoReturn:
-    """In a forked child: execute a program with the descriptors `keep` (there to here); 2 hears why if it cannot."""
+    """Execute a program in a forked child, with the descriptors `keep` (number there to number here).
+
+    If that fails, the reason goes to descriptor 2.
+    """
     try:
         for there, here in keep.items():
             os.dup2(here, there)
@@ -471,13 +484,16 @@ def ask_program(argv: Sequence[str], **more_environment: str) -> Tuple[int, byte
     os.close(writer)
     said = b""
     deadline = time.monotonic() + HELPER_ANSWER_S
-    while len(said) < FRAME_MAX and select.select([reader], [], [], max(0, deadline - time.monotonic()))[0]:
-        piece = os.read(reader, 65536)
+    while len(said) < FRAME_MAX:
+        left_s = max(0, deadline - time.monotonic())
+        ready = select.select([reader], [], [], left_s)[0]
+        piece = os.read(reader, 65536) if ready else b""
         if not piece:
             break
         said += piece
+
     os.close(reader)
-    os.kill(pid, signal.SIGKILL)                  # it has said all, or hangs, or does not stop
+    os.kill(pid, signal.SIGKILL)                  # it has said all, or it hangs, or it does not stop
     return os.waitpid(pid, 0)[1], said
 
 
@@ -503,8 +519,8 @@ def read_stat(pid: int) -> ProcessStat:
     try:
         with open("/proc/{}/stat".format(pid), "rb") as file:
             words = file.read().rpartition(b")")[2].split()
-        numbers = [int(word) for word in words[1:]]
-        return ProcessStat(words[0].decode(), numbers[0], numbers[10] + numbers[11], numbers[18], numbers[35])
+        parent, user, system, started, processor = [int(words[index]) for index in (1, 11, 12, 19, 36)]
+        return ProcessStat(words[0].decode(), parent, user + system, started, processor)
     except (OSError, IndexError):                 # it has ended
         return NO_PROCESS
 
@@ -524,10 +540,11 @@ def read_name(pid: int) -> bytes:
 
 
 def is_called(pid: int, name: str) -> bool:
-    """Whether a process runs the program or, as the second word, the script of that name; no dead one does."""
+    """Whether a living process runs the program of that name, or the script, which is its second word."""
     try:
         with open("/proc/{}/cmdline".format(pid), "rb") as file:
-            return os.fsencode(name) in [os.path.basename(word) for word in file.read().split(b"\0")[:2]]
+            words = file.read().split(b"\0")[:2]
+        return os.fsencode(name) in [os.path.basename(word) for word in words]
     except OSError:
         return False
 
@@ -543,7 +560,7 @@ def find_ancestor(name: str) -> Optional[Ancestor]:
 
 
 def read_times(task: int) -> Tuple[float, float]:
-    """Seconds that a thread has run, and that it has waited for a CPU; 0 if the host does not count."""
+    """Seconds that a thread has run and that it has waited for a CPU; 0 if the host does not count."""
     try:
         with open("/proc/{}/schedstat".format(task), "rb") as file:
             ran, waited = file.read().split()[:2]
@@ -561,7 +578,7 @@ def read_idle_times() -> Dict[int, float]:
 
 
 def list_tasks(kernel: int) -> Iterator[int]:
-    """Threads of the kernel, and then what these have started by that time: a process for each of the guest."""
+    """The kernel's threads, and then the processes that they have started: one for each guest process."""
     try:
         threads = [int(name) for name in os.listdir("/proc/{}/task".format(kernel))]
     except OSError:
@@ -572,7 +589,7 @@ def list_tasks(kernel: int) -> Iterator[int]:
 
 
 def kill_children(spared: int = 0) -> None:
-    """Kill and reap until no other child is left; orphans of those killed come to us, the subreaper, in turn."""
+    """Kill and reap all children but one. We are the subreaper, so their orphans become our children in turn."""
     pids = [0]
     while pids:
         pids = [pid for pid in list_children(os.getpid()) if pid != spared]
@@ -583,11 +600,11 @@ def kill_children(spared: int = 0) -> None:
 
 
 def tie_to_us(leash: int, owner: int) -> None:
-    """Have the host's kernel kill a process, or the process group -owner, when we are gone.
+    """Make the host's kernel kill a process, or the process group -owner, when we are gone.
 
-    That is for whom PR_SET_PDEATHSIG cannot reach: grandchildren, such as the processes of the guest, which go on to
-    compute when nobody traces them any more. `leash` is the read end of a pipe that they hold open, too, and nobody
-    but us has the write end of.
+    PR_SET_PDEATHSIG does not reach grandchildren, such as the guest's processes, which go on to compute when
+    nobody traces them any more. `leash` is the read end of a pipe: they hold it open, too, and we alone have
+    the write end.
     """
     fcntl.fcntl(leash, fcntl.F_SETOWN, owner)
     fcntl.fcntl(leash, fcntl.F_SETSIG, signal.SIGKILL)
@@ -596,7 +613,7 @@ def tie_to_us(leash: int, owner: int) -> None:
 
 
 def close_all_but(keep: Set[int]) -> None:
-    """Close the rest, the caller's own descriptors too: who waits for their end must not wait for the guest."""
+    """Close all others, also the caller's own: whoever waits for their end does not wait for the guest."""
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in keep:
             try:
@@ -615,17 +632,17 @@ def widen_pipe(descriptor: int) -> None:
     try:
         fcntl.fcntl(descriptor, F_SETPIPE_SZ, PIPE_SIZE)
     except OSError:
-        pass                                      # the user's share of pipe pages is used up: slower, no worse
+        pass                                      # the user's pipe pages are used up: this is slower
 
 
 def take_limits() -> Tuple[Limit, ...]:
     """Return the caller's limits, which are for the command, and raise the soft ones for AppPot itself.
 
-    UML would die of some. Of the CPU time the last second is kept: SIGXCPU then tells the runner what is to come.
+    UML would die of some. The last second of CPU time is kept, so that SIGXCPU tells the runner what comes.
     """
     limits = tuple(Limit(number, *resource.getrlimit(number)) for number in PASSED_LIMITS)
-    for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE,
-                  resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_SIGPENDING):
+
+    for which in RAISED_LIMITS:
         hard = resource.getrlimit(which)[1]
         has_rest = which == resource.RLIMIT_CPU and hard > 1
         resource.setrlimit(which, (hard - 1 if has_rest else hard, hard))
@@ -645,23 +662,23 @@ def count_own_threads() -> int:
 
 
 def blame_cpu_limit(pid: int, who: str) -> Optional[Fatal]:
-    """What to say if a process has come near its limit of CPU time; a dead one that nobody has reaped still tells.
+    """What to say if a process has come near its limit of CPU time. One that is dead but not reaped still tells.
 
-    Linux ends a process for the ticks that it has met; on a busy machine that can be far more than it has used.
+    Linux ends a process for the ticks that it has met; on a busy machine it has used far less time.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
     used_s = read_stat(pid).ran / os.sysconf("SC_CLK_TCK")
     if soft == resource.RLIM_INFINITY or used_s < soft / 2:
         return None
-    return Fatal("{} has ended with {:.1f} s of CPU time used; the limit (ulimit -t) is {} s".format(who, used_s, hard),
-                 MORE_CPU_TIME)
+    what = "{} has ended with {:.1f} s of CPU time used; the limit (ulimit -t) is {} s"
+    return Fatal(what.format(who, used_s, hard), MORE_CPU_TIME)
 
 
 # --- Files --------------------------------------------------------------------------------------------------
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 PROBE_BYTES = 1 << 20                # to see whether a directory has room
-# include/uapi/asm-generic/fcntl.h: struct flock, whose pid is 0 for a lock of an open file description.
+# include/uapi/asm-generic/fcntl.h: struct flock; its pid is 0 for a lock of an open file description.
 F_OFD_SETLK, FLOCK = 37, struct.Struct("@hhqqi4x")
 SCRATCH_HINT = "is the directory of --tmpdir full or gone?"
 PT_INTERP = 3                                                  # include/uapi/linux/elf.h
@@ -710,13 +727,14 @@ def make_executable(path: str) -> bool:
 
 
 def read_loader(kernel: str) -> str:
-    """The dynamic loader that an executable asks for (elf(5), PT_INTERP); empty if it is linked statically."""
+    """The dynamic loader of an executable (elf(5), PT_INTERP); empty if it is linked statically."""
     with open(kernel, "rb") as file:
         header = read_at(file, 0, 64)
         start, = struct.unpack_from("<Q", header, 32)
         size, count = struct.unpack_from("<HH", header, 54)
         for index in range(count):
-            kind, offset, length = struct.unpack_from("<I4xQ16xQ", read_at(file, start + index * size, 56))
+            entry = read_at(file, start + index * size, 56)
+            kind, offset, length = struct.unpack_from("<I4xQ16xQ", entry)
             if kind == PT_INTERP:
                 return os.fsdecode(read_at(file, offset, min(length, 4096)).rstrip(b"\0"))
     return ""
@@ -736,7 +754,8 @@ def open_own(name: str, directory: int, uid: Optional[int] = None) -> int:
 
     Somebody may have put something else there that leads away, or waits.
     """
-    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(name, flags, dir_fd=directory)
     status = os.fstat(descriptor)
     owner = os.fstat(directory).st_uid if uid is None else uid
     if not stat.S_ISREG(status.st_mode) or status.st_uid != owner:
@@ -747,7 +766,8 @@ def open_own(name: str, directory: int, uid: Optional[int] = None) -> int:
 
 def open_fifo(name: str, flags: int, directory: int) -> int:
     """Open what `empty` has made, and nothing that the guest has put in its place."""
-    descriptor = os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    flags |= os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(name, flags, dir_fd=directory)
     if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "no FIFO", name)
@@ -784,7 +804,7 @@ def go_below(name: bytes, place: int) -> int:
 
 
 def spool(directory: int, content: bytes) -> bytes:
-    """Write a file for the guest, which is not trusted with that directory: its name is new and cannot be foreseen."""
+    """Write a file for the guest. The guest can write that directory, so nobody can foresee the file's name."""
     name = os.urandom(8).hex()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(name, flags, 0o600, dir_fd=directory), "wb", buffering=0) as file:
@@ -795,7 +815,7 @@ def spool(directory: int, content: bytes) -> bytes:
 
 
 def lock_directory(directory: int) -> Optional[bool]:
-    """Whether the lock was to be had; None on a file system that has none, as Lustre without `-o flock`."""
+    """Whether the lock is ours now; None if the file system has no locks, as Lustre without `-o flock`."""
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -846,7 +866,7 @@ def explain_full_scratch(directory: str) -> Optional[Fatal]:
 
 
 def open_nameless(directory: str) -> int:
-    """A new file without a name, of which a kill leaves nothing where the file system can make one so."""
+    """A new file without a name. A kill leaves nothing of it, if the file system can make such files."""
     try:
         return os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -861,7 +881,7 @@ def open_nameless(directory: str) -> int:
 def lock_file(descriptor: int, exclusive: bool, what: str, path: str) -> None:
     """Lock a file against runs that write it, or against all others.
 
-    By an open file description lock, as the exclusive one wants write permission: with flock(2) anybody who can read
+    An open file description lock: an exclusive one wants write permission. With flock(2) anybody who can read
     an image could keep everybody from running it.
     """
     kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
@@ -869,7 +889,7 @@ def lock_file(descriptor: int, exclusive: bool, what: str, path: str) -> None:
         fcntl.fcntl(descriptor, F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
-            return                                # a file system without locks: nothing can be promised there
+            return                                # the file system has no locks: there is no promise
         holder = find_lock_holder(os.fstat(descriptor))
         os.close(descriptor)
         raise Fatal("{} is in use by {}: {}".format(what, holder, path),
@@ -878,7 +898,7 @@ def lock_file(descriptor: int, exclusive: bool, what: str, path: str) -> None:
 
 
 def find_lock_holder(locked: os.stat_result) -> str:
-    """Tell who holds a lock, by /proc/PID/fdinfo, which shows it to its own user only; /proc/locks names no process.
+    """Who holds a lock, by /proc/PID/fdinfo, which only the same user can read. /proc/locks names no process.
 
     All processes of a run hold the lock. The one that started first is the runner, whatever its number is.
     """
@@ -898,7 +918,7 @@ def find_lock_holder(locked: os.stat_result) -> str:
 def user_name(uid: int) -> bytes:
     try:
         return os.fsencode(pwd.getpwuid(uid).pw_name)
-    except KeyError:                              # a node without the account: batch systems do run such jobs
+    except KeyError:                              # batch systems run jobs of accounts that the node lacks
         return b"u%d" % uid
 
 
@@ -914,23 +934,24 @@ def group_name(gid: int) -> bytes:
 # include/uapi/linux/landlock.h; the numbers of the system calls are the same on every machine.
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
-LANDLOCK_ABI_MIN, LANDLOCK_ABI_TRUNCATE = 2, 3                 # ABI 1 forbids every rename to another directory
+LANDLOCK_ABI_MIN, LANDLOCK_ABI_TRUNCATE = 2, 3       # ABI 1 forbids every rename to another directory
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
 READ_ONLY, READ_WRITE = READ_FILE | READ_DIR, (1 << 15) - 1 - EXECUTE
-OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE         # the rights that a rule for a file may have
+OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE    # the rights that a rule for a file can have
 
 
 def find_landlock() -> int:
-    """The version of Landlock's interface that this machine has; 0: none that will do."""
+    """The version of Landlock's interface that this machine has; 0 if it has none, or a useless one."""
+    what = LANDLOCK_CREATE_RULESET_VERSION
     try:
-        abi = call_libc("syscall", LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
+        abi = call_libc("syscall", LANDLOCK_CREATE_RULESET, None, 0, what)
     except (ImportError, OSError):
         return 0
     return abi if abi >= LANDLOCK_ABI_MIN else 0
 
 
 def is_confined(empty: Optional[str]) -> bool:
-    """Whether Landlock is to be had and will do: an `empty` that is a script has an interpreter that opens anything."""
+    """Whether Landlock confines the kernel. If `empty` is a script, its interpreter opens files of any place."""
     if empty:
         with open(empty, "rb") as file:
             if file.read(4) != b"\x7fELF":
@@ -939,24 +960,28 @@ def is_confined(empty: Optional[str]) -> bool:
 
 
 def describe_confinement(empty: Optional[str]) -> str:
-    return "confined by " + ("Landlock" if is_confined(empty) else "the guest's agent, as Landlock is not to be had")
+    by = "Landlock" if is_confined(empty) else "the guest's agent, as there is no Landlock"
+    return "confined by " + by
 
 
 def confine(rules: Iterable[Tuple[AnyPath, int]]) -> None:
-    """Open to this process, and to what it starts, no files but those of `rules` and below, with these rights."""
-    abi = find_landlock()
-    known = EXECUTE | READ_WRITE if abi >= LANDLOCK_ABI_TRUNCATE else (EXECUTE | READ_WRITE) & ~TRUNCATE
+    """Leave to this process, and to what it starts, only the files of `rules` and below, with these rights."""
+    known = EXECUTE | READ_WRITE
+    if find_landlock() < LANDLOCK_ABI_TRUNCATE:
+        known &= ~TRUNCATE
     ruleset = call_libc("syscall", LANDLOCK_CREATE_RULESET, struct.pack("Q", known), 8, 0)
     for path, rights in rules:
         try:
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except FileNotFoundError:                 # nothing to open, then
+        except FileNotFoundError:                 # then there is nothing to open
             continue
+
         meant = known if stat.S_ISDIR(os.fstat(descriptor).st_mode) else known & OF_FILES
         # A file of a kind that has no rules stays closed.
         try_libc("syscall", LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH,
                  struct.pack("=Qi", rights & meant, descriptor), 0)
         os.close(descriptor)
+
     call_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     call_libc("syscall", LANDLOCK_RESTRICT_SELF, ruleset, 0)
 
