@@ -1169,14 +1169,16 @@ IMAGE_NAMES = ("apppot.img",)
 IMAGE_HINT = "--image names a file that is a disk image and that you may read; dd makes one of a device"
 EXT_MAGIC, EXT_64BIT = 0xEF53, 0x80                            # fs/ext4/ext4.h
 EXT_EXTENTS, EXTENT_MAGIC = 0x80000, 0xF30A
-EXT_UNREADABLE = 0x4 | 0x10 | 0x8000 | 0x10000                 # journal to replay, meta_bg, inline data, encryption
+EXT_UNREADABLE = 0x4 | 0x10 | 0x8000 | 0x10000       # journal to replay, meta_bg, inline data, encryption
 LINUX_TYPE, EXTENDED_TYPES = 0x83, (0x05, 0x0F, 0x85)
-GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")   # Discoverable Partitions Specification
-# arch/um/drivers/cow_user.c, version 3, big-endian: magic, version, mtime and size of the base image, bytes of a
-# sector, alignment, format, path of the base. A bitmap of the sectors follows, then, aligned, the sectors.
+# Discoverable Partitions Specification
+GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")
+# arch/um/drivers/cow_user.c, version 3, big-endian: magic, version, mtime and size of the base image, bytes of
+# a sector, alignment, format, path of the base. A bitmap of the sectors follows, and then the aligned sectors.
 COW_MAGIC, COW_HEADER = b"OOOM", struct.Struct(">4sIIQIII4096s")
 COW_SECTOR, COW_ALIGNMENT = 512, 4096
-COW_RESERVED = 16 << 20              # bytes of header and bitmap that are allocated: of an image of 64 GiB all
+COW_RESERVED = 16 << 20              # bytes of header and bitmap that are allocated: all for an image of 64 GiB
+MAKE_EXT4 = "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"
 OTHER_IMAGES = (                     # offset, magic, what it is, what to do
     (0, b"\x7fELF", "a program", "are image and kernel exchanged?"),
     (0, b"\x1f\x8b", "compressed with gzip", "unpack it: gunzip FILE"),
@@ -1186,10 +1188,10 @@ OTHER_IMAGES = (                     # offset, magic, what it is, what to do
     (0, b"QFI\xfb", "a qcow2 image", "convert it: qemu-img convert -O raw FILE apppot.img"),
     (0, b"KDMV", "a VMDK image", "convert it: qemu-img convert -O raw FILE apppot.img"),
     (0, COW_MAGIC, "a COW file", "give it with its base image: --image COW:BASE"),
-    (0, b"XFSB", "an XFS file system", "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"),
-    (0, b"hsqs", "a squashfs file system", "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"),
-    (0x10040, b"_BHRfS_M", "a btrfs file system", "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"),
-    (32769, b"CD001", "a CD-ROM image", "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"),
+    (0, b"XFSB", "an XFS file system", MAKE_EXT4),
+    (0, b"hsqs", "a squashfs file system", MAKE_EXT4),
+    (0x10040, b"_BHRfS_M", "a btrfs file system", MAKE_EXT4),
+    (32769, b"CD001", "a CD-ROM image", MAKE_EXT4),
 )
 
 
@@ -1202,7 +1204,7 @@ class RootDevice(NamedTuple):
 
 
 def read_ext_superblock(file: BinaryIO, offset: int) -> Optional[Tuple[str, int]]:
-    """UUID and size in bytes of the ext2, 3 or 4 file system at `offset`; None where there is none."""
+    """UUID and size in bytes of the ext2, 3 or 4 file system at `offset`; None if there is none."""
     block = read_at(file, offset + 1024, 1024)
     if len(block) < 1024 or struct.unpack_from("<H", block, 0x38)[0] != EXT_MAGIC:
         return None
@@ -1229,30 +1231,34 @@ def read_gpt(file: BinaryIO) -> Iterator[Tuple[int, bool, int, int]]:
 
 
 def read_mbr(file: BinaryIO) -> Iterator[Tuple[int, bool, int, int]]:
-    """The same from an MBR; logical partitions, numbered from 5, are found along the chain of extended ones."""
+    """The same from an MBR. Logical partitions, from number 5 on, are in a chain of extended ones."""
     base = table_at = 0
     number = 5
     for _ in range(64):                           # a damaged chain may be a circle
         sector = read_at(file, table_at * 512, 512)
         if len(sector) < 512 or sector[510:] != b"\x55\xaa":
             return
+
         following = 0
         for index in range(4):
             kind, start, length = struct.unpack_from("<4xB3xII", sector, 446 + 16 * index)
             if kind in EXTENDED_TYPES:
                 following = base + start
             elif kind == LINUX_TYPE:
-                yield index + 1 if not table_at else number, False, (table_at + start) * 512, \
-                    (table_at + start + length) * 512
+                first = table_at + start
+                own_number = number if table_at else index + 1
+                yield own_number, False, first * 512, (first + length) * 512
             if table_at and index == 0:
                 number += 1
+
         if not following:
             return
-        base, table_at = base or following, following
+        table_at = following
+        base = base or following
 
 
 def find_root_device(path: str) -> RootDevice:
-    """The root file system of a partition image or, by its partition table, of a whole-disk image."""
+    """The root file system of an image, which is that itself or has a partition table."""
     with open_regular(path, "image", IMAGE_HINT) as file:
         size = file.seek(0, os.SEEK_END)
         if size == 0:
@@ -1265,33 +1271,36 @@ def find_root_device(path: str) -> RootDevice:
         for number, says_root, start, _ in found:
             superblock = read_ext_superblock(file, start)
             if superblock:
-                roots.append((says_root, superblock[1], RootDevice(number, superblock[0], start, superblock[1])))
+                base_id, length = superblock
+                roots.append((says_root, length, RootDevice(number, base_id, start, length)))
         if not roots:
             raise explain_no_root(file, path, bool(partitions))
 
     root = max(roots)[2]
     if root.start + root.length > size:
-        raise Fatal("image is truncated: {} has {} of {} bytes".format(path, size, root.start + root.length),
-                    "was the transfer cut off? Copy it again")
+        what = "image is truncated: {} has {} of {} bytes"
+        raise Fatal(what.format(path, size, root.start + root.length), "was the transfer cut off? Copy it again")
     return root
 
 
 def explain_no_root(file: BinaryIO, path: str, has_partitions: bool) -> Fatal:
     if has_partitions:
-        return Fatal("image has no Linux partition with ext4: " + path, "list its partitions: fdisk -l FILE")
+        what = "image has no Linux partition with ext4: "
+        return Fatal(what + path, "list its partitions: fdisk -l FILE")
     import shlex
 
     for offset, magic, what, hint in OTHER_IMAGES:
         if read_at(file, offset, len(magic)) == magic:
-            return Fatal("image is {}: {}".format(what, path), hint.replace("FILE", shlex.quote(path)))
+            advice = hint.replace("FILE", shlex.quote(path))
+            return Fatal("image is {}: {}".format(what, path), advice)
     return Fatal("image holds no ext4 file system and no partition table: " + path,
                  "is it a disk image? `make image` builds one")
 
 
 class ExtReader:
-    """Reads files of an ext2, 3 or 4 file system without mounting it; ValueError where it cannot tell.
+    """Reads files of an ext2, 3 or 4 file system without mounting it; ValueError if it cannot tell.
 
-    Layout: Documentation/filesystems/ext4. A journal that was not replayed may hold newer directories.
+    Layout: Documentation/filesystems/ext4. A journal that was not replayed can hold newer directories.
     """
 
     def __init__(self, file: BinaryIO, offset: int) -> None:
@@ -1304,7 +1313,9 @@ class ExtReader:
         if log_size > 6 or not self._per_group or incompatible & EXT_UNREADABLE:
             raise ValueError("features {:#x}".format(incompatible))
         self._size = 1024 << log_size
-        self._group_size = struct.unpack_from("<H", block, 0xFE)[0] if incompatible & EXT_64BIT else 32
+        self._group_size = 32
+        if incompatible & EXT_64BIT:
+            self._group_size, = struct.unpack_from("<H", block, 0xFE)
 
     def _block(self, number: int) -> bytes:
         return read_at(self._file, self._offset + number * self._size, self._size)
@@ -1316,7 +1327,8 @@ class ExtReader:
         table, = struct.unpack_from("<I", descriptor, 8)
         if self._group_size >= 64:
             table |= struct.unpack_from("<I", descriptor, 0x28)[0] << 32
-        return read_at(self._file, self._offset + table * self._size + index * self._inode_size, self._inode_size)
+        place = self._offset + table * self._size + index * self._inode_size
+        return read_at(self._file, place, self._inode_size)
 
     def _extents(self, node: bytes, depth: int = 0) -> Iterator[bytes]:
         magic, count, _, height = struct.unpack_from("<HHHH", node)
@@ -1329,7 +1341,8 @@ class ExtReader:
                 yield from self._extents(self._block(high << 32 | low), depth + 1)
             else:
                 length, high, low = struct.unpack_from("<HHI", entry, 4)
-                yield from (self._block((high << 32 | low) + block) for block in range(length & 0x7FFF))
+                for block in range(length & 0x7FFF):
+                    yield self._block((high << 32 | low) + block)
 
     def _content(self, inode: bytes) -> bytes:
         """Of a directory, a link or a small file: up to a MiB."""
@@ -1337,11 +1350,14 @@ class ExtReader:
         flags, = struct.unpack_from("<I", inode, 0x20)
         if stat.S_ISLNK(struct.unpack_from("<H", inode)[0]) and size < 60:
             return inode[0x28:0x28 + size]
+
         if flags & EXT_EXTENTS:
             blocks = self._extents(inode[0x28:0x28 + 60])
         else:                                     # twelve blocks, and a block of further ones
-            pointers = inode[0x28:0x28 + 48] + self._block(struct.unpack_from("<I", inode, 0x58)[0])
-            blocks = (self._block(number) for number, in struct.iter_unpack("<I", pointers) if number)
+            further, = struct.unpack_from("<I", inode, 0x58)
+            pointers = struct.iter_unpack("<I", inode[0x28:0x28 + 48] + self._block(further))
+            blocks = (self._block(number) for number, in pointers if number)
+
         content = b""
         while len(content) < min(size, 1 << 20):
             block = next(blocks, b"")
@@ -1351,7 +1367,8 @@ class ExtReader:
         return content[:size]
 
     def _entries(self, directory: bytes) -> Iterator[Tuple[bytes, int]]:
-        content, start = self._content(directory), 0
+        content = self._content(directory)
+        start = 0
         while start + 8 <= len(content):
             inode, length, name_length = struct.unpack_from("<IHB", content, start)
             if inode:
@@ -1360,16 +1377,19 @@ class ExtReader:
 
     def read(self, path: bytes) -> Optional[bytes]:
         """The beginning of a file of the image, links followed; None if there is no such file."""
-        names, trail = path.split(b"/"), [2]      # inode 2 is the root
+        names = path.split(b"/")
+        trail = [2]                               # inode 2 is the root
         for _ in range(200):
             while names and names[0] in (b"", b"."):
                 del names[0]
             if not names:
                 return self._content(self._inode(trail[-1]))
+
             name = names.pop(0)
             if name == b"..":
                 trail = trail[:-1] or [2]
                 continue
+
             number = dict(self._entries(self._inode(trail[-1]))).get(name)
             if number is None:
                 return None
@@ -1384,7 +1404,7 @@ class ExtReader:
 
 
 def find_missing_agent(path: str, offset: int) -> str:
-    """Which file of the agent an image lacks; empty if none. ValueError where that cannot be seen from outside."""
+    """The file of the agent that an image lacks; empty if none. ValueError if that cannot be seen from outside."""
     with open_regular(path, "image", IMAGE_HINT) as file:
         try:
             image = ExtReader(file, offset)
@@ -1393,18 +1413,20 @@ def find_missing_agent(path: str, offset: int) -> str:
                 return AGENT
             interpreter = re.match(br"#!\s*(/\S+)", launcher)
             needs = [interpreter.group(1)] if interpreter else []
-            needs += [AGENT_MODULE.encode()] if os.path.dirname(AGENT_MODULE).encode() in launcher else []
+            if os.path.dirname(AGENT_MODULE).encode() in launcher:
+                needs.append(AGENT_MODULE.encode())
             return next((os.fsdecode(need) for need in needs if image.read(need) is None), "")
         except struct.error as error:
             raise ValueError(str(error))
 
 
 def no_agent(what: str, image: str) -> Fatal:
-    return Fatal("image has no agent ({}): {}".format(what, image), "`make image` builds one with it")
+    hint = "`make image` builds one with it"
+    return Fatal("image has no agent ({}): {}".format(what, image), hint)
 
 
 def check_cow(cow: str, base: str) -> None:
-    """Refuse a COW file that was made for another base image, as the kernel would, but before the boot."""
+    """Refuse a COW file that was made for another base image. The kernel does so, too, but at the boot."""
     hint = "--image COW:BASE names the COW file first; is the order right?"
     try:
         os.lstat(cow)
@@ -1414,23 +1436,27 @@ def check_cow(cow: str, base: str) -> None:
         return
     except OSError as error:
         raise Fatal("COW file cannot be made, {}: {}".format(error.strerror, cow), hint)
+
     with open_regular(cow, "COW file", hint) as file:
         header = file.read(COW_HEADER.size)
     if not os.access(cow, os.W_OK):
-        raise Fatal("COW file is not writable: " + cow, "check its permissions, or run without a COW file")
+        hint = "check its permissions, or run without a COW file"
+        raise Fatal("COW file is not writable: " + cow, hint)
     if not header:                                # open_cow() fills it
         return
     if len(header) < COW_HEADER.size or header[:4] != COW_MAGIC:
         raise Fatal("not a COW file: " + cow, hint)
+
     version, mtime, size = COW_HEADER.unpack(header)[1:4]
     status = os.stat(base)
-    if version == 3 and (mtime != int(status.st_mtime) & 0xFFFFFFFF or size != status.st_size):
+    is_same = mtime == int(status.st_mtime) & 0xFFFFFFFF and size == status.st_size
+    if version == 3 and not is_same:
         raise Fatal("COW file was made for another base image: {} does not fit {}".format(cow, base),
-                    "the base must have the size and time it had then; copies keep the time with cp -p or rsync -t")
+                    "the base must have its old size and time; copies keep the time with cp -p or rsync -t")
 
 
 def size_cow_bitmap(size: int) -> int:
-    """Bytes of the map of written sectors of an image; the kernel keeps it in the guest's memory, too."""
+    """Bytes of an image's map of written sectors. The kernel keeps it in the guest's memory, too."""
     return -(-size // (8 * COW_SECTOR))
 
 
@@ -1442,8 +1468,8 @@ def start_of_cow(size: int) -> int:
 def open_cow(cow: str, base: str) -> int:
     """Open and lock a COW file. One that is new or empty gets a header and no sector.
 
-    The kernel would make it, too, but may not make files anywhere it likes. The header comes after the lock: another
-    run may want the same file. The bitmap has all its blocks: on a full disk a sector is refused, and none is lost.
+    The kernel can make it, too, but cannot make files at any place. The header comes after the lock, as another
+    run may want the same file. The bitmap has all its blocks: on a full disk a sector is refused, none is lost.
     """
     with blaming("COW file cannot be opened", cow, SCRATCH_HINT):
         descriptor = os.open(cow, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
@@ -1452,8 +1478,9 @@ def open_cow(cow: str, base: str) -> int:
     status = os.stat(base)
     with blaming("COW file cannot be made", cow, SCRATCH_HINT):
         if os.fstat(descriptor).st_size == 0:
-            header = COW_HEADER.pack(COW_MAGIC, 3, int(status.st_mtime) & 0xFFFFFFFF, status.st_size, COW_SECTOR,
-                                     COW_ALIGNMENT, 0, os.fsencode(os.path.abspath(base))[:4095])
+            path = os.fsencode(os.path.abspath(base))[:4095]
+            header = COW_HEADER.pack(COW_MAGIC, 3, int(status.st_mtime) & 0xFFFFFFFF, status.st_size,
+                                     COW_SECTOR, COW_ALIGNMENT, 0, path)
             start = start_of_cow(status.st_size)
             try:
                 os.posix_fallocate(descriptor, 0, min(start, COW_RESERVED))
@@ -1477,12 +1504,12 @@ def open_image(path: str, exclusive: bool) -> int:
 
 KERNEL_NAMES = ("linux", "linux.uml")
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
-# A kernel holds its configuration, for `linux --showconfig`. The linker puts short lines of it before this one and
-# long lines behind it: 19 kB before and 83 kB behind in the largest kernel seen.
+# A kernel holds its configuration, for `linux --showconfig`. The linker puts short lines of it before this one
+# and long lines behind it: 19 kB before and 83 kB behind in the largest kernel seen.
 CONFIG_MARK = b"# Automatically generated file; DO NOT EDIT.\n"
 CONFIG_SPAN = 256 << 10
-SECCOMP_HELP = b"seccomp=<on/auto/off>"                        # of `linux --help`, which stands behind all constants
-FEATURE_SETTINGS = (                 # for each field of Features but the last: its name for the user, its setting
+SECCOMP_HELP = b"seccomp=<on/auto/off>"    # of `linux --help`, which stands behind all constants
+FEATURE_SETTINGS = (                 # for each field of Features but the last: name for the user, setting
     ("SMP", b"CONFIG_SMP=y"),
     ("hostfs", b"CONFIG_HOSTFS=y"),
     ("mconsole", b"CONFIG_MCONSOLE=y"),
@@ -1505,7 +1532,7 @@ class Features(NamedTuple):
 
 
 def find_part(option: Optional[str], names: Sequence[str], what: str, on_path: bool) -> str:
-    """Explicit option, environment, beside this script, build/ there, current directory, PATH: the first there is."""
+    """What the user names, else the first that is beside this script, in build/ there, here or on PATH."""
     given = find_given(option, what)
     if given:
         return given.text
@@ -1513,7 +1540,8 @@ def find_part(option: Optional[str], names: Sequence[str], what: str, on_path: b
         return path
 
     script = os.path.basename(__file__)
-    hint = "put `{}` beside {}, or name it with --{} or APPPOT_{}".format(names[0], script, what, what.upper())
+    hint = "put `{}` beside {}, or name it with --{} or APPPOT_{}"
+    hint = hint.format(names[0], script, what, what.upper())
     if what != "empty":
         hint = "`make demo` brings one to AppPot's source directory; or " + hint
     raise Fatal("no {} found".format(what), hint)
@@ -1533,22 +1561,23 @@ def list_candidates(names: Sequence[str], on_path: bool) -> Iterator[str]:
 
 
 def check_kernel(path: str) -> str:
-    """Absolute path of a kernel that can be executed. A grid's stage-in loses the execute bit: set it again."""
+    """Absolute path of a kernel that can be executed. A grid's stage-in loses the execute bit, so set it."""
     with open_regular(path, "kernel", "--kernel names a User-Mode Linux executable") as file:
         magic = file.read(4)
     if magic != b"\x7fELF":
         raise Fatal("kernel is not an executable program: " + path,
-                    "User-Mode Linux is one; the file in /boot is not. Debian has it in the package user-mode-linux")
+                    "User-Mode Linux is one, the file in /boot is not; Debian's package is user-mode-linux")
     if not make_executable(path):
-        raise Fatal("kernel is not executable: " + path, "chmod +x it; a file system mounted noexec cannot hold it")
+        hint = "chmod +x it; a file system mounted noexec cannot hold it"
+        raise Fatal("kernel is not executable: " + path, hint)
     return os.path.abspath(path)
 
 
 def read_features(kernel: str) -> Features:
     """Read the features off the kernel file.
 
-    Unlike the kernel's own answer this takes no process, and it works when a library of the kernel is missing.
-    A search of the whole file takes 1 ms for a long text and 5 ms for a short one, so there are as few as possible.
+    Unlike the kernel's own answer this takes no process, and it works if a library of the kernel is missing.
+    A search of the whole file takes 1 ms for a long text and 5 ms for a short one, so there are few.
     """
     with blaming("kernel cannot be read", kernel, "is it complete?"), open(kernel, "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -1565,7 +1594,7 @@ def read_features(kernel: str) -> Features:
 
 
 def choose_mode(features: Features, ptrace: bool, extra: Sequence[str]) -> str:
-    """How the kernel traps system calls: "on", by seccomp, "off", by ptrace, "auto"; "" if it has no choice."""
+    """How the kernel traps system calls: "on" (by seccomp), "off" (by ptrace) or "auto"; "" without a choice."""
     if not features.seccomp_mode:
         return ""
     chosen = [word.partition("=")[2] for word in extra if word.startswith("seccomp=")]
@@ -1577,8 +1606,9 @@ def ask_version(kernel: str) -> str:
     import subprocess
 
     try:
-        answer = subprocess.run([kernel, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, timeout=KERNEL_ANSWER_S)
+        answer = subprocess.run(
+            [kernel, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=KERNEL_ANSWER_S)
     except OSError as error:
         raise explain_exec_failure(error.errno or 0, kernel)
     except subprocess.TimeoutExpired:
@@ -1612,16 +1642,16 @@ def explain_loader(output: str, kernel: str) -> Optional[Fatal]:
 def read_kernel_version(kernel: str) -> str:
     answer = ask_version(kernel)
     if not re.match(r"\d+\.\d+\S*$", answer):
-        raise explain_loader(answer, kernel) or not_uml(kernel, "answers --version with {!r}".format(answer[:60]))
+        how = "answers --version with {!r}".format(answer[:60])
+        raise explain_loader(answer, kernel) or not_uml(kernel, how)
     return answer
 
 
 def not_uml(kernel: str, how: str) -> Fatal:
     import shlex
 
-    return Fatal("kernel {}: {}".format(how, kernel),
-                 "is it User-Mode Linux? `{} --version` prints a version; -v shows what it printed".format(
-                     shlex.quote(kernel)))
+    hint = "is it User-Mode Linux? `{} --version` prints a version; -v shows what it printed"
+    return Fatal("kernel {}: {}".format(how, kernel), hint.format(shlex.quote(kernel)))
 
 
 SECCOMP_MODES = ("on", "auto")       # of choose_mode(): in these the kernel traces nothing
