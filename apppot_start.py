@@ -1719,12 +1719,12 @@ def explain_ptrace(mode: str) -> Optional[Fatal]:
 
 
 # --- What the job was granted -------------------------------------------------------------------------------
-# Functions of the environment and of `read`, which returns the text of a file, "" of one that cannot be read.
+# Functions of the environment and of a Reader.
 
 DEFAULT_MEM_MIB, SMALL_MEM_MIB = 1024, 256
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
 ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
-OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32  # the guest gets 64 MiB and a 32nd less than the job; 40 and a 100th are used
+OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32     # the guest gets 64 MiB and a 32nd less; 40 MiB and a 100th are used
 SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
 JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "JOB_ID", "LSB_JOBID")
 
@@ -1735,8 +1735,12 @@ class Amount(NamedTuple):
     source: str
 
 
+Amounts = List[Amount]
+Reader = Callable[[str], str]        # returns the text of a file; "" if the file cannot be read
+
+
 class Grants(NamedTuple):
-    """What this job may use. Of several amounts the smallest counts."""
+    """What this job may use. The smallest of several amounts is used."""
     systems: Tuple[str, ...]         # the batch systems whose job this is
     mem: Tuple[Amount, ...]          # what they say
     cpus: Tuple[Amount, ...]
@@ -1746,21 +1750,29 @@ class Grants(NamedTuple):
     notes: Tuple[str, ...]           # what was ignored
 
 
-def read_amount(values: Mapping[str, str], name: str, parse: Callable[[str], int], notes: List[str],
-                owner: str = "") -> List[Amount]:
-    """The amount that a variable states, as a list of one; what is none is ignored with a note, never an error."""
-    text = values.get(name, "").strip()
-    if not text:
-        return []
-    source = "{}{}={}".format(owner, name, text[:60])
-    try:
-        value = parse(text)
-    except (ValueError, OverflowError, Fatal):
-        value = 0
-    if value < 1:
-        notes.append(source + " ignored: it is no amount")
-        return []
-    return [Amount(value, source)]
+class Statements:
+    """What the variables of a job, or the lines of a file, say about it."""
+
+    def __init__(self, values: Mapping[str, str], notes: List[str], owner: str = "") -> None:
+        self.values = values
+        self.notes = notes                        # for the user: what was ignored
+        self._owner = owner
+
+    def read(self, name: str, parse: Callable[[str], int]) -> Amounts:
+        """The amount that a value states, as a list of one. A value that is no amount is ignored, with a note."""
+        text = self.values.get(name, "").strip()
+        if not text:
+            return []
+
+        source = "{}{}={}".format(self._owner, name, text[:60])
+        try:
+            value = parse(text)
+        except (ValueError, OverflowError, Fatal):
+            value = 0
+        if value < 1:
+            self.notes.append(source + " ignored: it is no amount")
+            return []
+        return [Amount(value, source)]
 
 
 def parse_mib(text: str) -> int:
@@ -1773,74 +1785,70 @@ def parse_bytes(text: str) -> int:
 
 
 def pick_slurm(text: str, node: int) -> int:
-    """The number of one node in Slurm's "16(x2),8": one for each node of the job, runs of equal ones folded."""
+    """The number of one node in Slurm's list for all nodes of the job, such as "16(x2),8"."""
     for word in text.split(","):
         match = re.match(r"(\d+)(?:\(x(\d+)\))?$", word, re.ASCII)
         if not match:
             break
-        number, count = int(match.group(1)), int(match.group(2) or 1)
+        number = int(match.group(1))
+        count = int(match.group(2) or 1)
         if node < count:
             return number
         node -= count
     raise ValueError(text)
 
 
-def divide(amounts: List[Amount], parts: List[Amount]) -> List[Amount]:
+def divide(amounts: Amounts, parts: Amounts) -> Amounts:
     return [Amount(max(1, amount.value // part.value), "{} for {}".format(amount.source, part.source))
             for amount in amounts for part in parts if part.value > 1] or amounts
 
 
-def multiply(amounts: List[Amount], factors: List[Amount]) -> List[Amount]:
+def multiply(amounts: Amounts, factors: Amounts) -> Amounts:
     return [Amount(amount.value * factor.value, "{} times {}".format(amount.source, factor.source))
             for amount in amounts for factor in factors] or amounts
 
 
-def read_slurm(environment: Mapping[str, str], read: Callable[[str], str], notes: List[str],
-               ) -> Tuple[List[Amount], List[Amount]]:
+def read_slurm(job: Statements, read: Reader) -> Tuple[Amounts, Amounts]:
     """Memory and CPUs by the OUTPUT ENVIRONMENT VARIABLES of sbatch(1) and srun(1).
 
-    Tasks of one step share what the step has on the node; a batch script has all of it for itself.
+    The tasks of one step share what the step has on the node. A batch script has all of it for itself.
     """
-    number = environment.get("SLURM_NODEID", "")
+    number = job.values.get("SLURM_NODEID", "")
     node = int(number) if re.match(r"\d{1,6}$", number, re.ASCII) else 0
 
     def of_node(text: str) -> int:
         return pick_slurm(text, node)
 
-    tasks = read_amount(environment, "SLURM_STEP_TASKS_PER_NODE", of_node, notes)
-    cpus = (read_amount(environment, "SLURM_CPUS_PER_TASK", int, notes)
-            or divide(read_amount(environment, "SLURM_CPUS_ON_NODE", int, notes)
-                      or read_amount(environment, "SLURM_JOB_CPUS_PER_NODE", of_node, notes), tasks))
-    mem = divide(read_amount(environment, "SLURM_MEM_PER_NODE", parse_mib, notes), tasks)
-    return mem + multiply(read_amount(environment, "SLURM_MEM_PER_CPU", parse_mib, notes), cpus), cpus
+    tasks = job.read("SLURM_STEP_TASKS_PER_NODE", of_node)
+    on_node = job.read("SLURM_CPUS_ON_NODE", int) or job.read("SLURM_JOB_CPUS_PER_NODE", of_node)
+    cpus = job.read("SLURM_CPUS_PER_TASK", int) or divide(on_node, tasks)
+
+    mem = divide(job.read("SLURM_MEM_PER_NODE", parse_mib), tasks)
+    mem += multiply(job.read("SLURM_MEM_PER_CPU", parse_mib), cpus)
+    return mem, cpus
 
 
-def read_pbs(environment: Mapping[str, str], read: Callable[[str], str], notes: List[str],
-             ) -> Tuple[List[Amount], List[Amount]]:
-    """NCPUS is OpenPBS's, PBS_NUM_PPN Torque's; PBS_NCPUS and PBS_RESC_MEM (bytes) many sites'."""
-    cpus = (read_amount(environment, "PBS_NUM_PPN", int, notes) or read_amount(environment, "PBS_NCPUS", int, notes)
-            or (read_amount(environment, "NCPUS", int, notes) if "PBS_JOBID" in environment else []))
-    return read_amount(environment, "PBS_RESC_MEM", parse_bytes, notes), cpus
+def read_pbs(job: Statements, read: Reader) -> Tuple[Amounts, Amounts]:
+    """OpenPBS sets NCPUS, Torque PBS_NUM_PPN, and many sites PBS_NCPUS and PBS_RESC_MEM (bytes)."""
+    cpus = job.read("PBS_NUM_PPN", int) or job.read("PBS_NCPUS", int)
+    if not cpus and "PBS_JOBID" in job.values:
+        cpus = job.read("NCPUS", int)
+    return job.read("PBS_RESC_MEM", parse_bytes), cpus
 
 
-def read_grid_engine(environment: Mapping[str, str], read: Callable[[str], str], notes: List[str],
-                     ) -> Tuple[List[Amount], List[Amount]]:
-    """NSLOTS counts the slots of all hosts. Memory is per slot, as h_vmem and m_mem_free are; few sites export it."""
-    hosts = read_amount(environment, "NHOSTS", int, notes)
-    cpus = divide(read_amount(environment, "NSLOTS", int, notes), hosts)
-    mem = (read_amount(environment, "SGE_HGR_m_mem_free", parse_bytes, notes)
-           or read_amount(environment, "SGE_HGR_h_vmem", parse_bytes, notes))
+def read_grid_engine(job: Statements, read: Reader) -> Tuple[Amounts, Amounts]:
+    """NSLOTS counts the slots of all hosts. Few sites export the memory, h_vmem and m_mem_free, which is per slot."""
+    cpus = divide(job.read("NSLOTS", int), job.read("NHOSTS", int))
+    mem = job.read("SGE_HGR_m_mem_free", parse_bytes) or job.read("SGE_HGR_h_vmem", parse_bytes)
     return multiply(mem, cpus), cpus
 
 
-def read_condor(environment: Mapping[str, str], read: Callable[[str], str], notes: List[str],
-                ) -> Tuple[List[Amount], List[Amount]]:
+def read_condor(job: Statements, read: Reader) -> Tuple[Amounts, Amounts]:
     """Cpus and Memory (MiB) of the slot, in the machine ad that HTCondor leaves for the job."""
-    path = environment.get("_CONDOR_MACHINE_AD", "")
-    slot = {name.capitalize(): value
-            for name, value in re.findall(r"(?im)^(Cpus|Memory)[ \t]*=(.*)$", read(path) if path else "")}
-    mem, cpus = (read_amount(slot, name, int, notes, "HTCondor's ") for name in ("Memory", "Cpus"))
-    return mem, cpus
+    path = job.values.get("_CONDOR_MACHINE_AD", "")
+    lines = re.findall(r"(?im)^(Cpus|Memory)[ \t]*=(.*)$", read(path) if path else "")
+    slot = Statements({name.capitalize(): value for name, value in lines}, job.notes, "HTCondor's ")
+    return slot.read("Memory", int), slot.read("Cpus", int)
 
 
 BATCH_SYSTEMS = (                    # name, variables of which a job has one, what reads the grant
@@ -1852,24 +1860,38 @@ BATCH_SYSTEMS = (                    # name, variables of which a job has one, w
 
 
 def list_cgroups(membership: str, mounts: str, controller: str) -> List[str]:
-    """Directories of this process's cgroup and those above it, of a controller of version 1 or ("") of version 2."""
-    paths = {name: path for _, names, path in (line.split(":", 2) for line in membership.splitlines()
-                                               if line.count(":") > 1) for name in names.split(",")}
+    """Directories of this process's cgroup and of those above it.
+
+    The controller is one of version 1, or "" for version 2.
+    """
+    paths: Dict[str, str] = {}
+    for line in membership.splitlines():
+        names, _, path = line.partition(":")[2].partition(":")
+        if path:
+            paths.update((name, path) for name in names.split(","))
+    if controller not in paths:
+        return []
+
     for line in mounts.splitlines():
         words, _, source = line.partition(" - ")
         root, place = (words.split() + [""] * 5)[3:5]
-        wanted = source.startswith("cgroup ") and controller in source.split()[-1].split(",")
-        if controller in paths and (wanted if controller else source.startswith("cgroup2 ")):
-            below = paths[controller][len(root.rstrip("/")):] if is_below(paths[controller], root) else ""
+        if controller:
+            is_wanted = source.startswith("cgroup ") and controller in source.split()[-1].split(",")
+        else:
+            is_wanted = source.startswith("cgroup2 ")
+        if is_wanted:
+            path = paths[controller]
+            below = path[len(root.rstrip("/")):] if is_below(path, root) else ""
             parts = [part for part in below.split("/") if part]
             return [os.path.join(place, *parts[:depth]) for depth in range(len(parts), -1, -1)]
     return []
 
 
-def read_cgroup_limits(read: Callable[[str], str], names: Sequence[Tuple[str, str]],
-                       parse: Callable[[str, str], int]) -> List[Amount]:
-    """What `parse` makes of the limit files of this cgroup and of all above it; ValueError for no limit."""
-    membership, mounts = read("/proc/self/cgroup"), read("/proc/self/mountinfo")
+def read_cgroup_limits(read: Reader, names: Sequence[Tuple[str, str]],
+                       parse: Callable[[str, str], int]) -> Amounts:
+    """The limits of this cgroup and of all above it. For a file without one `parse` raises ValueError."""
+    membership = read("/proc/self/cgroup")
+    mounts = read("/proc/self/mountinfo")
     amounts = []
     for controller, name in names:
         for directory in list_cgroups(membership, mounts, controller):
@@ -1881,7 +1903,7 @@ def read_cgroup_limits(read: Callable[[str], str], names: Sequence[Tuple[str, st
     return amounts
 
 
-def read_mem_limits(read: Callable[[str], str], machine_mib: int) -> List[Amount]:
+def read_mem_limits(read: Reader, machine_mib: int) -> Amounts:
     """MiB. A limit above the machine's memory, as version 1 has it for none, is none."""
     limits = read_cgroup_limits(
         read, (("", "memory.max"), ("", "memory.high"), ("memory", "memory.limit_in_bytes")),
@@ -1889,7 +1911,7 @@ def read_mem_limits(read: Callable[[str], str], machine_mib: int) -> List[Amount
     return [limit for limit in limits if limit.value < machine_mib]
 
 
-def read_cpu_limits(read: Callable[[str], str]) -> List[Amount]:
+def read_cpu_limits(read: Reader) -> Amounts:
     """Whole CPUs of the quotas."""
     def quota(text: str, directory: str) -> int:
         words = text.split() + read(os.path.join(directory, "cpu.cfs_period_us")).split()
@@ -1901,8 +1923,8 @@ def read_cpu_limits(read: Callable[[str], str]) -> List[Amount]:
     return read_cgroup_limits(read, (("", "cpu.max"), ("cpu", "cpu.cfs_quota_us")), quota)
 
 
-def read_process_room(read: Callable[[str], str]) -> List[Amount]:
-    """How many more processes and threads the cgroups allow; below zero where they have too many already."""
+def read_process_room(read: Reader) -> Amounts:
+    """How many more processes and threads the cgroups allow; below zero if they have too many already."""
     def room(text: str, directory: str) -> int:
         return int(text) - int(read(os.path.join(directory, "pids.current")))
 
@@ -1914,26 +1936,36 @@ def total_memory_mib() -> int:
         return int(file.readline().split()[1]) // 1024
 
 
-def find_grants(environment: Mapping[str, str], read: Callable[[str], str], machine_mib: int) -> Grants:
-    notes: List[str] = []
-    systems, mem, cpus = [], [], []
+def find_grants(environment: Mapping[str, str], read: Reader, machine_mib: int) -> Grants:
+    job = Statements(environment, [])
+    systems = []
+    mem = []
+    cpus = []
     for name, signs, read_system in BATCH_SYSTEMS:
-        its_mem, its_cpus = read_system(environment, read, notes)
+        its_mem, its_cpus = read_system(job, read)
         if its_mem or its_cpus or any(sign in environment for sign in signs):
             systems.append(name)
         mem += its_mem
         cpus += its_cpus
-    return Grants(tuple(systems), tuple(mem), tuple(cpus), Amount(machine_mib, "memory of this machine"),
-                  tuple(read_mem_limits(read, machine_mib)), tuple(read_cpu_limits(read)), tuple(notes))
+
+    return Grants(
+        systems=tuple(systems),
+        mem=tuple(mem),
+        cpus=tuple(cpus),
+        machine=Amount(machine_mib, "memory of this machine"),
+        mem_limits=tuple(read_mem_limits(read, machine_mib)),
+        cpu_limits=tuple(read_cpu_limits(read)),
+        notes=tuple(job.notes))
 
 
 def find_own_grants() -> Grants:
-    """What this process was granted; a cpuset shows in its affinity, limits of batch systems on memory in ulimit -v."""
+    """What this process was granted. Its affinity shows a cpuset; `ulimit -v` is how batch systems limit memory."""
     grants = find_grants(os.environ, read_node_file, total_memory_mib())
     affinity = Amount(len(os.sched_getaffinity(0)), "CPU affinity")
     space = resource.getrlimit(resource.RLIMIT_AS)[1]
     if grants.systems and space != resource.RLIM_INFINITY:
-        usable = Amount(max(1, (space >> 20) - ADDRESS_SPACE_EXTRA_MIB), "ulimit -v less what the kernel maps")
+        usable_mib = max(1, (space >> 20) - ADDRESS_SPACE_EXTRA_MIB)
+        usable = Amount(usable_mib, "ulimit -v less what the kernel maps")
         grants = grants._replace(mem_limits=grants.mem_limits + (usable,))
     return grants._replace(cpu_limits=grants.cpu_limits + (affinity,))
 
@@ -1943,7 +1975,7 @@ def smallest(amounts: Sequence[Amount]) -> Amount:
 
 
 def default_mem(grants: Grants) -> Amount:
-    """The guest's memory where nobody asked: that of the job less what AppPot takes, else 1 GiB or all there is."""
+    """The guest's memory if nobody asked: the job's less what AppPot takes, else 1 GiB or all there is."""
     stated = grants.mem + grants.mem_limits if grants.systems else ()
     plain = Amount(DEFAULT_MEM_MIB, "default")
     least = smallest(grants.mem + grants.mem_limits + (grants.machine,))
@@ -1956,16 +1988,18 @@ def check_memory(text: str, name: str) -> int:
     mem_mib = parse_size_mib(text, name)
     total = total_memory_mib()
     if mem_mib < MEM_MIN_MIB:
-        raise Fatal("{} is too small: {}".format(name, text), "a guest needs at least {} MiB".format(MEM_MIN_MIB))
+        hint = "a guest needs at least {} MiB".format(MEM_MIN_MIB)
+        raise Fatal("{} is too small: {}".format(name, text), hint)
     if mem_mib > total:
-        raise Fatal("{} is more than this machine has: {}".format(name, text), "it has {}".format(format_mib(total)))
+        hint = "it has {}".format(format_mib(total))
+        raise Fatal("{} is more than this machine has: {}".format(name, text), hint)
     return mem_mib
 
 
 def choose_memory(asked: Optional[str], grants: Grants) -> Tuple[Amount, Tuple[int, ...]]:
-    """The guest's memory, and to what it may be lowered where there is no room for so much.
+    """The guest's memory, and to what it may be lowered if there is no room for so much.
 
-    A grant need not be used up: better less of it than a slower place, and better still less than no run at all.
+    A grant need not be used up: less memory is better than a slower place, and than no run at all.
     """
     given = find_given(asked, "mem")
     if given:
@@ -1978,7 +2012,7 @@ def choose_memory(asked: Optional[str], grants: Grants) -> Tuple[Amount, Tuple[i
 
 def find_job_limit(grants: Grants) -> Optional[int]:
     """MiB of a cgroup that is the job's own, as it allows what the job was granted; None if there is none."""
-    limits = [limit for limit in grants.mem_limits             # memory.high slows down and kills nobody
+    limits = [limit for limit in grants.mem_limits    # memory.high slows processes down and kills none
               if limit.source in ("cgroup's memory.max", "cgroup's memory.limit_in_bytes")]
     if not grants.mem or not limits or smallest(limits).value > 1.25 * smallest(grants.mem).value:
         return None
@@ -1986,22 +2020,27 @@ def find_job_limit(grants: Grants) -> Optional[int]:
 
 
 def find_fault_for_ram(directory: str, mem_mib: int) -> str:
-    """Why the guest's memory cannot be a file in `directory`; empty if it can. UML maps that file executable."""
+    """Why the guest's memory cannot be a file in `directory`, which UML maps executable; empty if it can."""
     try:
         with signals_held():
             descriptor = open_nameless(directory)
     except OSError as error:
         return "cannot be written ({})".format(error.strerror)
+
+    rights = mmap.PROT_READ | mmap.PROT_EXEC
     try:
         os.ftruncate(descriptor, mmap.PAGESIZE)
-        mmap.mmap(descriptor, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_EXEC).close()
+        mmap.mmap(descriptor, mmap.PAGESIZE, mmap.MAP_SHARED, rights).close()
         room = free_mib(directory)
     except OSError as error:
         if error.errno == errno.EFBIG:
             return "takes no file of a page (ulimit -f)"
-        return "is mounted noexec" if error.errno == errno.EPERM else "is unusable ({})".format(error.strerror)
+        if error.errno == errno.EPERM:
+            return "is mounted noexec"
+        return "is unusable ({})".format(error.strerror)
     finally:
         os.close(descriptor)
+
     return "" if room >= mem_mib else "has {} free".format(format_mib(room))
 
 
@@ -2012,12 +2051,12 @@ def choose_ram_directory(candidates: Sequence[str], mem_mib: int) -> str:
         if not fault:
             return os.path.abspath(directory)
         faults.append("{} {}".format(directory, fault))
-    raise Fatal("no room for the guest's memory of {}: {}".format(format_mib(mem_mib), "; ".join(faults)),
-                "name a directory that has it and is not noexec with --tmpdir, or ask for less with --mem")
+    what = "no room for the guest's memory of {}: {}".format(format_mib(mem_mib), "; ".join(faults))
+    raise Fatal(what, "with --tmpdir name a directory that has it and is not noexec, or ask for less with --mem")
 
 
 def place_memory(mem: Amount, floors: Sequence[int], candidates: Sequence[str]) -> Tuple[Amount, str]:
-    """The directory of the file that holds the guest's memory, and how much of it has room there."""
+    """The directory of the file that holds the guest's memory, and how much of the memory has room there."""
     failure = None
     for floor in floors:
         try:
@@ -2025,12 +2064,13 @@ def place_memory(mem: Amount, floors: Sequence[int], candidates: Sequence[str]) 
         except Fatal as fatal:
             failure = failure or fatal
             continue
-        if floor == mem.value:
-            return mem, directory
+
         room = int(free_mib(directory) * ROOM_SHARE)
-        if mem.value <= room:
+        if floor == mem.value or mem.value <= room:
             return mem, directory
-        return Amount(max(floor, room), "room in {}; {}".format(directory, mem.source)), directory
+        source = "room in {}; {}".format(directory, mem.source)
+        return Amount(max(floor, room), source), directory
+
     assert failure
     raise failure
 
@@ -2039,13 +2079,14 @@ def choose_cpus(asked: Optional[str], grants: Grants) -> Amount:
     given = find_given(asked, "cpus")
     if given:
         if not re.match(r"0*[1-9]\d{0,3}$", given.text, re.ASCII):
-            raise Fatal("{} is not a number of CPUs: {!r}".format(given.by, given.text), "give a whole number from 1")
+            what = "{} is not a number of CPUs: {!r}".format(given.by, given.text)
+            raise Fatal(what, "give a whole number from 1")
         return Amount(int(given.text), "{}={}".format(given.by, given.text))
     return smallest(grants.cpus + grants.cpu_limits) if grants.cpus else Amount(1, "default")
 
 
 def decide_cpus(asked: Optional[str], grants: Grants, has_smp: bool, ptrace: bool) -> Tuple[Amount, str]:
-    """CPUs of the guest, and why these are fewer than wanted; that is no error, as the guest is only slower."""
+    """CPUs of the guest, and why these are fewer than wanted, which is no error: the guest is only slower."""
     cpus = choose_cpus(asked, grants)
     if cpus.value == 1 or has_smp and not ptrace:
         return cpus, ""
