@@ -40,6 +40,7 @@ from typing import (
     Any,
     BinaryIO,
     Callable,
+    Container,
     Deque,
     Dict,
     Iterable,
@@ -97,7 +98,7 @@ class Fatal(Exception):
 
 
 class Bug(Exception):
-    """Another process had an exception that nobody foresaw."""
+    """The supervisor, or a process that it started, had an exception that nobody foresaw."""
 
     def __init__(self, trace: bytes) -> None:
         super().__init__(trace)
@@ -185,7 +186,7 @@ def explain_exception(error: Exception) -> Fatal:
         return Fatal(message, "look at that file or directory")
     trace = describe_exception()
     write_stderr(trace)
-    return explain_bug("the runner", trace)
+    return explain_bug("the supervisor" if isinstance(error, Bug) else "the runner", trace)
 
 
 # --- Frames and fields --------------------------------------------------------------------------------------
@@ -334,7 +335,6 @@ def unique_name(prefix: str) -> str:
 
 # include/uapi/linux/prctl.h
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
-ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
 FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
     "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"))
 IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
@@ -343,6 +343,7 @@ SHELLS = re.compile(r"Name:\t(?:[a-z]*sh\d*|busybox|timeout|time|strace|make|xar
 # A batch system may signal every process of a job. The kernel would die of these signals, and a guest process that
 # gets one makes its tracer panic: SIGCONT, too, is reported to a tracer. So they are blocked before exec.
 KEPT_FROM_KERNEL = (*FORWARDED_SIGNALS, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT, signal.SIGXFSZ)
+LOOK_FOR_KILLER = "find out what killed it (the batch system's log, dmesg), then run the job again"
 PROCESSES_HINT = "raise the limit of processes (ulimit -u, or pids.max of the cgroup), or of memory"
 MORE_CPU_TIME = "ask the batch system for more CPU time, or raise the limit"
 # What a process of the guest has as one of the host would. Not the numbers of processes and of signals: the host counts
@@ -588,7 +589,7 @@ def list_tasks(kernel: int) -> Iterator[int]:
         yield from list_children(kernel, thread)
 
 
-def kill_children(spared: int = 0) -> None:
+def kill_children(spared: Optional[int] = None) -> None:
     """Kill and reap all children but one. We are the subreaper, so their orphans become our children in turn."""
     pids = [0]
     while pids:
@@ -929,6 +930,37 @@ def group_name(gid: int) -> bytes:
         return b"g%d" % gid
 
 
+# --- Parts of AppPot ----------------------------------------------------------------------------------------
+
+def find_part(option: Optional[str], names: Sequence[str], what: str, on_path: bool) -> str:
+    """What the user names, else the first that is beside this script, in build/ there, here or on PATH."""
+    given = find_given(option, what)
+    if given:
+        return given.text
+    for path in list_candidates(names, on_path):
+        return path
+
+    script = os.path.basename(__file__)
+    hint = "put `{}` beside {}, or name it with --{} or APPPOT_{}"
+    hint = hint.format(names[0], script, what, what.upper())
+    if what != "empty":
+        hint = "`make demo` brings one to AppPot's source directory; or " + hint
+    raise Fatal("no {} found".format(what), hint)
+
+
+def list_candidates(names: Sequence[str], on_path: bool) -> Iterator[str]:
+    beside = os.path.dirname(os.path.abspath(__file__))
+    places = [beside, os.path.join(beside, "build"), os.curdir]
+    if on_path:
+        places += os.environ.get("PATH", os.defpath).split(os.pathsep)
+
+    for place in places:
+        for name in names:
+            path = os.path.join(place or ".", name)
+            if os.path.isfile(path):
+                yield path
+
+
 # --- Landlock -----------------------------------------------------------------------------------------------
 
 # include/uapi/linux/landlock.h; the numbers of the system calls are the same on every machine.
@@ -937,6 +969,7 @@ LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
 LANDLOCK_ABI_MIN, LANDLOCK_ABI_TRUNCATE = 2, 3       # ABI 1 forbids every rename to another directory
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
 READ_ONLY, READ_WRITE = READ_FILE | READ_DIR, (1 << 15) - 1 - EXECUTE
+Rule = Tuple[AnyPath, int]           # a file or a directory with all below it, and the rights to it
 OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE    # the rights that a rule for a file can have
 
 
@@ -964,7 +997,14 @@ def describe_confinement(empty: Optional[str]) -> str:
     return "confined by " + by
 
 
-def confine(rules: Iterable[Tuple[AnyPath, int]]) -> None:
+def list_program_rules(program: str) -> List[Rule]:
+    """To execute a program, with its libraries."""
+    with blaming("program cannot be read", program, "is it still there?"):
+        libraries = list_libraries(program)
+    return [(path, READ_FILE | EXECUTE) for path in (program, *libraries)]
+
+
+def confine(rules: Iterable[Rule]) -> None:
     """Leave to this process, and to what it starts, only the files of `rules` and below, with these rights."""
     known = EXECUTE | READ_WRITE
     if find_landlock() < LANDLOCK_ABI_TRUNCATE:
@@ -1173,11 +1213,6 @@ EXT_UNREADABLE = 0x4 | 0x10 | 0x8000 | 0x10000       # journal to replay, meta_b
 LINUX_TYPE, EXTENDED_TYPES = 0x83, (0x05, 0x0F, 0x85)
 # Discoverable Partitions Specification
 GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")
-# arch/um/drivers/cow_user.c, version 3, big-endian: magic, version, mtime and size of the base image, bytes of
-# a sector, alignment, format, path of the base. A bitmap of the sectors follows, and then the aligned sectors.
-COW_MAGIC, COW_HEADER = b"OOOM", struct.Struct(">4sIIQIII4096s")
-COW_SECTOR, COW_ALIGNMENT = 512, 4096
-COW_RESERVED = 16 << 20              # bytes of header and bitmap that are allocated: all for an image of 64 GiB
 MAKE_EXT4 = "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"
 OTHER_IMAGES = (                     # offset, magic, what it is, what to do
     (0, b"\x7fELF", "a program", "are image and kernel exchanged?"),
@@ -1187,7 +1222,7 @@ OTHER_IMAGES = (                     # offset, magic, what it is, what to do
     (0, b"BZh", "compressed with bzip2", "unpack it: bunzip2 FILE"),
     (0, b"QFI\xfb", "a qcow2 image", "convert it: qemu-img convert -O raw FILE apppot.img"),
     (0, b"KDMV", "a VMDK image", "convert it: qemu-img convert -O raw FILE apppot.img"),
-    (0, COW_MAGIC, "a COW file", "give it with its base image: --image COW:BASE"),
+    (0, b"OOOM", "a COW file", "give it with its base image: --image COW:BASE"),
     (0, b"XFSB", "an XFS file system", MAKE_EXT4),
     (0, b"hsqs", "a squashfs file system", MAKE_EXT4),
     (0x10040, b"_BHRfS_M", "a btrfs file system", MAKE_EXT4),
@@ -1425,297 +1460,12 @@ def no_agent(what: str, image: str) -> Fatal:
     return Fatal("image has no agent ({}): {}".format(what, image), hint)
 
 
-def check_cow(cow: str, base: str) -> None:
-    """Refuse a COW file that was made for another base image. The kernel does so, too, but at the boot."""
-    hint = "--image COW:BASE names the COW file first; is the order right?"
-    try:
-        os.lstat(cow)
-    except FileNotFoundError:
-        if not os.access(os.path.dirname(os.path.abspath(cow)), os.W_OK | os.X_OK):
-            raise Fatal("COW file cannot be made: " + cow, "its directory must exist and be writable")
-        return
-    except OSError as error:
-        raise Fatal("COW file cannot be made, {}: {}".format(error.strerror, cow), hint)
-
-    with open_regular(cow, "COW file", hint) as file:
-        header = file.read(COW_HEADER.size)
-    if not os.access(cow, os.W_OK):
-        hint = "check its permissions, or run without a COW file"
-        raise Fatal("COW file is not writable: " + cow, hint)
-    if not header:                                # open_cow() fills it
-        return
-    if len(header) < COW_HEADER.size or header[:4] != COW_MAGIC:
-        raise Fatal("not a COW file: " + cow, hint)
-
-    version, mtime, size = COW_HEADER.unpack(header)[1:4]
-    status = os.stat(base)
-    is_same = mtime == int(status.st_mtime) & 0xFFFFFFFF and size == status.st_size
-    if version == 3 and not is_same:
-        raise Fatal("COW file was made for another base image: {} does not fit {}".format(cow, base),
-                    "the base must have its old size and time; copies keep the time with cp -p or rsync -t")
-
-
-def size_cow_bitmap(size: int) -> int:
-    """Bytes of an image's map of written sectors. The kernel keeps it in the guest's memory, too."""
-    return -(-size // (8 * COW_SECTOR))
-
-
-def start_of_cow(size: int) -> int:
-    """Where the sectors begin in the COW file of an image of so many bytes."""
-    return -(-(COW_HEADER.size + size_cow_bitmap(size)) // COW_ALIGNMENT) * COW_ALIGNMENT
-
-
-def open_cow(cow: str, base: str) -> int:
-    """Open and lock a COW file. One that is new or empty gets a header and no sector.
-
-    The kernel can make it, too, but cannot make files at any place. The header comes after the lock, as another
-    run may want the same file. The bitmap has all its blocks: on a full disk a sector is refused, none is lost.
-    """
-    with blaming("COW file cannot be opened", cow, SCRATCH_HINT):
-        descriptor = os.open(cow, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
-    lock_file(descriptor, True, "COW file", cow)
-
-    status = os.stat(base)
-    with blaming("COW file cannot be made", cow, SCRATCH_HINT):
-        if os.fstat(descriptor).st_size == 0:
-            path = os.fsencode(os.path.abspath(base))[:4095]
-            header = COW_HEADER.pack(COW_MAGIC, 3, int(status.st_mtime) & 0xFFFFFFFF, status.st_size,
-                                     COW_SECTOR, COW_ALIGNMENT, 0, path)
-            start = start_of_cow(status.st_size)
-            try:
-                os.posix_fallocate(descriptor, 0, min(start, COW_RESERVED))
-                os.write(descriptor, header)
-                os.ftruncate(descriptor, start + status.st_size)
-            except OSError:
-                os.ftruncate(descriptor, 0)       # not a COW file by half
-                raise
-    return descriptor
-
-
 def open_image(path: str, exclusive: bool) -> int:
     """Open and lock an image; the descriptor goes to the kernel, so the lock lasts as it does."""
     with blaming("image cannot be opened", path, "check its permissions"):
         descriptor = os.open(path, os.O_RDWR if exclusive else os.O_RDONLY)
     lock_file(descriptor, exclusive, "image", path)
     return descriptor
-
-
-# --- Kernel files -------------------------------------------------------------------------------------------
-
-KERNEL_NAMES = ("linux", "linux.uml")
-KERNEL_ANSWER_S = 10.0               # for `linux --version`
-# A kernel holds its configuration, for `linux --showconfig`. The linker puts short lines of it before this one
-# and long lines behind it: 19 kB before and 83 kB behind in the largest kernel seen.
-CONFIG_MARK = b"# Automatically generated file; DO NOT EDIT.\n"
-CONFIG_SPAN = 256 << 10
-SECCOMP_HELP = b"seccomp=<on/auto/off>"    # of `linux --help`, which stands behind all constants
-FEATURE_SETTINGS = (                 # for each field of Features but the last: name for the user, setting
-    ("SMP", b"CONFIG_SMP=y"),
-    ("hostfs", b"CONFIG_HOSTFS=y"),
-    ("mconsole", b"CONFIG_MCONSOLE=y"),
-    ("vector network", b"CONFIG_UML_NET_VECTOR=y"),
-    ("slirp network", b"CONFIG_UML_NET_SLIRP=y"),
-    ("multicast network", b"CONFIG_UML_NET_MCAST=y"),
-    ("--disk", b"CONFIG_DM_INIT=y"))
-
-
-class Features(NamedTuple):
-    """What a kernel can do."""
-    smp: bool = False
-    hostfs: bool = False
-    mconsole: bool = False
-    vector_network: bool = False
-    slirp_network: bool = False
-    multicast: bool = False
-    device_mapper: bool = False      # by the kernel command line
-    seccomp_mode: bool = False
-
-
-def find_part(option: Optional[str], names: Sequence[str], what: str, on_path: bool) -> str:
-    """What the user names, else the first that is beside this script, in build/ there, here or on PATH."""
-    given = find_given(option, what)
-    if given:
-        return given.text
-    for path in list_candidates(names, on_path):
-        return path
-
-    script = os.path.basename(__file__)
-    hint = "put `{}` beside {}, or name it with --{} or APPPOT_{}"
-    hint = hint.format(names[0], script, what, what.upper())
-    if what != "empty":
-        hint = "`make demo` brings one to AppPot's source directory; or " + hint
-    raise Fatal("no {} found".format(what), hint)
-
-
-def list_candidates(names: Sequence[str], on_path: bool) -> Iterator[str]:
-    beside = os.path.dirname(os.path.abspath(__file__))
-    places = [beside, os.path.join(beside, "build"), os.curdir]
-    if on_path:
-        places += os.environ.get("PATH", os.defpath).split(os.pathsep)
-
-    for place in places:
-        for name in names:
-            path = os.path.join(place or ".", name)
-            if os.path.isfile(path):
-                yield path
-
-
-def check_kernel(path: str) -> str:
-    """Absolute path of a kernel that can be executed. A grid's stage-in loses the execute bit, so set it."""
-    with open_regular(path, "kernel", "--kernel names a User-Mode Linux executable") as file:
-        magic = file.read(4)
-    if magic != b"\x7fELF":
-        raise Fatal("kernel is not an executable program: " + path,
-                    "User-Mode Linux is one, the file in /boot is not; Debian's package is user-mode-linux")
-    if not make_executable(path):
-        hint = "chmod +x it; a file system mounted noexec cannot hold it"
-        raise Fatal("kernel is not executable: " + path, hint)
-    return os.path.abspath(path)
-
-
-def read_features(kernel: str) -> Features:
-    """Read the features off the kernel file.
-
-    Unlike the kernel's own answer this takes no process, and it works if a library of the kernel is missing.
-    A search of the whole file takes 1 ms for a long text and 5 ms for a short one, so there are few.
-    """
-    with blaming("kernel cannot be read", kernel, "is it complete?"), open(kernel, "rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    with content:
-        mark = content.find(CONFIG_MARK)
-        start = max(0, mark - CONFIG_SPAN)
-        end = mark + CONFIG_SPAN if mark >= 0 else len(content)
-        settings = content[start:end]
-        has_seccomp_mode = content.find(SECCOMP_HELP, start) >= 0
-    has = [setting in settings for _, setting in FEATURE_SETTINGS]
-    has.append(has_seccomp_mode)
-    return Features(*has)
-
-
-def choose_mode(features: Features, ptrace: bool, extra: Sequence[str]) -> str:
-    """How the kernel traps system calls: "on" (by seccomp), "off" (by ptrace) or "auto"; "" without a choice."""
-    if not features.seccomp_mode:
-        return ""
-    chosen = [word.partition("=")[2] for word in extra if word.startswith("seccomp=")]
-    return chosen[-1] if chosen else "off" if ptrace else "auto"
-
-
-def ask_version(kernel: str) -> str:
-    """What the kernel answers to --version, or how it ends instead."""
-    import subprocess
-
-    try:
-        answer = subprocess.run(
-            [kernel, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            timeout=KERNEL_ANSWER_S)
-    except OSError as error:
-        raise explain_exec_failure(error.errno or 0, kernel)
-    except subprocess.TimeoutExpired:
-        return "nothing within {:g} s".format(KERNEL_ANSWER_S)
-    died = "died of signal {}".format(-answer.returncode) if answer.returncode < 0 else ""
-    return answer.stdout.decode("utf-8", "replace").strip() + died
-
-
-def explain_exec_failure(number: int, kernel: str) -> Fatal:
-    loader = read_loader(kernel) if number == errno.ENOENT else ""
-    if loader and not os.path.exists(loader):
-        return no_library(loader, kernel)
-    return Fatal("kernel cannot be executed, {}: {}".format(os.strerror(number), kernel),
-                 "is it made for this machine, and are its libraries here? `ldd` tells")
-
-
-def no_library(what: str, kernel: str) -> Fatal:
-    return Fatal("kernel lacks a shared library ({}): {}".format(what, kernel),
-                 "use a kernel that is linked statically, or one made for this system")
-
-
-def explain_loader(output: str, kernel: str) -> Optional[Fatal]:
-    """What the dynamic loader says of a kernel that it cannot start."""
-    missing = re.search(r"error while loading shared libraries: ([^:\n]+)", output)
-    version = re.search(r"(?m)(?:^|\s)(\S{1,4096}): (version `[^'\n]{1,200}' not found)", output)
-    if missing:
-        return no_library(missing.group(1), kernel)
-    return no_library("{}: {}".format(*version.groups()), kernel) if version else None
-
-
-def read_kernel_version(kernel: str) -> str:
-    answer = ask_version(kernel)
-    if not re.match(r"\d+\.\d+\S*$", answer):
-        how = "answers --version with {!r}".format(answer[:60])
-        raise explain_loader(answer, kernel) or not_uml(kernel, how)
-    return answer
-
-
-def not_uml(kernel: str, how: str) -> Fatal:
-    import shlex
-
-    hint = "is it User-Mode Linux? `{} --version` prints a version; -v shows what it printed"
-    return Fatal("kernel {}: {}".format(how, kernel), hint.format(shlex.quote(kernel)))
-
-
-SECCOMP_MODES = ("on", "auto")       # of choose_mode(): in these the kernel traces nothing
-PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
-BPF_RET, SECCOMP_RET_ALLOW = 0x06, 0x7FFF0000                  # include/uapi/linux/bpf_common.h, seccomp.h
-PTRACE_TRACEME, PTRACE_SETOPTIONS, PTRACE_O_TRACESYSGOOD, PTRACE_SYSEMU = 0, 0x4200, 1, 31     # linux/ptrace.h, x86
-
-
-def try_ptrace() -> None:
-    """Trace a process as the kernel traces those of the guest: PTRACE_TRACEME, then stop it at its system calls."""
-    def live() -> int:
-        try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-        try:
-            call_libc("ptrace", PTRACE_TRACEME, 0, None, None)
-        except OSError as error:
-            return error.errno or errno.EPERM
-        os.kill(os.getpid(), signal.SIGSTOP)
-        os.getppid()
-        return errno.EPERM
-
-    pid = fork_child("a trial", live)
-    status = os.waitpid(pid, 0)[1]
-    if not os.WIFSTOPPED(status):
-        raise OSError(status >> 8 or errno.EPERM, "ptrace")
-    try:
-        call_libc("ptrace", PTRACE_SETOPTIONS, pid, None, PTRACE_O_TRACESYSGOOD)
-        call_libc("ptrace", PTRACE_SYSEMU, pid, None, None)
-        status = os.waitpid(pid, 0)[1]
-        if not os.WIFSTOPPED(status) or os.WSTOPSIG(status) != signal.SIGTRAP | 0x80:
-            raise OSError(errno.EPERM, "ptrace")
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-
-
-def try_seccomp() -> None:
-    """Install a filter, one that allows everything, as a kernel in its seccomp mode does for the guest's processes."""
-    import array
-
-    allow = array.array("B", struct.pack("=HBBI", BPF_RET, 0, 0, SECCOMP_RET_ALLOW))
-    program = struct.pack("@HP", 1, allow.buffer_info()[0])
-    call_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    call_libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
-
-
-def explain_ptrace(mode: str) -> Optional[Fatal]:
-    """Who forbids this node's processes to trace their children; None if nobody does, or the kernel does not need it.
-
-    In its seccomp mode a kernel traces nothing; but it does call ptrace(), which a filter may punish with a signal.
-    """
-    in_seccomp_mode = mode in SECCOMP_MODES
-    fault = try_in_child(try_ptrace)
-    if fault == os.strerror(errno.EAGAIN):
-        raise Fatal("process for a trial cannot be started: " + fault, PROCESSES_HINT)
-    if not fault or in_seccomp_mode and not fault.startswith("signal"):
-        return None
-    scope = read_node_file("/proc/sys/kernel/yama/ptrace_scope").strip()
-    filtered = re.search(r"(?m)^Seccomp:\s*2", read_node_file("/proc/self/status"))
-    culprit = ("Yama (kernel.yama.ptrace_scope={})".format(scope) if scope in ("2", "3") else
-               "a seccomp filter" if filtered else "this node")
-    has_choice = mode and not in_seccomp_mode
-    return Fatal("ptrace is forbidden by {}: {}".format(culprit, fault),
-                 "leave out --ptrace: this kernel has a seccomp mode" if has_choice else
-                 "ask for it to be allowed, or use a kernel with a seccomp mode, as `make kernel` builds")
 
 
 # --- What the job was granted -------------------------------------------------------------------------------
@@ -2019,62 +1769,6 @@ def find_job_limit(grants: Grants) -> Optional[int]:
     return smallest(limits).value
 
 
-def find_fault_for_ram(directory: str, mem_mib: int) -> str:
-    """Why the guest's memory cannot be a file in `directory`, which UML maps executable; empty if it can."""
-    try:
-        with signals_held():
-            descriptor = open_nameless(directory)
-    except OSError as error:
-        return "cannot be written ({})".format(error.strerror)
-
-    rights = mmap.PROT_READ | mmap.PROT_EXEC
-    try:
-        os.ftruncate(descriptor, mmap.PAGESIZE)
-        mmap.mmap(descriptor, mmap.PAGESIZE, mmap.MAP_SHARED, rights).close()
-        room = free_mib(directory)
-    except OSError as error:
-        if error.errno == errno.EFBIG:
-            return "takes no file of a page (ulimit -f)"
-        if error.errno == errno.EPERM:
-            return "is mounted noexec"
-        return "is unusable ({})".format(error.strerror)
-    finally:
-        os.close(descriptor)
-
-    return "" if room >= mem_mib else "has {} free".format(format_mib(room))
-
-
-def choose_ram_directory(candidates: Sequence[str], mem_mib: int) -> str:
-    faults = []
-    for directory in [SHARED_MEMORY] + list(candidates):
-        fault = find_fault_for_ram(directory, mem_mib)
-        if not fault:
-            return os.path.abspath(directory)
-        faults.append("{} {}".format(directory, fault))
-    what = "no room for the guest's memory of {}: {}".format(format_mib(mem_mib), "; ".join(faults))
-    raise Fatal(what, "with --tmpdir name a directory that has it and is not noexec, or ask for less with --mem")
-
-
-def place_memory(mem: Amount, floors: Sequence[int], candidates: Sequence[str]) -> Tuple[Amount, str]:
-    """The directory of the file that holds the guest's memory, and how much of the memory has room there."""
-    failure = None
-    for floor in floors:
-        try:
-            directory = choose_ram_directory(candidates, floor)
-        except Fatal as fatal:
-            failure = failure or fatal
-            continue
-
-        room = int(free_mib(directory) * ROOM_SHARE)
-        if floor == mem.value or mem.value <= room:
-            return mem, directory
-        source = "room in {}; {}".format(directory, mem.source)
-        return Amount(max(floor, room), source), directory
-
-    assert failure
-    raise failure
-
-
 def choose_cpus(asked: Optional[str], grants: Grants) -> Amount:
     given = find_given(asked, "cpus")
     if given:
@@ -2085,12 +1779,14 @@ def choose_cpus(asked: Optional[str], grants: Grants) -> Amount:
     return smallest(grants.cpus + grants.cpu_limits) if grants.cpus else Amount(1, "default")
 
 
-def decide_cpus(asked: Optional[str], grants: Grants, has_smp: bool, ptrace: bool) -> Tuple[Amount, str]:
-    """CPUs of the guest, and why these are fewer than wanted, which is no error: the guest is only slower."""
+def decide_cpus(asked: Optional[str], grants: Grants, reason: Optional[str]) -> Tuple[Amount, str]:
+    """CPUs of the guest: one if there is a reason. A note says if that is fewer than wanted.
+
+    That is no error, as the guest is only slower.
+    """
     cpus = choose_cpus(asked, grants)
-    if cpus.value == 1 or has_smp and not ptrace:
+    if cpus.value == 1 or reason is None:
         return cpus, ""
-    reason = "--ptrace" if ptrace else "kernel without SMP"
     return Amount(1, reason), "{} but the guest gets 1 CPU: {}".format(cpus.source, reason)
 
 
@@ -2159,26 +1855,6 @@ def read_max_areas() -> int:
     return int(text) if text.isdigit() else 65530
 
 
-def check_limits(mem_mib: int, disk_bytes: int, cpus: int) -> None:
-    """Hard limits of the node that the kernel would die of; take_limits() raises the soft ones to them."""
-    needs = (
-        (resource.RLIMIT_AS, (mem_mib + ADDRESS_SPACE_EXTRA_MIB) << 20, "address space (ulimit -v)"),
-        (resource.RLIMIT_FSIZE, max(mem_mib << 20, start_of_cow(disk_bytes) + disk_bytes), "file size (ulimit -f)"),
-    )
-    for which, need, what in needs:
-        hard = resource.getrlimit(which)[1]
-        if hard != resource.RLIM_INFINITY and hard < need:
-            raise Fatal("limit of {} is {}, {} are needed".format(what, format_mib(hard >> 20), format_mib(need >> 20)),
-                        "raise the limit, or ask for less memory with --mem")
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    needed = len(os.listdir("/proc/self/fd")) + DESCRIPTORS_MIN
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise Fatal("limit of open files (ulimit -n) is {}, {} are needed with those of the caller".format(
-            hard, needed), "raise the limit")
-    check_processes()
-    check_timers(cpus)
-
-
 def check_processes() -> None:
     """The limits count threads, too; the guest has a process of the host for each of its own."""
     for room in read_process_room(read_node_file):
@@ -2189,16 +1865,6 @@ def check_processes() -> None:
     if hard != resource.RLIM_INFINITY and os.getuid() != 0 and hard < count_own_threads() + PROCESSES_MIN:
         raise Fatal("limit of processes (ulimit -u) is {}, {} are needed beside those that you have".format(
             hard, PROCESSES_MIN), "raise the limit, or end some of your processes")
-
-
-def check_timers(cpus: int) -> None:
-    """Each CPU of the guest has a timer, which takes one of the user's pending signals (timer_create(2))."""
-    hard = resource.getrlimit(resource.RLIMIT_SIGPENDING)[1]
-    queued = re.search(r"(?m)^SigQ:\s*(\d+)/", read_node_file("/proc/self/status"))
-    used = int(queued.group(1)) if queued else 0
-    if hard != resource.RLIM_INFINITY and hard < used + cpus:
-        raise Fatal("limit of pending signals (ulimit -i) is {}, {} are needed".format(hard, used + cpus),
-                    "raise the limit; without them the guest's clock stands still")
 
 
 def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: bool) -> Dict[bytes, bytes]:
@@ -2572,8 +2238,7 @@ def private_directory(parent: str) -> Iterator[PrivateDirectory]:
 # --- The network --------------------------------------------------------------------------------------------
 
 # The network. Addresses are those of slirp and of libslirp, on which slirp4netns is built.
-SLIRP4NETNS, SLIRP = "slirp4netns", "slirp"
-LOST = b"network-lost\n"
+SLIRP4NETNS, SLIRP, LAN = "slirp4netns", "slirp", "lan"        # kinds of network that a VMM may have
 HELPERS = {"slirp4netns": SLIRP4NETNS, "slirp-fullbolt": SLIRP, "slirp": SLIRP}     # by name, the best first
 GUEST_ADDRESS, GATEWAY, NAMESERVER = "10.0.2.15", "10.0.2.2", "10.0.2.3"
 SLIRP4NETNS_MIN = (1, 2)             # the first with --target-type=bess
@@ -2597,12 +2262,21 @@ class Lan(NamedTuple):
     port: int
 
 
+class NetworkHelper(NamedTuple):
+    """A program of the host that connects the guest."""
+    kind: str                        # SLIRP4NETNS or SLIRP
+    program: str                     # absolute path
+
+
 class Network(NamedTuple):
-    kind: str = ""                   # SLIRP4NETNS or SLIRP; empty: no way out
-    helper: str = ""                 # path of the program
+    helper: Optional[NetworkHelper] = None     # None: no way out
     published: Tuple[Port, ...] = ()
     lan: Optional[Lan] = None
-    note: str = ""                   # for -v: why it is so
+    note: Optional[str] = None       # for -v: why there is no helper
+
+    @property
+    def kind(self) -> Optional[str]:
+        return self.helper.kind if self.helper else None
 
 
 def parse_ipv4(text: str) -> bytes:
@@ -2652,7 +2326,8 @@ def parse_lan(group: str, address: str, job_id: str) -> Lan:
 
 def describe(network: Network) -> str:
     lan = ", LAN {} in {}:{}".format(network.lan.address, network.lan.group, network.lan.port) if network.lan else ""
-    return (network.note or "network by " + network.helper) + lan
+    way_out = "network by " + network.helper.program if network.helper else network.note
+    return "{}{}".format(way_out, lan)
 
 
 def ask_helper(path: str) -> Tuple[str, str]:
@@ -2698,12 +2373,12 @@ def check_ports(ports: Sequence[Port]) -> None:
                     "choose another HOSTPORT, above 1023, and an address of this host")
 
 
-def choose_lan(options: argparse.Namespace, kernel: str, has_multicast: bool) -> Optional[Lan]:
+def choose_lan(options: argparse.Namespace, kernel: str, has_lan: bool) -> Optional[Lan]:
     if options.lan is None and not options.lan_address:
         return None
     job_id = "/".join([str(os.getuid())] + [os.environ.get(name, "") for name in JOB_IDS])
     lan = parse_lan(options.lan or "", options.lan_address or "", job_id)
-    if not has_multicast:
+    if not has_lan:
         raise Fatal("kernel has no multicast network for --lan: " + kernel,
                     "Debian 12's has it; Debian 13's and all from 6.16 on have none")
     import socket
@@ -2717,10 +2392,10 @@ def choose_lan(options: argparse.Namespace, kernel: str, has_multicast: bool) ->
     return lan
 
 
-def choose_network(options: argparse.Namespace, kernel: str, features: Features) -> Network:
+def choose_network(options: argparse.Namespace, kernel: str, kinds: Container[str]) -> Network:
     """Which helper connects the guest: by what is asked for, what the kernel can do, and what is here."""
     published = tuple(parse_port(text) for text in options.publish)
-    lan = choose_lan(options, kernel, features.multicast)
+    lan = choose_lan(options, kernel, LAN in kinds)
     if options.net == "none":
         if options.slirp or published:
             raise Fatal("--net none with {}".format("--slirp" if options.slirp else "--publish"),
@@ -2729,8 +2404,7 @@ def choose_network(options: argparse.Namespace, kernel: str, features: Features)
     given = find_given(options.slirp, "slirp")
     asked = given or published or options.net != "auto"
     wanted = [kind for kind in (SLIRP4NETNS, SLIRP) if options.net in ("auto", kind)]
-    has_driver = {SLIRP4NETNS: features.vector_network, SLIRP: features.slirp_network}
-    driven = [kind for kind in wanted if has_driver[kind]]
+    driven = [kind for kind in wanted if kind in kinds]
     if asked and not driven:
         raise Fatal("kernel has no driver for {}: {}".format(" or ".join(wanted), kernel),
                     "kernels from 6.16 on have none for slirp, those before 5.1 none for slirp4netns")
@@ -2745,7 +2419,7 @@ def choose_network(options: argparse.Namespace, kernel: str, features: Features)
             fault = "is slirp, which would publish ports on every address of the host"
         if not fault:
             check_ports(published)
-            return Network(kind, os.path.abspath(path), published, lan)
+            return Network(NetworkHelper(kind, os.path.abspath(path)), published, lan)
         faults.append("{} {}".format(path, fault))
     if asked:
         raise Fatal("network helper cannot be used: " + "; ".join(faults) if faults else "no network helper found",
@@ -2781,7 +2455,7 @@ def publish(port: Port) -> None:
             raise OSError(0, "port cannot be published: {}:{}/{}".format(port.host, port.host_port, port.protocol))
 
 
-def start_slirp4netns(network: Network, lifeline: int) -> Tuple[int, int]:
+def start_slirp4netns(program: str, published: Sequence[Port], lifeline: int) -> Tuple[int, int]:
     """Start it in the current directory, in the supervisor; return its pid and the socket that is the guest's end.
 
     It is connected here and not by the kernel, as it answers, and publishes ports, from then on only.
@@ -2791,7 +2465,7 @@ def start_slirp4netns(network: Network, lifeline: int) -> Tuple[int, int]:
     parent = os.getpid()
     messages, writer = os.pipe()
     ready = os.dup(writer)
-    argv = [network.helper, "--target-type=bess", "--api-socket=net-api", "--ready-fd=30", "net"]
+    argv = [program, "--target-type=bess", "--api-socket=net-api", "--ready-fd=30", "net"]
 
     def live() -> int:
         try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -2807,10 +2481,10 @@ def start_slirp4netns(network: Network, lifeline: int) -> Tuple[int, int]:
         await_words(messages, b"Waiting for connection", lifeline)
         guest.connect("net")
         await_words(messages, b"\n1", lifeline)   # what it writes to --ready-fd, behind the lines before
-        for port in network.published:
+        for port in published:
             publish(port)
     except OSError as error:
-        raise Fatal("network helper failed, {}: {}".format(error.strerror or error, network.helper),
+        raise Fatal("network helper failed, {}: {}".format(error.strerror or error, program),
                     "--net none runs without a network")
     os.close(messages)                            # it ignores SIGPIPE, and would block on a full pipe
     return pid, guest.detach()
@@ -2998,7 +2672,8 @@ class MountPoints:
             file.write(word + b"\0")
 
 
-# --- A run --------------------------------------------------------------------------------------------------
+# --- A guest ------------------------------------------------------------------------------------------------
+# Values that any VMM understands.
 
 SPOOL = "spool"                      # in the run directory: what is too long for the channel
 GIVEN = "given"                      # in the directory of --save-changes: what the guest gets of it
@@ -3031,51 +2706,13 @@ class Guest(NamedTuple):
     network: Network
     name: str
     extra: Tuple[str, ...]           # of --extra
-
-
-class Job(NamedTuple):
-    """What the agent is told: the command and all that it finds in the guest."""
-    command: Tuple[str, ...]
-    environment: Dict[bytes, bytes]
-    directory: Optional[bytes]
-    alias: Optional[bytes]           # the name by which the user knows the directory
-    binds: Tuple[Bind, ...]
-    cwd: Optional[bytes]
-    home: Optional[bytes]            # the caller's, if --bind shows it; None: the command has one in the appliance
-    as_root: bool
-    umask: int
-    ignored_signals: Tuple[int, ...]  # of the caller's, as under nohup: the command ignores them, too
-    limits: Tuple[Limit, ...]        # the caller's, for the command
-    terminal: Optional[bool]         # whether the command gets one; None: where the caller has one
-    node: NodeView
-    layers: Tuple[str, ...]          # changes files to merge, in this order
-    force_changes: bool              # merge those of another base, too
-    saved_changes: Optional[str]     # where to write a changes file after the command
-
-
-class RunSpec(NamedTuple):
-    """One run, decided: nothing below parses options or looks at the environment again."""
-    job: Job
-    guest: Guest
-    kernel: str
-    mode: str                        # as choose_mode() has it
-    empty: Optional[str]             # this program is to carry the channel
-    empty_asked: bool                # and without it there is to be no run
     scratch: str                     # the run directory is made in it
-    ram_directory: str
-    ancestor: Optional[Ancestor]     # the run ends when this process does
-    timeout_s: Optional[float]
-    boot_timeout_s: float
-    kill_after_s: float
-    verbose: bool
-    notes: Tuple[str, ...]           # for -v: how it was decided
-    in_job: bool                     # of a batch system
-    limit_mib: Optional[int]         # of the job's cgroup, if that is why the guest has no more memory
+    ram_directory: str               # the guest's memory is a file in it
 
     @property
     def disk_directory(self) -> str:
         """The directory that must have room for what the guest writes to its disk."""
-        written = self.guest.disk.written_file
+        written = self.disk.written_file
         return self.scratch if written is None else os.path.dirname(written)
 
 
@@ -3096,110 +2733,653 @@ class Directories(NamedTuple):
         return shares
 
 
-class Launch(NamedTuple):
-    """What a kernel is started with."""
-    directories: Directories
-    rules: Sequence[Tuple[AnyPath, int]]       # of Landlock
-    keep: Dict[int, int]             # its descriptors: number there to number here
-    lifeline: int
-    helper: int                      # pid of the network helper, a child like the kernel; 0: none
-
-
-class Machine(NamedTuple):
-    """A started guest, as the runner sees it."""
-    supervisor: int                  # pid
-    from_guest: int                  # the channel: read end
-    to_guest: int                    # and write end, non-blocking
-    console: int                     # read end: what the kernel prints
-    lifeline: int                    # write end: closing it ends the guest
-    report: int                      # read end: at the guest's end "ended STATUS", "empty", "helper",
-                                     # "fatal MESSAGE\0HINT" or "bug TRACEBACK"; LOST when the network is gone
-    directories: Directories
-    spool: int                       # descriptor of the directory for what is too long for the channel
-
-
-def list_shares(job: Job) -> Tuple[Share, ...]:
-    shares = [Share("job", job.directory, None, False)] if job.directory is not None else []
-    shares += [make_share("layer{}".format(number), os.fsencode(layer), True)
-               for number, layer in enumerate(job.layers)]
-    shares += [bind.share for bind in job.binds]
-    return tuple(shares)
-
-
-def find_room(spec: RunSpec) -> int:
+def find_room(guest: Guest) -> int:
     """Bytes that the guest's disk can take at most: what is free beside its file, and what that has already."""
-    status = os.statvfs(spec.disk_directory)
+    status = os.statvfs(guest.disk_directory)
     room = status.f_bavail * status.f_frsize
-    written = spec.guest.disk.written_file
+    written = guest.disk.written_file
     return room if written is None else room + os.stat(written).st_blocks * 512
 
 
-def describe_keeping(spec: RunSpec, home_stays: bool) -> Tuple[str, str]:
-    """What to tell the user of an interactive shell at its start and at its end, which may be nothing."""
-    places = [os.fsdecode(bind.target) for bind in spec.job.binds if not bind.share.read_only]
-    job = os.fsdecode(spec.job.alias or b"")
-    if job and not any(is_below(job, place) for place in places):
-        places.insert(0, job)
+def explain_disk_failure(guest: Guest, said: bytes) -> Fatal:
+    """Why the guest's disk cannot be written or read, as far as the host sees it; its kernel said that it cannot."""
+    disk = guest.disk
+    written = disk.written_file
+    if written is None:
+        full = explain_full_scratch(guest.scratch)
+    else:
+        full = explain_full("directory of the " + ("image" if disk.write else "COW file"), guest.disk_directory,
+                            "free some; {} is as after a power failure and can be used again".format(written))
+    if full:
+        return full
 
-    kept = " and ".join(places)
-    rest = ("{} stays; all else{} " if kept else "{}{} ").format(kept, "" if home_stays else ", in HOME too,")
-    write = "what you write in " if kept else "what you write"
-    if spec.guest.disk.is_persistent:
-        where = "the COW file " + spec.guest.disk.cow if spec.guest.disk.cow else "the image " + spec.guest.disk.image
-        return write + rest + "goes into " + where, ""
-    if spec.job.saved_changes:
-        return write + rest + "goes into {} at the end".format(spec.job.saved_changes), ""
-    return (write + rest + "is gone at the end (to keep it: --bind DIR, --save-changes FILE, --write)",
-            "what you wrote{} is gone".format(" outside of " + kept if kept else ""))
+    if said.startswith(b"EXT4"):
+        return Fatal("root file system is damaged: " + (written or disk.image),
+                     "run with -v to see the guest's console; `e2fsck -fn` looks at an image")
+    return Fatal("disk of the guest had an I/O error, and its files are these: {}, {}".format(
+        disk.image, written or guest.scratch), "was one of them out of room, or its disk or server at fault?")
 
 
-# --- User-Mode Linux ----------------------------------------------------------------------------------------
+# --- The VMM ------------------------------------------------------------------------------------------------
+# The seam: the rest of AppPot knows a VMM by these classes only. User-Mode Linux follows in the next sections. A second
+# VMM is a second class like Uml in sections of its own, and find_vmm() chooses between the two.
 
-KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD, KERNEL_NETWORK_FD = 3, 4, 5, 30
-KERNEL_LEASH_FDS = 28, 29            # spawn_kernel() uses the numbers from 32 on
-HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run directory; 6.12 and later want it absolute
-# Debian's kernels time every algorithm of RAID 5 and 6 at each boot, for 0.5 s; who has an array in a guest?
-# And all kernels count for 0.05 s how many loops make a tick, for drivers that wait so; a guest has none.
-SKIPPED_AT_BOOT = ["initcall_blacklist=raid6_select_algo,calibrate_xor_blocks", "lpj=25000000"]
-SAYS_ALL = "ignore_loglevel"         # errors of the guest's disk come to the console, whatever `dmesg -n` says
-KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
-WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
-STAY, KEEP, FREE, LEAVE = "stay", "keep", "free", "leave"      # what a guest does: KEEP to the CPU that it is on
-QUIET_ROUNDS = 4                     # with little to do, before a guest with several CPUs is kept on one again
+INPUT_FD, OUTPUT_FD, CONSOLE_FD, NETWORK_FD = 3, 4, 5, 30      # of the VMM's process; the first two are the channel
+LEASH_FDS = 28, 29                   # spawn() uses the numbers from 32 on
+CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
 # block/blk-core.c, fs/buffer.c, fs/ext4/super.c and fs/jbd2/journal.c, of the disks {} that are ours.
 DISK_FAILURE = (r"(?:critical space allocation|I/O) error(?:,| on) dev (?:{0})|"
                 r"EXT4-fs error \(device (?:{0})|Aborting journal on device (?:{0})")
 OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
-MEMORY_LOST = "Kernel mode signal 7"                           # SIGBUS: relay_signal() in arch/um/kernel/trap.c
-# arch/um/os-Linux/skas/process.c before 6.16: ESRCH, or the wait status after a SIGKILL
-KILLED_PROCESS = br"(userspace - |Failed to get registers|wait_stub_done : ).{0,120}(errno = 3|status = 0x9)\s"
-# arch/um/os-Linux/skas/mem.c, and arch/um/kernel/tlb.c before 6.10: an area of a process cannot be mapped on the host
-AREAS_LOST = br"ran out of memory on the host side|Failed to flush page for|fix_range_common: failed"
-AREAS_S = 1.0                        # how often to look how many areas the processes have
-AREAS_MARGIN = 8                     # of vm.max_map_count: the kernel needs some itself, and maps some together
-LOST_PROCESS = b"Unexpectedly lost MM child!"                  # arch/um/kernel/skas/mmu.c, 6.16 and later
-CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
-MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
-MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
-RESERVED_NAMES = (".", "..", "hostfs", "cow", "disk", "base", "image", "net", "net-api", "slirp")
+WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
+
+# What ended a guest: its kernel itself, the end of a helper process of the kernel or of the carrier, the end of the
+# runner, an error or a bug of the supervisor.
+KERNEL, HELPER, CARRIER, RUNNER, ERROR, BUG = "kernel", "helper", "carrier", "runner", "error", "bug"
 
 
-def build_kernel_args(spec: RunSpec, disk: str) -> List[str]:
-    """argv of the kernel. Paths are relative to the run directory: no length, blank or comma of a path can hurt."""
-    guest = spec.guest
-    channel = "ssl0=fd:{},fd:{}".format(KERNEL_INPUT_FD, KERNEL_OUTPUT_FD)
-    return [
-        spec.kernel,
-        disk, *build_root_args(guest.disk), "rw", "mem={}M".format(guest.mem_mib),
-        "con=null", "con0=null,fd:1", channel,
-        "uml_dir=.", "umid=" + guest.name, HOSTFS_ROOT,
-        "init=" + AGENT, SAYS_ALL, *SKIPPED_AT_BOOT,
-        *build_cpu_args(spec), *build_network_args(guest.network), *guest.extra]
+class End(NamedTuple):
+    """The supervisor's verdict on a guest that has ended."""
+    what: str
+    status: int = 0                  # of KERNEL: the wait status
+    message: str = ""                # of ERROR and BUG
+    hint: str = ""                   # of ERROR
+
+
+class Console:
+    """What the guest's kernel prints, and what that tells of the run."""
+
+    def __init__(self, guest: Guest, disks: str) -> None:
+        self._guest = guest
+        self._disk_failure = DISK_FAILURE.format(disks).encode()
+        self._started = time.monotonic()
+        self.tail = b""
+
+    def add(self, content: bytes) -> Optional[Fatal]:
+        """Take what was printed; return why the run has failed if that tells."""
+        self.tail = (self.tail + content)[-CONSOLE_TAIL:]
+        news = self.tail[max(0, len(self.tail) - len(content) - 200):]
+        disk_failure = re.search(self._disk_failure, news)
+        return explain_disk_failure(self._guest, disk_failure.group()) if disk_failure else self.find_fault()
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        return OUT_OF_MEMORY in self.tail
+
+    def suspect_limit(self) -> str:
+        """Whether the host may have killed a process for its CPU time: it is reaped already, and nobody can ask."""
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        is_possible = 0 <= hard <= time.monotonic() - self._started
+        return ", perhaps for its CPU time: the limit (ulimit -t) is {} s".format(hard) if is_possible else ""
+
+    # A VMM has its own of these.
+
+    def find_fault(self) -> Optional[Fatal]:
+        """What the VMM cannot go on with."""
+        raise NotImplementedError
+
+    def explain_killed_process(self) -> Optional[str]:
+        """What to say if a process of the guest was killed on the host; None if none was."""
+        raise NotImplementedError
+
+    def explain_end(self, status: int, was_up: bool) -> Fatal:
+        """Why a kernel ended without a result record, from its wait status and what it printed."""
+        raise NotImplementedError
+
+
+class Watch:
+    """Looks after a running guest for the supervisor."""
+
+    interval_s = WATCH_INTERVAL_S    # between two reviews
+
+    def review(self, is_suspended: bool) -> Optional[End]:
+        """What has ended the guest without the end of its kernel; Fatal if the guest cannot go on."""
+        raise NotImplementedError
+
+
+class Vmm:
+    """What runs a guest. One value describes the VMM of one run, and nothing changes it."""
+
+    program: str                     # absolute path
+    interfaces: Dict[str, str]       # the guest's name of the interface, for each kind of network that there is
+    line_window: int                 # bytes that may be on their way to the agent
+    can_enlarge_disk: bool           # beyond the size of its image
+
+    # The runner calls these before there is a guest.
+
+    def explain_one_cpu(self) -> Optional[str]:
+        """Why a guest cannot have a second CPU; None if it can."""
+        raise NotImplementedError
+
+    def place_memory(self, mem: Amount, floors: Sequence[int], candidates: Sequence[str]) -> Tuple[Amount, str]:
+        """How much of the memory has room, and the directory of the file that holds it."""
+        raise NotImplementedError
+
+    def check(self, disk: Disk, mem_mib: int, cpus: int) -> None:
+        """Fatal if this node does not let such a guest run."""
+        raise NotImplementedError
+
+    def open_disk(self, disk: Disk) -> List[int]:
+        """Open and lock the files of a disk. The VMM gets the descriptors, so that the locks last as it does."""
+        raise NotImplementedError
+
+    def prepare(self, guest: Guest, directories: Directories) -> None:
+        """Make in the run directory what the VMM needs there."""
+        raise NotImplementedError
+
+    def build_argv(self, guest: Guest) -> List[str]:
+        raise NotImplementedError
+
+    def describe(self, guest: Guest, directories: Directories) -> str:
+        """A line for -v."""
+        raise NotImplementedError
+
+    def open_console(self, guest: Guest) -> Console:
+        raise NotImplementedError
+
+    # The supervisor calls these.
+
+    def list_rules(self, guest: Guest) -> List[Rule]:
+        """Which files the VMM may open besides those of the guest."""
+        raise NotImplementedError
+
+    def build_environment(self, guest: Guest, directories: Directories) -> Dict[str, str]:
+        raise NotImplementedError
+
+    def enter_child(self) -> None:
+        """Called in the forked process that becomes the VMM."""
+        raise NotImplementedError
+
+    def explain_exec_failure(self, number: int) -> Fatal:
+        raise NotImplementedError
+
+    def watch(self, kernel: int, guest: Guest) -> Watch:
+        raise NotImplementedError
+
+    # Both call these.
+
+    def pause(self, guest: Guest, directory: int) -> None:
+        """Stop the guest so that it survives SIGSTOP to any of its processes; `directory` is the run directory."""
+        raise NotImplementedError
+
+    def resume(self, guest: Guest, directory: int, supervisor: int) -> None:
+        raise NotImplementedError
+
+
+class CannotExecute(OSError):
+    """A program that spawn() cannot execute."""
+
+
+class Launch(NamedTuple):
+    """How the supervisor starts the VMM, or a carrier that starts the VMM."""
+    run: int                         # descriptor of the run directory, which is the current one
+    rules: Sequence[Rule]            # of Landlock
+    keep: Dict[int, int]             # its descriptors: number there to number here
+    environment: Dict[str, str]
+    enter_child: Callable[[], None]
+    lifeline: int
+    helper: Optional[int]            # pid of the network helper, another child
+
+
+def spawn(argv: List[str], launch: Launch) -> int:
+    """Fork and execute argv in the current directory."""
+    supervisor = os.getpid()
+    error_read, error_write = os.pipe()
+    pid = fork("the guest")
+    if pid == 0:
+        try:
+            try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != supervisor:
+                os._exit(EXIT_FAILED)
+            enter_child(launch)
+            try:
+                os.execve(argv[0], argv, launch.environment)
+            except OSError as error:
+                os.write(error_write, b"%d" % (error.errno or 0))
+        except BaseException:
+            os.write(error_write, describe_exception())
+        finally:
+            os._exit(EXIT_FAILED)
+
+    os.close(error_write)
+    with os.fdopen(error_read, "rb") as file:
+        failure = file.read()
+    if failure.isdigit():
+        raise CannotExecute(int(failure), os.strerror(int(failure)), argv[0])
+    if failure:
+        raise Bug(failure)
+    return pid
+
+
+def enter_child(launch: Launch) -> None:
+    launch.enter_child()
+    # A panic leaves no core.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    os.umask(0)                                   # the guest has its own; this one would come on top of it in shares
+
+    high = {there: fcntl.fcntl(here, fcntl.F_DUPFD, 32) for there, here in launch.keep.items()}
+    for there, here in high.items():
+        os.dup2(here, there)
+        os.close(here)
+    if launch.rules:
+        confine(launch.rules)
+
+
+# --- User-Mode Linux: the kernel file -----------------------------------------------------------------------
+
+KERNEL_NAMES = ("linux", "linux.uml")
+KERNEL_ANSWER_S = 10.0               # for `linux --version`
+# A kernel holds its configuration, for `linux --showconfig`. The linker puts short lines of it before this one
+# and long lines behind it: 19 kB before and 83 kB behind in the largest kernel seen.
+CONFIG_MARK = b"# Automatically generated file; DO NOT EDIT.\n"
+CONFIG_SPAN = 256 << 10
+SECCOMP_HELP = b"seccomp=<on/auto/off>"    # of `linux --help`, which stands behind all constants
+FEATURE_SETTINGS = (                 # for each field of Features but the last: name for the user, setting
+    ("SMP", b"CONFIG_SMP=y"),
+    ("hostfs", b"CONFIG_HOSTFS=y"),
+    ("mconsole", b"CONFIG_MCONSOLE=y"),
+    ("vector network", b"CONFIG_UML_NET_VECTOR=y"),
+    ("slirp network", b"CONFIG_UML_NET_SLIRP=y"),
+    ("multicast network", b"CONFIG_UML_NET_MCAST=y"),
+    ("--disk", b"CONFIG_DM_INIT=y"))
+
+
+class Features(NamedTuple):
+    """What a kernel can do."""
+    smp: bool = False
+    hostfs: bool = False
+    mconsole: bool = False
+    vector_network: bool = False
+    slirp_network: bool = False
+    multicast: bool = False
+    device_mapper: bool = False      # by the kernel command line
+    seccomp_mode: bool = False
+
+
+def check_kernel(path: str) -> str:
+    """Absolute path of a kernel that can be executed. A grid's stage-in loses the execute bit, so set it."""
+    with open_regular(path, "kernel", "--kernel names a User-Mode Linux executable") as file:
+        magic = file.read(4)
+    if magic != b"\x7fELF":
+        raise Fatal("kernel is not an executable program: " + path,
+                    "User-Mode Linux is one, the file in /boot is not; Debian's package is user-mode-linux")
+    if not make_executable(path):
+        hint = "chmod +x it; a file system mounted noexec cannot hold it"
+        raise Fatal("kernel is not executable: " + path, hint)
+    return os.path.abspath(path)
+
+
+def read_features(kernel: str) -> Features:
+    """Read the features off the kernel file.
+
+    Unlike the kernel's own answer this takes no process, and it works if a library of the kernel is missing.
+    A search of the whole file takes 1 ms for a long text and 5 ms for a short one, so there are few.
+    """
+    with blaming("kernel cannot be read", kernel, "is it complete?"), open(kernel, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    with content:
+        mark = content.find(CONFIG_MARK)
+        start = max(0, mark - CONFIG_SPAN)
+        end = mark + CONFIG_SPAN if mark >= 0 else len(content)
+        settings = content[start:end]
+        has_seccomp_mode = content.find(SECCOMP_HELP, start) >= 0
+    has = [setting in settings for _, setting in FEATURE_SETTINGS]
+    has.append(has_seccomp_mode)
+    return Features(*has)
+
+
+def choose_mode(features: Features, ptrace: bool, extra: Sequence[str]) -> Optional[str]:
+    """How the kernel traps system calls: "on" (by seccomp), "off" (by ptrace) or "auto"; None without a choice."""
+    if not features.seccomp_mode:
+        return None
+    chosen = [word.partition("=")[2] for word in extra if word.startswith("seccomp=")]
+    return chosen[-1] if chosen else "off" if ptrace else "auto"
+
+
+def ask_version(kernel: str) -> str:
+    """What the kernel answers to --version, or how it ends instead."""
+    import subprocess
+
+    try:
+        answer = subprocess.run(
+            [kernel, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=KERNEL_ANSWER_S)
+    except OSError as error:
+        raise explain_exec_failure(error.errno or 0, kernel)
+    except subprocess.TimeoutExpired:
+        return "nothing within {:g} s".format(KERNEL_ANSWER_S)
+    died = "died of signal {}".format(-answer.returncode) if answer.returncode < 0 else ""
+    return answer.stdout.decode("utf-8", "replace").strip() + died
+
+
+def explain_exec_failure(number: int, kernel: str) -> Fatal:
+    loader = read_loader(kernel) if number == errno.ENOENT else ""
+    if loader and not os.path.exists(loader):
+        return no_library(loader, kernel)
+    return Fatal("kernel cannot be executed, {}: {}".format(os.strerror(number), kernel),
+                 "is it made for this machine, and are its libraries here? `ldd` tells")
+
+
+def no_library(what: str, kernel: str) -> Fatal:
+    return Fatal("kernel lacks a shared library ({}): {}".format(what, kernel),
+                 "use a kernel that is linked statically, or one made for this system")
+
+
+def explain_loader(output: str, kernel: str) -> Optional[Fatal]:
+    """What the dynamic loader says of a kernel that it cannot start."""
+    missing = re.search(r"error while loading shared libraries: ([^:\n]+)", output)
+    version = re.search(r"(?m)(?:^|\s)(\S{1,4096}): (version `[^'\n]{1,200}' not found)", output)
+    if missing:
+        return no_library(missing.group(1), kernel)
+    return no_library("{}: {}".format(*version.groups()), kernel) if version else None
+
+
+def read_kernel_version(kernel: str) -> str:
+    answer = ask_version(kernel)
+    if not re.match(r"\d+\.\d+\S*$", answer):
+        how = "answers --version with {!r}".format(answer[:60])
+        raise explain_loader(answer, kernel) or not_uml(kernel, how)
+    return answer
+
+
+def not_uml(kernel: str, how: str) -> Fatal:
+    import shlex
+
+    hint = "is it User-Mode Linux? `{} --version` prints a version; -v shows what it printed"
+    return Fatal("kernel {}: {}".format(how, kernel), hint.format(shlex.quote(kernel)))
+
+
+# --- User-Mode Linux: the disk ------------------------------------------------------------------------------
+
+# arch/um/drivers/cow_user.c, version 3, big-endian: magic, version, mtime and size of the base image, bytes of
+# a sector, alignment, format, path of the base. A bitmap of the sectors follows, and then the aligned sectors.
+COW_MAGIC, COW_HEADER = b"OOOM", struct.Struct(">4sIIQIII4096s")
+COW_SECTOR, COW_ALIGNMENT = 512, 4096
+COW_RESERVED = 16 << 20              # bytes of header and bitmap that are allocated: all for an image of 64 GiB
+
+
+def check_cow(cow: str, base: str) -> None:
+    """Refuse a COW file that was made for another base image. The kernel does so, too, but at the boot."""
+    hint = "--image COW:BASE names the COW file first; is the order right?"
+    try:
+        os.lstat(cow)
+    except FileNotFoundError:
+        if not os.access(os.path.dirname(os.path.abspath(cow)), os.W_OK | os.X_OK):
+            raise Fatal("COW file cannot be made: " + cow, "its directory must exist and be writable")
+        return
+    except OSError as error:
+        raise Fatal("COW file cannot be made, {}: {}".format(error.strerror, cow), hint)
+
+    with open_regular(cow, "COW file", hint) as file:
+        header = file.read(COW_HEADER.size)
+    if not os.access(cow, os.W_OK):
+        hint = "check its permissions, or run without a COW file"
+        raise Fatal("COW file is not writable: " + cow, hint)
+    if not header:                                # open_cow() fills it
+        return
+    if len(header) < COW_HEADER.size or header[:4] != COW_MAGIC:
+        raise Fatal("not a COW file: " + cow, hint)
+
+    version, mtime, size = COW_HEADER.unpack(header)[1:4]
+    status = os.stat(base)
+    is_same = mtime == int(status.st_mtime) & 0xFFFFFFFF and size == status.st_size
+    if version == 3 and not is_same:
+        raise Fatal("COW file was made for another base image: {} does not fit {}".format(cow, base),
+                    "the base must have its old size and time; copies keep the time with cp -p or rsync -t")
+
+
+def size_cow_bitmap(size: int) -> int:
+    """Bytes of an image's map of written sectors. The kernel keeps it in the guest's memory, too."""
+    return -(-size // (8 * COW_SECTOR))
+
+
+def check_map(image: str, mem_mib: int) -> None:
+    map_mib = size_cow_bitmap(os.path.getsize(image)) >> 20
+    if map_mib + MEM_MIN_MIB > mem_mib:
+        raise Fatal("image is too large for a guest with {}, {} are needed: {}".format(
+            format_mib(mem_mib), format_mib(map_mib + MEM_MIN_MIB), image),
+            "the guest keeps a map of the copy-on-write file in memory, a 4096th of the image: give more with --mem, "
+            "or make the image smaller")
+
+
+def start_of_cow(size: int) -> int:
+    """Where the sectors begin in the COW file of an image of so many bytes."""
+    return -(-(COW_HEADER.size + size_cow_bitmap(size)) // COW_ALIGNMENT) * COW_ALIGNMENT
+
+
+def open_cow(cow: str, base: str) -> int:
+    """Open and lock a COW file. One that is new or empty gets a header and no sector.
+
+    The kernel can make it, too, but cannot make files at any place. The header comes after the lock, as another
+    run may want the same file. The bitmap has all its blocks: on a full disk a sector is refused, none is lost.
+    """
+    with blaming("COW file cannot be opened", cow, SCRATCH_HINT):
+        descriptor = os.open(cow, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
+    lock_file(descriptor, True, "COW file", cow)
+
+    status = os.stat(base)
+    with blaming("COW file cannot be made", cow, SCRATCH_HINT):
+        if os.fstat(descriptor).st_size == 0:
+            path = os.fsencode(os.path.abspath(base))[:4095]
+            header = COW_HEADER.pack(COW_MAGIC, 3, int(status.st_mtime) & 0xFFFFFFFF, status.st_size,
+                                     COW_SECTOR, COW_ALIGNMENT, 0, path)
+            start = start_of_cow(status.st_size)
+            try:
+                os.posix_fallocate(descriptor, 0, min(start, COW_RESERVED))
+                os.write(descriptor, header)
+                os.ftruncate(descriptor, start + status.st_size)
+            except OSError:
+                os.ftruncate(descriptor, 0)       # not a COW file by half
+                raise
+    return descriptor
 
 
 def is_mapped(disk: Disk) -> bool:
     """Whether the root file system is on two disks in a row."""
     return disk.size is not None and not disk.write
+
+
+def enlarge_disk(disk: Disk, size: int, directory: str) -> None:
+    """Make the image itself larger, or the second disk behind it; sparse in either case."""
+    path = disk.image if disk.write else os.path.join(directory, "disk")
+    length = max(size, os.path.getsize(path)) if disk.write else size - disk.root.length
+    try:
+        with open(path, "ab") as file:
+            file.truncate(length)
+    except OSError as error:
+        raise Fatal("file of --disk cannot be made, {}: {}".format(error.strerror, path),
+                    "ask for less, or name another directory with --tmpdir")
+
+
+def list_disk_files(disk: Disk) -> List[Tuple[str, str]]:
+    """The files of a disk that are not the run's own: a name for a link, and the path."""
+    if disk.write:
+        return [("image", disk.image)]
+    return ([("cow", disk.cow)] if disk.cow else []) + [("base", disk.image)]
+
+
+def is_plain(path: str) -> bool:
+    """Whether the kernel takes a path as it is. It would cut others in pieces, and gets a link instead."""
+    return bool(re.match(r"[\w./+@%~-]+$", path, re.ASCII)) and len(path) < 256
+
+
+# --- User-Mode Linux: what the host must allow --------------------------------------------------------------
+
+SECCOMP_MODES = ("on", "auto")       # of choose_mode(): in these the kernel traces nothing
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+BPF_RET, SECCOMP_RET_ALLOW = 0x06, 0x7FFF0000                  # include/uapi/linux/bpf_common.h, seccomp.h
+PTRACE_TRACEME, PTRACE_SETOPTIONS, PTRACE_O_TRACESYSGOOD, PTRACE_SYSEMU = 0, 0x4200, 1, 31     # linux/ptrace.h, x86
+
+
+def try_ptrace() -> None:
+    """Trace a process as the kernel traces those of the guest: PTRACE_TRACEME, then stop it at its system calls."""
+    def live() -> int:
+        try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+        try:
+            call_libc("ptrace", PTRACE_TRACEME, 0, None, None)
+        except OSError as error:
+            return error.errno or errno.EPERM
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os.getppid()
+        return errno.EPERM
+
+    pid = fork_child("a trial", live)
+    status = os.waitpid(pid, 0)[1]
+    if not os.WIFSTOPPED(status):
+        raise OSError(status >> 8 or errno.EPERM, "ptrace")
+    try:
+        call_libc("ptrace", PTRACE_SETOPTIONS, pid, None, PTRACE_O_TRACESYSGOOD)
+        call_libc("ptrace", PTRACE_SYSEMU, pid, None, None)
+        status = os.waitpid(pid, 0)[1]
+        if not os.WIFSTOPPED(status) or os.WSTOPSIG(status) != signal.SIGTRAP | 0x80:
+            raise OSError(errno.EPERM, "ptrace")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def try_seccomp() -> None:
+    """Install a filter, one that allows everything, as a kernel in its seccomp mode does for the guest's processes."""
+    import array
+
+    allow = array.array("B", struct.pack("=HBBI", BPF_RET, 0, 0, SECCOMP_RET_ALLOW))
+    program = struct.pack("@HP", 1, allow.buffer_info()[0])
+    call_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    call_libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
+
+
+def explain_ptrace(mode: Optional[str]) -> Optional[Fatal]:
+    """Who forbids this node's processes to trace their children; None if nobody does, or the kernel does not need it.
+
+    In its seccomp mode a kernel traces nothing; but it does call ptrace(), which a filter may punish with a signal.
+    """
+    in_seccomp_mode = mode in SECCOMP_MODES
+    fault = try_in_child(try_ptrace)
+    if fault == os.strerror(errno.EAGAIN):
+        raise Fatal("process for a trial cannot be started: " + fault, PROCESSES_HINT)
+    if not fault or in_seccomp_mode and not fault.startswith("signal"):
+        return None
+    scope = read_node_file("/proc/sys/kernel/yama/ptrace_scope").strip()
+    filtered = re.search(r"(?m)^Seccomp:\s*2", read_node_file("/proc/self/status"))
+    culprit = ("Yama (kernel.yama.ptrace_scope={})".format(scope) if scope in ("2", "3") else
+               "a seccomp filter" if filtered else "this node")
+    has_choice = mode and not in_seccomp_mode
+    return Fatal("ptrace is forbidden by {}: {}".format(culprit, fault),
+                 "leave out --ptrace: this kernel has a seccomp mode" if has_choice else
+                 "ask for it to be allowed, or use a kernel with a seccomp mode, as `make kernel` builds")
+
+
+def check_limits(mem_mib: int, disk_bytes: int, cpus: int) -> None:
+    """Hard limits of the node that the kernel would die of; take_limits() raises the soft ones to them."""
+    needs = (
+        (resource.RLIMIT_AS, (mem_mib + ADDRESS_SPACE_EXTRA_MIB) << 20, "address space (ulimit -v)"),
+        (resource.RLIMIT_FSIZE, max(mem_mib << 20, start_of_cow(disk_bytes) + disk_bytes), "file size (ulimit -f)"),
+    )
+    for which, need, what in needs:
+        hard = resource.getrlimit(which)[1]
+        if hard != resource.RLIM_INFINITY and hard < need:
+            raise Fatal("limit of {} is {}, {} are needed".format(what, format_mib(hard >> 20), format_mib(need >> 20)),
+                        "raise the limit, or ask for less memory with --mem")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    needed = len(os.listdir("/proc/self/fd")) + DESCRIPTORS_MIN
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise Fatal("limit of open files (ulimit -n) is {}, {} are needed with those of the caller".format(
+            hard, needed), "raise the limit")
+    check_processes()
+    check_timers(cpus)
+
+
+def check_timers(cpus: int) -> None:
+    """Each CPU of the guest has a timer, which takes one of the user's pending signals (timer_create(2))."""
+    hard = resource.getrlimit(resource.RLIMIT_SIGPENDING)[1]
+    queued = re.search(r"(?m)^SigQ:\s*(\d+)/", read_node_file("/proc/self/status"))
+    used = int(queued.group(1)) if queued else 0
+    if hard != resource.RLIM_INFINITY and hard < used + cpus:
+        raise Fatal("limit of pending signals (ulimit -i) is {}, {} are needed".format(hard, used + cpus),
+                    "raise the limit; without them the guest's clock stands still")
+
+
+def find_fault_for_ram(directory: str, mem_mib: int) -> str:
+    """Why the guest's memory cannot be a file in `directory`, which UML maps executable; empty if it can."""
+    try:
+        with signals_held():
+            descriptor = open_nameless(directory)
+    except OSError as error:
+        return "cannot be written ({})".format(error.strerror)
+
+    rights = mmap.PROT_READ | mmap.PROT_EXEC
+    try:
+        os.ftruncate(descriptor, mmap.PAGESIZE)
+        mmap.mmap(descriptor, mmap.PAGESIZE, mmap.MAP_SHARED, rights).close()
+        room = free_mib(directory)
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            return "takes no file of a page (ulimit -f)"
+        if error.errno == errno.EPERM:
+            return "is mounted noexec"
+        return "is unusable ({})".format(error.strerror)
+    finally:
+        os.close(descriptor)
+
+    return "" if room >= mem_mib else "has {} free".format(format_mib(room))
+
+
+def choose_ram_directory(candidates: Sequence[str], mem_mib: int) -> str:
+    faults = []
+    for directory in [SHARED_MEMORY] + list(candidates):
+        fault = find_fault_for_ram(directory, mem_mib)
+        if not fault:
+            return os.path.abspath(directory)
+        faults.append("{} {}".format(directory, fault))
+    what = "no room for the guest's memory of {}: {}".format(format_mib(mem_mib), "; ".join(faults))
+    raise Fatal(what, "with --tmpdir name a directory that has it and is not noexec, or ask for less with --mem")
+
+
+def place_memory(mem: Amount, floors: Sequence[int], candidates: Sequence[str]) -> Tuple[Amount, str]:
+    """The directory of the file that holds the guest's memory, and how much of the memory has room there."""
+    failure = None
+    for floor in floors:
+        try:
+            directory = choose_ram_directory(candidates, floor)
+        except Fatal as fatal:
+            failure = failure or fatal
+            continue
+
+        room = int(free_mib(directory) * ROOM_SHARE)
+        if floor == mem.value or mem.value <= room:
+            return mem, directory
+        source = "room in {}; {}".format(directory, mem.source)
+        return Amount(max(floor, room), source), directory
+
+    assert failure
+    raise failure
+
+
+# --- User-Mode Linux: the kernel command line ---------------------------------------------------------------
+
+HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run directory; 6.12 and later want it absolute
+# Debian's kernels time every algorithm of RAID 5 and 6 at each boot, for 0.5 s; who has an array in a guest?
+# And all kernels count for 0.05 s how many loops make a tick, for drivers that wait so; a guest has none.
+SKIPPED_AT_BOOT = ["initcall_blacklist=raid6_select_algo,calibrate_xor_blocks", "lpj=25000000"]
+SAYS_ALL = "ignore_loglevel"         # errors of the guest's disk come to the console, whatever `dmesg -n` says
+
+
+def build_kernel_args(kernel: str, mode: Optional[str], guest: Guest) -> List[str]:
+    """argv of the kernel. Paths are relative to the run directory: no length, blank or comma of a path can hurt."""
+    return [
+        kernel,
+        name_disk(guest.disk), *build_root_args(guest.disk), "rw", "mem={}M".format(guest.mem_mib),
+        "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(INPUT_FD, OUTPUT_FD),
+        "uml_dir=.", "umid=" + guest.name, HOSTFS_ROOT,
+        "init=" + AGENT, SAYS_ALL, *SKIPPED_AT_BOOT,
+        *build_cpu_args(mode, guest), *build_network_args(guest.network), *guest.extra]
+
+
+def name_disk(disk: Disk) -> str:
+    """The argument for the first disk. "c" keeps the kernel from a lock of its own, which would meet ours."""
+    files = [path if is_plain(path) else link for link, path in list_disk_files(disk)]
+    return "ubd0c=" + ",".join(files if disk.is_persistent else ["cow", *files])
 
 
 def build_root_args(disk: Disk) -> List[str]:
@@ -3215,18 +3395,18 @@ def build_root_args(disk: Disk) -> List[str]:
     return ["ubd1c=disk", "root=/dev/dm-0", 'dm-mod.create="root,,,rw,{}"'.format(table)]
 
 
-def build_cpu_args(spec: RunSpec) -> List[str]:
+def build_cpu_args(mode: Optional[str], guest: Guest) -> List[str]:
     """How system calls are trapped, where the kernel has a choice, and how many CPUs; several need its seccomp mode."""
-    chosen = any(word.startswith("seccomp=") for word in spec.guest.extra)
-    mode = [] if chosen or not spec.mode else ["seccomp=" + spec.mode]
-    return mode + (["ncpus={}".format(spec.guest.cpus)] if spec.guest.cpus > 1 else [])
+    is_given = any(word.startswith("seccomp=") for word in guest.extra)
+    args = [] if is_given or mode is None else ["seccomp=" + mode]
+    return args + (["ncpus={}".format(guest.cpus)] if guest.cpus > 1 else [])
 
 
 def build_network_args(network: Network) -> List[str]:
     """Words of the kernel command line; slirp is a link in the run directory."""
     words = []
     if network.kind == SLIRP4NETNS:
-        words = ["vec0:transport=fd,fd={}".format(KERNEL_NETWORK_FD)]
+        words = ["vec0:transport=fd,fd={}".format(NETWORK_FD)]
     elif network.kind == SLIRP:
         # "_" is a blank. From any other control address slirp lets the guest run programs of the host.
         words = ["eth0=slirp,,./slirp,control_addr_255.255.255.255"]
@@ -3237,69 +3417,11 @@ def build_network_args(network: Network) -> List[str]:
     return words
 
 
-def name_disk(spec: RunSpec, directory: Optional[str]) -> str:
-    """The kernel's ubd argument. A path that the kernel would cut in pieces is given as a link in the run directory."""
-    def kernel_path(link: str, path: str) -> str:
-        path = os.path.abspath(path)
-        if re.match(r"[\w./+@%~-]+$", path, re.ASCII) and len(path) < 256:
-            return path
-        if directory:
-            os.symlink(path, os.path.join(directory, link))
-        return link
+# --- User-Mode Linux: the management console ----------------------------------------------------------------
 
-    # c: no lock of the kernel's own, which would meet ours.
-    if spec.guest.disk.write:
-        return "ubd0c=" + kernel_path("image", spec.guest.disk.image)
-    cow = kernel_path("cow", spec.guest.disk.cow) if spec.guest.disk.cow else "cow"
-    return "ubd0c={},{}".format(cow, kernel_path("base", spec.guest.disk.image))
-
-
-def list_rules(spec: RunSpec, directories: Directories) -> List[Tuple[AnyPath, int]]:
-    """Which files of the host the kernel may open, and with which rights: what confines a guest's root."""
-    rules: List[Tuple[AnyPath, int]] = [(directories.run.path, READ_WRITE), (directories.ram.path, READ_WRITE)]
-    rules += [(path, READ_FILE) for path in ("/etc/ld.so.cache", "/proc/cpuinfo")]
-    rules += [("/dev/" + name, READ_FILE | WRITE_FILE) for name in ("null", "zero", "ptmx", "pts", "tty")]
-    rules.append((spec.guest.disk.image, READ_FILE | (WRITE_FILE if spec.guest.disk.write else 0)))
-    if spec.guest.disk.cow:
-        rules.append((spec.guest.disk.cow, READ_FILE | WRITE_FILE))
-    programs = [spec.kernel]
-    if spec.empty:
-        programs += [spec.empty, "/bin/sh"]
-    if spec.guest.network.kind == SLIRP:                # the kernel executes it
-        programs.append(spec.guest.network.helper)
-        rules += [("/etc/" + name, READ_FILE) for name in ("host.conf", "resolv.conf", "nsswitch.conf", "hosts")]
-    rules += [(share.path, READ_ONLY if share.read_only else READ_WRITE) for share in spec.guest.shares]
-    rules += [(path, READ_FILE | EXECUTE) for program in programs for path in [program, *list_libraries(program)]]
-    # A disk or a socket that the user gives to the kernel.
-    words = [word for argument in spec.guest.extra for word in re.split("[=,]", argument) if word.startswith("/")]
-    return rules + [(word, READ_WRITE) for word in words]
-
-
-def fill_run_directory(spec: RunSpec, directories: Directories) -> None:
-    """Make what the guest finds under its hostfs root, and the files of its disk."""
-    run = directories.run.path
-    hostfs = os.path.join(run, "hostfs")
-    os.mkdir(hostfs)
-    for share in spec.guest.shares:
-        os.symlink(share.directory, os.path.join(os.fsencode(hostfs), share.tag.encode()))
-
-    disk = spec.guest.disk
-    if not disk.is_persistent:
-        os.close(open_cow(os.path.join(run, "cow"), disk.image))
-    if disk.size is not None:
-        enlarge_disk(disk, disk.size, run)
-
-
-def enlarge_disk(disk: Disk, size: int, directory: str) -> None:
-    """Make the image itself larger, or the second disk behind it; sparse in either case."""
-    path = disk.image if disk.write else os.path.join(directory, "disk")
-    length = max(size, os.path.getsize(path)) if disk.write else size - disk.root.length
-    try:
-        with open(path, "ab") as file:
-            file.truncate(length)
-    except OSError as error:
-        raise Fatal("file of --disk cannot be made, {}: {}".format(error.strerror, path),
-                    "ask for less, or name another directory with --tmpdir")
+MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
+MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
+RESERVED_NAMES = (".", "..", "hostfs", "spool", "cow", "disk", "base", "image", "net", "net-api", "slirp")
 
 
 def ask_mconsole(directory: int, umid: str, command: bytes) -> None:
@@ -3343,46 +3465,14 @@ def resume_guest(supervisor: int, directory: int, umid: str) -> None:
     ask_mconsole(directory, umid, b"go")
 
 
-def spawn_kernel(spec: RunSpec, argv: List[str], launch: Launch) -> int:
-    """Fork and execute argv in the current directory as a kernel is."""
-    supervisor = os.getpid()
-    error_read, error_write = os.pipe()
-    pid = fork("the guest")
-    if pid == 0:
-        try:
-            try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-            # A randomised heap is up to 1 GiB off the program, and UML fills that gap with memory to manage.
-            try_libc("personality", ADDR_NO_RANDOMIZE)
-            if os.getppid() != supervisor:
-                os._exit(EXIT_FAILED)
-            # No core of a panic.
-            resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-            os.umask(0)                           # the guest has its own; this one would come on top of it on hostfs
-            high = {there: fcntl.fcntl(here, fcntl.F_DUPFD, 32) for there, here in launch.keep.items()}
-            for there, here in high.items():
-                os.dup2(here, there)
-                os.close(here)
-            if launch.rules:
-                confine(launch.rules)
-            environment = dict(os.environ, TMPDIR=launch.directories.ram.path)
-            if spec.guest.network.kind == SLIRP:        # it would run programs for the guest, and read ~/.slirprc
-                environment.update(PATH=os.devnull, HOME=".")
-            try:
-                os.execve(argv[0], argv, environment)
-            except OSError as error:
-                os.write(error_write, b"%d" % (error.errno or 0))
-        except BaseException:
-            os.write(error_write, describe_exception())
-        finally:
-            os._exit(EXIT_FAILED)
-    os.close(error_write)
-    with os.fdopen(error_read, "rb") as file:
-        failure = file.read()
-    if failure.isdigit():
-        raise explain_exec_failure(int(failure), argv[0])
-    if failure:
-        raise Bug(failure)
-    return pid
+# --- User-Mode Linux: watching a guest ----------------------------------------------------------------------
+
+KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
+CORPSE_S = 1.0                       # a thread that is dead for so long is not about to be reaped
+STAY, KEEP, FREE, LEAVE = "stay", "keep", "free", "leave"      # what a guest does: KEEP to the CPU that it is on
+QUIET_ROUNDS = 4                     # with little to do, before a guest with several CPUs is kept on one again
+AREAS_S = 1.0                        # how often to look how many areas the processes have
+AREAS_MARGIN = 8                     # of vm.max_map_count: the kernel needs some itself, and maps some together
 
 
 def find_corpses(kernel: int) -> Set[int]:
@@ -3393,6 +3483,31 @@ def find_corpses(kernel: int) -> Set[int]:
     """
     return {child for child in list_children(kernel)[:KERNEL_HELPERS]
             if read_stat(child).state == "Z" and read_name(child) == read_name(kernel)}
+
+
+class CorpseWatch:
+    """Finds a dead thread of the kernel's own that the kernel does not notice."""
+
+    def __init__(self, kernel: int) -> None:
+        self._kernel = kernel
+        self._corpses: Set[int] = set()
+        self._dead_since = time.monotonic()
+
+    def review(self, is_suspended: bool) -> Optional[End]:
+        before = self._corpses
+        self._corpses = find_corpses(self._kernel)
+        if is_suspended or not before & self._corpses:
+            self._dead_since = time.monotonic()
+            return None
+
+        is_about_to_reap = read_stat(self._kernel).state != "S"
+        if time.monotonic() <= self._dead_since + CORPSE_S or is_about_to_reap:
+            return None
+        for corpse in self._corpses:
+            over_limit = blame_cpu_limit(corpse, "a helper process of the kernel")
+            if over_limit:
+                raise over_limit
+        return End(HELPER)
 
 
 def count_pages(pid: int) -> int:
@@ -3565,131 +3680,408 @@ class AreaWatch:
         return areas >= self._limit
 
 
-def explain_disk_failure(spec: RunSpec, said: bytes) -> Fatal:
-    """Why the guest's disk cannot be written or read, as far as the host sees it; its kernel said that it cannot."""
-    disk = spec.guest.disk
-    written = disk.written_file
-    if written is None:
-        full = explain_full_scratch(spec.scratch)
-    else:
-        full = explain_full("directory of the " + ("image" if disk.write else "COW file"), spec.disk_directory,
-                            "free some; {} is as after a power failure and can be used again".format(written))
-    if full:
-        return full
+class UmlWatch(Watch):
+    def __init__(self, kernel: int, guest: Guest) -> None:
+        self._placer = Placer(kernel, guest.cpus)
+        self._areas = AreaWatch(kernel)
+        self._corpses = CorpseWatch(kernel)
+        self.interval_s = self._placer.interval_s
 
-    if said.startswith(b"EXT4"):
-        return Fatal("root file system is damaged: " + (written or disk.image),
-                     "run with -v to see the guest's console; `e2fsck -fn` looks at an image")
-    return Fatal("disk of the guest had an I/O error, and its files are these: {}, {}".format(
-        disk.image, written or spec.scratch), "was one of them out of room, or its disk or server at fault?")
+    def review(self, is_suspended: bool) -> Optional[End]:
+        self._placer.review()
+        self._areas.review()
+        return self._corpses.review(is_suspended)
 
 
-class Console:
-    """What the kernel prints, and what that tells of the run."""
+# --- User-Mode Linux: what its console tells ----------------------------------------------------------------
 
-    def __init__(self, spec: RunSpec) -> None:
-        self._spec = spec
-        self._started = time.monotonic()
-        self.tail = b""
-        disks = "(?:ubda|ubdb|dm-0)" if is_mapped(spec.guest.disk) else "ubda"
-        self._disk_failure = re.compile(DISK_FAILURE.format(disks).encode())
+MEMORY_LOST = "Kernel mode signal 7"                           # SIGBUS: relay_signal() in arch/um/kernel/trap.c
+# arch/um/os-Linux/skas/process.c before 6.16: ESRCH, or the wait status after a SIGKILL
+KILLED_PROCESS = br"(userspace - |Failed to get registers|wait_stub_done : ).{0,120}(errno = 3|status = 0x9)\s"
+# arch/um/os-Linux/skas/mem.c, and arch/um/kernel/tlb.c before 6.10: an area of a process cannot be mapped on the host
+AREAS_LOST = br"ran out of memory on the host side|Failed to flush page for|fix_range_common: failed"
+LOST_PROCESS = b"Unexpectedly lost MM child!"                  # arch/um/kernel/skas/mmu.c, 6.16 and later
 
-    def add(self, content: bytes) -> Optional[Fatal]:
-        """Take what was printed; return why the run has failed if that tells."""
-        self.tail = (self.tail + content)[-CONSOLE_TAIL:]
-        disk_failure = self._disk_failure.search(self.tail, max(0, len(self.tail) - len(content) - 200))
-        if disk_failure:
-            return explain_disk_failure(self._spec, disk_failure.group())
+
+class UmlConsole(Console):
+    def __init__(self, guest: Guest, kernel: str, mode: Optional[str]) -> None:
+        super().__init__(guest, "(?:ubda|ubdb|dm-0)" if is_mapped(guest.disk) else "ubda")
+        self._kernel = kernel
+        self._mode = mode
+
+    def find_fault(self) -> Optional[Fatal]:
         if re.search(AREAS_LOST, self.tail) and not re.search(KILLED_PROCESS, self.tail):
             return explain_areas()
         if LOST_PROCESS in self.tail:             # it may be the agent
-            hint = MORE_CPU_TIME if self._suspect_limit() else "look for who did, then run the job again"
-            return Fatal("a process of the guest was killed on the host" + self._suspect_limit(), hint)
+            limit = self.suspect_limit()
+            return Fatal("a process of the guest was killed on the host" + limit,
+                         MORE_CPU_TIME if limit else LOOK_FOR_KILLER)
         return None
 
-    def explain_killed_process(self) -> str:
-        """What to say if a process of the guest was killed on the host; empty if none was."""
+    def explain_killed_process(self) -> Optional[str]:
         if not re.search(KILLED_PROCESS, self.tail):
-            return ""
-        return "a process of the guest was killed on the host" + self._suspect_limit()
+            return None
+        return "a process of the guest was killed on the host" + self.suspect_limit()
 
-    @property
-    def is_out_of_memory(self) -> bool:
-        return OUT_OF_MEMORY in self.tail
+    def explain_end(self, status: int, was_up: bool) -> Fatal:
+        """Once the agent has answered the guest was up: a command may end it before we hear that it has started."""
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            return Fatal("guest was killed by signal 9", "was the memory that the job asked for used up?")
 
-    def _suspect_limit(self) -> str:
-        """Whether the host may have killed a process for its CPU time: it is reaped already, and nobody can ask."""
-        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        is_possible = 0 <= hard <= time.monotonic() - self._started
-        return ", perhaps for its CPU time: the limit (ulimit -t) is {} s".format(hard) if is_possible else ""
+        console = self.tail.decode("utf-8", "replace")
+        panic = re.search(r"Kernel panic - not syncing: (.*)", console)
+        no_module = "No module named 'apppot_init'" in console
+        no_init = panic is not None and (no_module or "init failed" in panic.group(1))
+        if no_init or "No working init" in console:
+            return no_agent(AGENT_MODULE if no_module else AGENT, self._guest.disk.image)
+        if panic:
+            return self._explain_panic(panic.group(1).strip())
+        if was_up:
+            return Fatal("guest ended before the command did",
+                         "it was powered off or rebooted from inside, or its kernel crashed; -v shows its console")
+        return self._explain_no_boot(status, console)
 
+    def _explain_panic(self, what: str) -> Fatal:
+        if MEMORY_LOST in what:
+            return Fatal("directory for the guest's memory became full: {}, where it may have {}".format(
+                self._guest.ram_directory, format_mib(self._guest.mem_mib)),
+                "other files took its room; --tmpdir names another one")
+        if "mount root" in what:
+            return Fatal("guest cannot mount its root file system: " + self._guest.disk.image,
+                         "run with -v to see the guest's console; is the image damaged? `e2fsck -fn` tells")
+        return Fatal("guest panicked: " + what, "run with -v to see the guest's console")
 
-def explain_panic(what: str, spec: RunSpec) -> Fatal:
-    if MEMORY_LOST in what:
-        return Fatal("directory for the guest's memory became full: {}, where it may have {}".format(
-            spec.ram_directory, format_mib(spec.guest.mem_mib)),
-            "other files took its room; --tmpdir names another one")
-    if "mount root" in what:
-        return Fatal("guest cannot mount its root file system: " + spec.guest.disk.image,
-                     "run with -v to see the guest's console; is the image damaged? `e2fsck -fn` tells")
-    return Fatal("guest panicked: " + what, "run with -v to see the guest's console")
-
-
-def explain_kernel_end(status: int, console: str, spec: RunSpec, was_up: bool) -> Fatal:
-    """Why a kernel ended without a result record, from its wait status and what it printed.
-
-    Once the agent has answered the guest was up: a command may end it before it is told that the command has started.
-    """
-    panic = re.search(r"Kernel panic - not syncing: (.*)", console)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return Fatal("guest was killed by signal 9", "was the memory that the job asked for used up?")
-    no_module = "No module named 'apppot_init'" in console
-    if panic and ("init failed" in panic.group(1) or no_module) or "No working init" in console:
-        return no_agent(AGENT_MODULE if no_module else AGENT, spec.guest.disk.image)
-    if panic:
-        return explain_panic(panic.group(1).strip(), spec)
-    if was_up:
-        return Fatal("guest ended before the command did",
-                     "it was powered off or rebooted from inside, or its kernel crashed; -v shows its console")
-    how = "signal {}".format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else "status {}".format(status >> 8)
-    return (explain_loader(console, spec.kernel) or explain_ptrace(spec.mode)
-            or not_uml(spec.kernel, "ended with {} before the guest was up ({})".format(
-                how, last_line(console.encode()))))
+    def _explain_no_boot(self, status: int, console: str) -> Fatal:
+        is_killed = os.WIFSIGNALED(status)
+        how = "signal {}".format(os.WTERMSIG(status)) if is_killed else "status {}".format(status >> 8)
+        return (explain_loader(console, self._kernel) or explain_ptrace(self._mode)
+                or not_uml(self._kernel, "ended with {} before the guest was up ({})".format(
+                    how, last_line(console.encode()))))
 
 
-# --- The carrier `empty` ------------------------------------------------------------------------------------
+# --- User-Mode Linux: the VMM -------------------------------------------------------------------------------
+
+ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
+
+
+class Uml(Vmm):
+    """User-Mode Linux: a Linux kernel that is a process of the host."""
+
+    # From 3968 bytes on the kernel stops the line for good. The pty of `empty` holds 8 KiB and must not
+    # be full: `empty` moves bytes one way at a time, so it and the agent would each wait for the other
+    # to read. If its write is interrupted, it forgets the rest.
+    line_window = 3072
+
+    def __init__(self, kernel: str, features: Features, ptrace: bool, extra: Sequence[str]) -> None:
+        self.program = kernel
+        self.features = features
+        self.mode = choose_mode(features, ptrace, extra)
+        self._ptrace = ptrace
+        self.can_enlarge_disk = features.device_mapper
+        drivers = (
+            (features.vector_network, SLIRP4NETNS, "vec0"),
+            (features.slirp_network, SLIRP, "eth0"),
+            (features.multicast, LAN, "eth1"))
+        self.interfaces = {kind: name for is_there, kind, name in drivers if is_there}
+
+    def explain_one_cpu(self) -> Optional[str]:
+        if self._ptrace:
+            return "--ptrace"
+        return None if self.features.smp else "kernel without SMP"
+
+    def place_memory(self, mem: Amount, floors: Sequence[int], candidates: Sequence[str]) -> Tuple[Amount, str]:
+        return place_memory(mem, floors, candidates)
+
+    def check(self, disk: Disk, mem_mib: int, cpus: int) -> None:
+        if not disk.write:
+            check_map(disk.image, mem_mib)
+        check_limits(mem_mib, os.path.getsize(disk.image), cpus)
+
+    def open_disk(self, disk: Disk) -> List[int]:
+        files = [open_image(disk.image, disk.write)]
+        if disk.cow:
+            files.append(open_cow(disk.cow, disk.image))
+        return files
+
+    def prepare(self, guest: Guest, directories: Directories) -> None:
+        """Make the directory that the guest has as its hostfs, the files of its disk, and the links for argv."""
+        run = directories.run.path
+        hostfs = os.path.join(run, "hostfs")
+        os.mkdir(hostfs)
+        for share in guest.shares:
+            os.symlink(share.directory, os.path.join(os.fsencode(hostfs), share.tag.encode()))
+
+        disk = guest.disk
+        for link, path in list_disk_files(disk):
+            if not is_plain(path):
+                os.symlink(path, os.path.join(run, link))
+        if not disk.is_persistent:
+            os.close(open_cow(os.path.join(run, "cow"), disk.image))
+        if disk.size is not None:
+            enlarge_disk(disk, disk.size, run)
+
+        helper = guest.network.helper
+        if helper and helper.kind == SLIRP:
+            os.symlink(helper.program, os.path.join(run, "slirp"))
+
+    def build_argv(self, guest: Guest) -> List[str]:
+        return build_kernel_args(self.program, self.mode, guest)
+
+    def describe(self, guest: Guest, directories: Directories) -> str:
+        return "management console: uml_mconsole " + os.path.join(directories.run.path, guest.name, "mconsole")
+
+    def open_console(self, guest: Guest) -> Console:
+        return UmlConsole(guest, self.program, self.mode)
+
+    def list_rules(self, guest: Guest) -> List[Rule]:
+        rules: List[Rule] = [(path, READ_FILE) for path in ("/etc/ld.so.cache", "/proc/cpuinfo")]
+        rules += [("/dev/" + name, READ_FILE | WRITE_FILE) for name in ("null", "zero", "ptmx", "pts", "tty")]
+        rules += list_program_rules(self.program)
+
+        helper = guest.network.helper
+        if helper and helper.kind == SLIRP:       # the kernel executes it
+            rules += list_program_rules(helper.program)
+            rules += [("/etc/" + name, READ_FILE) for name in ("host.conf", "resolv.conf", "nsswitch.conf", "hosts")]
+
+        # A disk or a socket that the user gives to the kernel.
+        words = [word for argument in guest.extra for word in re.split("[=,]", argument) if word.startswith("/")]
+        return rules + [(word, READ_WRITE) for word in words]
+
+    def build_environment(self, guest: Guest, directories: Directories) -> Dict[str, str]:
+        environment = dict(os.environ, TMPDIR=directories.ram.path)
+        if guest.network.kind == SLIRP:           # it would run programs for the guest, and read ~/.slirprc
+            environment.update(PATH=os.devnull, HOME=".")
+        return environment
+
+    def enter_child(self) -> None:
+        # A randomised heap is up to 1 GiB off the program, and the kernel fills that gap with memory to manage.
+        try_libc("personality", ADDR_NO_RANDOMIZE)
+
+    def explain_exec_failure(self, number: int) -> Fatal:
+        return explain_exec_failure(number, self.program)
+
+    def watch(self, kernel: int, guest: Guest) -> Watch:
+        return UmlWatch(kernel, guest)
+
+    def pause(self, guest: Guest, directory: int) -> None:
+        ask_mconsole(directory, guest.name, b"stop")
+
+    def resume(self, guest: Guest, directory: int, supervisor: int) -> None:
+        resume_guest(supervisor, directory, guest.name)
+
+
+# --- Carriers -----------------------------------------------------------------------------------------------
+# A carrier starts the VMM and has the channel to the agent. The built-in one hands the runner's pipes to the VMM. The
+# program `empty` (github.com/mezantrop/empty) starts the VMM on a pty, which it carries to two FIFOs.
 
 EMPTY_NAMES = ("empty",)
-# `empty` (github.com/mezantrop/empty) makes these FIFOs in the run directory. Its program gets a pty as 0, 1 and 2; the
-# shell puts that where the kernel has the channel, has what the kernel prints go to the console as ever, and ignores
-# again what `empty` has handlers for.
 EMPTY_MARK = b"empty -f"             # in its usage text
+# `empty` makes these FIFOs in the run directory. Its program gets a pty as 0, 1 and 2; the shell puts that where the
+# kernel has the channel, has what the kernel prints go to the console as ever, and ignores again what `empty` has
+# handlers for.
 EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST = "empty.pid", "to-guest", "from-guest"
 EMPTY_ARGS = ["-f", "-i", EMPTY_TO_GUEST, "-o", EMPTY_FROM_GUEST, "-p", EMPTY_PID, "/bin/sh", "-c",
               'trap "" HUP INT QUIT TERM; exec "$0" "$@" {}<&0 {}>&1 </dev/null >&{} 2>&1'.format(
-                  KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_CONSOLE_FD)]
+                  INPUT_FD, OUTPUT_FD, CONSOLE_FD)]
 EMPTY_TRIES = 3                      # its semaphore's key has 8 bits of a pid: two that start at once may meet there
 EMPTY_START_S = 10.0
 CARRIED = struct.Struct("=i")        # what the supervisor says first: pid of the kernel that `empty` runs, 0 if none
 
 
-def find_empty(io: str, option: Optional[str]) -> Tuple[Optional[str], bool]:
-    """The `empty` that is to carry the channel, if any, and whether it was asked for, not just found beside us."""
-    asked = bool(io == "empty" or find_given(option, "empty"))
+class Kernel:
+    """The process of a VMM that was started."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def find_end(self) -> Optional[End]:
+        """How it has ended; None if it lives."""
+        if read_stat(self.pid).state != "Z":
+            return None
+        over_limit = blame_cpu_limit(
+            self.pid, "the guest's kernel, which makes the system calls of all its processes,")
+        self._adopt()
+        status = os.waitpid(self.pid, 0)[1]       # it may have threads that are still to die
+        if over_limit and status == signal.SIGKILL:
+            raise over_limit
+        return End(KERNEL, status)
+
+    def _adopt(self) -> None:
+        """Make it a child of ours."""
+
+
+class CarriedKernel(Kernel):
+    """The same below `empty`."""
+
+    def __init__(self, pid: int, empty: int) -> None:
+        super().__init__(pid)
+        self._empty = empty
+
+    def find_end(self) -> Optional[End]:
+        pid, status = os.waitpid(self._empty, os.WNOHANG)
+        if not pid:
+            return super().find_end()
+        if os.WIFSIGNALED(status):
+            return End(CARRIER)
+        try:                                      # it ends by itself when the kernel closes the pty, as it does dying
+            os.kill(self.pid, signal.SIGKILL)
+            return End(KERNEL, os.waitpid(self.pid, 0)[1])
+        except (ProcessLookupError, ChildProcessError):
+            return End(KERNEL)                    # `empty` has it reaped, and the status is lost
+
+    def _adopt(self) -> None:
+        os.kill(self._empty, signal.SIGKILL)
+        os.waitpid(self._empty, 0)
+
+
+class Carrier:
+    """The built-in carrier."""
+
+    program: Optional[str] = None    # absolute path of a program that carries
+
+    def build_argv(self, argv: List[str]) -> List[str]:
+        """What is started instead of argv, which is the VMM's."""
+        return argv
+
+    def list_rules(self) -> List[Rule]:
+        return []
+
+    # The supervisor starts, and the runner opens.
+
+    def start(self, argv: List[str], launch: Launch) -> Optional[Kernel]:
+        """Start the VMM; None if the carrier does not work. CannotExecute for the VMM's program."""
+        leash = os.pipe()[0]                      # the write end stays open until we end, however that be
+        pid = spawn(argv, launch._replace(keep={**launch.keep, LEASH_FDS[0]: leash}))
+        tie_to_us(leash, -pid)                    # the kernel makes itself the leader of a group
+        return Kernel(pid)
+
+    def open_channel(self, directory: int, from_guest: int, to_guest: int) -> Optional[int]:
+        """Put the channel in the place of the runner's pipes; the pid to wake, if there is one."""
+        return None
+
+    def wake(self, kernel: int) -> None:
+        """Tell the kernel that there is room in the channel again."""
+
+
+class Empty(Carrier):
+    def __init__(self, program: str, is_required: bool) -> None:
+        self.program: str = program
+        self._is_required = is_required           # else the built-in carrier takes its place if it does not work
+
+    def build_argv(self, argv: List[str]) -> List[str]:
+        return [self.program, *EMPTY_ARGS, *argv]
+
+    def list_rules(self) -> List[Rule]:
+        return list_program_rules(self.program) + list_program_rules("/bin/sh")
+
+    def start(self, argv: List[str], launch: Launch) -> Optional[Kernel]:
+        # `empty` does not tell whether the VMM can be executed, so this does.
+        spawn([argv[0], "--version"], launch._replace(keep={}))
+        kill_children(launch.helper)
+
+        started = self._start_carried(argv, launch)
+        if started or self._is_required:
+            os.write(launch.keep[OUTPUT_FD], CARRIED.pack(started.pid) if started else b"")
+            return started
+        os.write(launch.keep[OUTPUT_FD], CARRIED.pack(0))
+        return super().start(argv, launch)
+
+    def _start_carried(self, argv: List[str], launch: Launch) -> Optional[Kernel]:
+        """Start `empty` with the kernel; None if that does not work.
+
+        SIGCHLD is blocked in `empty`: it would reap the kernel and keep the status to itself. This way the dead kernel
+        is left for us; see CarriedKernel.
+        """
+        deadline = time.monotonic() + EMPTY_START_S
+        leashes = [os.pipe()[0], os.pipe()[0]]    # the write ends stay open until we end, however that be
+        launch = launch._replace(keep={**launch.keep, **dict(zip(LEASH_FDS, leashes))})
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        try:
+            for _ in range(EMPTY_TRIES):
+                pids = find_carried_kernel(spawn(self.build_argv(argv), launch), launch, deadline)
+                if pids:
+                    kernel, empty = pids
+                    tie_to_us(leashes[0], -kernel)
+                    tie_to_us(leashes[1], empty)
+                    return CarriedKernel(kernel, empty)
+                kill_children(launch.helper)
+                for name in (EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST):
+                    remove_entry(name, launch.run)
+        except CannotExecute:
+            pass
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        return None
+
+    def open_channel(self, directory: int, from_guest: int, to_guest: int) -> Optional[int]:
+        """Once the FIFOs are made. The pid of the kernel; None if `empty` is no use."""
+        said = os.read(from_guest, CARRIED.size)
+        kernel: int = CARRIED.unpack(said)[0] if said else 0
+        if not kernel:
+            return None
+        try:
+            # The second fails unless it has a reader: `empty` lives, so the first has a writer and will have an end.
+            fifos = [open_fifo(name, flags, directory)
+                     for name, flags in ((EMPTY_FROM_GUEST, os.O_RDONLY), (EMPTY_TO_GUEST, os.O_WRONLY))]
+        except OSError:
+            return kernel                         # `empty` is dead already, and the report tells
+        widen_pipe(fifos[0])
+        for fifo, descriptor in zip(fifos, (from_guest, to_guest)):
+            os.dup2(fifo, descriptor, False)
+            os.close(fifo)
+        return kernel
+
+    def wake(self, kernel: int) -> None:
+        """The SIGIO of a full pty's own comes too early."""
+        try:
+            os.kill(kernel, signal.SIGIO)
+        except OSError:
+            pass                                  # it is dead
+
+
+def find_carried_kernel(first: int, launch: Launch, deadline: float) -> Optional[Tuple[int, int]]:
+    """Wait for `empty` to be a daemon and have a child; None if it ends, takes too long, or nobody waits.
+
+    It leaves two dead processes behind: the first, and the first's child, which becomes ours when the first has ended.
+    """
+    is_daemon = False
+    while time.monotonic() < deadline and not select.select([launch.lifeline], [], [], 0.005)[0]:
+        children: List[int] = []
+        try:
+            with os.fdopen(open_own(EMPTY_PID, launch.run)) as file:
+                empty = int(file.read(20))
+            if is_daemon and read_stat(empty).parent == os.getpid():
+                children = list_children(empty)
+        except (OSError, ValueError):
+            pass                                  # not yet
+
+        ours = [pid for pid in list_children(os.getpid()) if pid != launch.helper]
+        if not ours:
+            return None
+        dead = [pid for pid in ours if os.waitpid(pid, os.WNOHANG)[0]]
+        is_daemon = is_daemon or first in dead
+        if children:
+            return children[0], empty
+    return None
+
+
+def find_carrier(io: str, option: Optional[str]) -> Carrier:
+    """The carrier that was asked for; without a wish an `empty` that lies beside this script."""
     if io == "builtin":
         if option:
             raise Fatal("--empty with --io builtin: " + option, "leave out one of the two")
-        return None, False
-    if asked:
+        return Carrier()
+    if io == "empty" or option or find_given(None, "empty"):
         path = find_part(option, EMPTY_NAMES, "empty", True)
         check_is_empty(path)
-    else:
-        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), EMPTY_NAMES[0])
-        try:
-            check_is_empty(path)
-        except Fatal:                             # any file may have that name
-            return None, False
-    return os.path.abspath(path), asked
+        return Empty(os.path.abspath(path), True)
+
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), EMPTY_NAMES[0])
+    try:
+        check_is_empty(path)
+    except Fatal:                                 # any file may have that name
+        return Carrier()
+    return Empty(path, False)
 
 
 def check_is_empty(path: str) -> None:
@@ -3701,226 +4093,206 @@ def check_is_empty(path: str) -> None:
         raise Fatal("`empty` is not executable: " + path, "chmod +x it; a file system mounted noexec cannot hold it")
 
 
-def build_command_line(spec: RunSpec, disk: str) -> List[str]:
-    """What is started: the kernel, or `empty` with the kernel."""
-    return ([spec.empty] + EMPTY_ARGS if spec.empty else []) + build_kernel_args(spec, disk)
+# --- A run --------------------------------------------------------------------------------------------------
+
+class Job(NamedTuple):
+    """What the agent is told: the command and all that it finds in the guest."""
+    command: Tuple[str, ...]
+    environment: Dict[bytes, bytes]
+    directory: Optional[bytes]
+    alias: Optional[bytes]           # the name by which the user knows the directory
+    binds: Tuple[Bind, ...]
+    cwd: Optional[bytes]
+    home: Optional[bytes]            # the caller's, if --bind shows it; None: the command has one in the appliance
+    as_root: bool
+    umask: int
+    ignored_signals: Tuple[int, ...]  # of the caller's, as under nohup: the command ignores them, too
+    limits: Tuple[Limit, ...]        # the caller's, for the command
+    terminal: Optional[bool]         # whether the command gets one; None: where the caller has one
+    node: NodeView
+    layers: Tuple[str, ...]          # changes files to merge, in this order
+    force_changes: bool              # merge those of another base, too
+    saved_changes: Optional[str]     # where to write a changes file after the command
 
 
-def start_by_empty(spec: RunSpec, argv: List[str], launch: Launch) -> Optional[Tuple[int, int]]:
-    """Start `empty` with the kernel; pids of the kernel and of `empty`, None if that cannot be had.
-
-    SIGCHLD is blocked in `empty`: it would reap the kernel and keep the status to itself. This way the dead kernel
-    is left for us; see find_end().
-    """
-    deadline = time.monotonic() + EMPTY_START_S
-    leashes = [os.pipe()[0], os.pipe()[0]]        # the write ends stay open until we end, however that be
-    launch = launch._replace(keep={**launch.keep, **dict(zip(KERNEL_LEASH_FDS, leashes))})
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-    try:
-        for _ in range(EMPTY_TRIES):
-            first = spawn_kernel(spec, argv, launch)
-            pids = find_carried_kernel(first, launch, deadline)
-            if pids:
-                for leash, owner in zip(leashes, (-pids[0], pids[1])):
-                    tie_to_us(leash, owner)
-                return pids
-            kill_children(launch.helper)
-            for name in (EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST):
-                remove_entry(name, launch.directories.run.fd)
-    except Fatal:                                 # it cannot be executed
-        pass
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-    return None
+class RunSpec(NamedTuple):
+    """One run, decided: nothing below parses options or looks at the environment again."""
+    job: Job
+    guest: Guest
+    vmm: Vmm
+    carrier: Carrier
+    ancestor: Optional[Ancestor]     # the run ends when this process does
+    timeout_s: Optional[float]
+    boot_timeout_s: float
+    kill_after_s: float
+    verbose: bool
+    notes: Tuple[str, ...]           # for -v: how it was decided
+    in_job: bool                     # of a batch system
+    limit_mib: Optional[int]         # of the job's cgroup, if that is why the guest has no more memory
 
 
-def find_carried_kernel(first: int, launch: Launch, deadline: float) -> Optional[Tuple[int, int]]:
-    """Wait for `empty` to be a daemon and have a child; None if it ends, takes too long, or nobody waits.
-
-    It leaves two dead processes behind: the first, and the first's child, which becomes ours when the first has ended.
-    """
-    is_daemon = False
-    while time.monotonic() < deadline and not select.select([launch.lifeline], [], [], 0.005)[0]:
-        children = []
-        try:
-            with os.fdopen(open_own(EMPTY_PID, launch.directories.run.fd)) as file:
-                empty = int(file.read(20))
-            if is_daemon and read_stat(empty).parent == os.getpid():
-                children = list_children(empty)
-        except (OSError, ValueError):
-            pass                                  # not yet
-        ours = [pid for pid in list_children(os.getpid()) if pid != launch.helper]
-        if not ours:
-            return None
-        dead = [pid for pid in ours if os.waitpid(pid, os.WNOHANG)[0]]
-        is_daemon = is_daemon or first in dead
-        if children:
-            return children[0], empty
-    return None
+class Machine(NamedTuple):
+    """A started guest, as the runner sees it."""
+    supervisor: int                  # pid
+    from_guest: int                  # the channel: read end
+    to_guest: int                    # and write end, non-blocking
+    console: int                     # read end: what the kernel prints
+    lifeline: int                    # write end: closing it ends the guest
+    report: int                      # read end: frames of the supervisor, NETWORK_ENDED and at the guest's end ENDED
+    directories: Directories
+    spool: int                       # descriptor of the directory for what is too long for the channel
 
 
-def exchange_channel(directory: int, from_guest: int, to_guest: int) -> int:
-    """Put the FIFOs of `empty` in the place of the pipes once they are made; pid of its kernel, 0 if it is no use."""
-    said = os.read(from_guest, CARRIED.size)
-    kernel: int = CARRIED.unpack(said)[0] if said else 0
-    if not kernel:
-        return 0
-    try:
-        # The second fails unless it has a reader: `empty` lives, so the first has a writer and will have an end.
-        fifos = [open_fifo(name, flags, directory)
-                 for name, flags in ((EMPTY_FROM_GUEST, os.O_RDONLY), (EMPTY_TO_GUEST, os.O_WRONLY))]
-    except OSError:
-        return kernel                             # `empty` is dead already, and the report tells
-    widen_pipe(fifos[0])
-    for fifo, descriptor in zip(fifos, (from_guest, to_guest)):
-        os.dup2(fifo, descriptor, False)
-        os.close(fifo)
-    return kernel
+def list_shares(job: Job) -> Tuple[Share, ...]:
+    shares = [Share("job", job.directory, None, False)] if job.directory is not None else []
+    shares += [make_share("layer{}".format(number), os.fsencode(layer), True)
+               for number, layer in enumerate(job.layers)]
+    shares += [bind.share for bind in job.binds]
+    return tuple(shares)
+
+
+def describe_keeping(spec: RunSpec, home_stays: bool) -> Tuple[str, str]:
+    """What to tell the user of an interactive shell at its start and at its end, which may be nothing."""
+    places = [os.fsdecode(bind.target) for bind in spec.job.binds if not bind.share.read_only]
+    job = os.fsdecode(spec.job.alias or b"")
+    if job and not any(is_below(job, place) for place in places):
+        places.insert(0, job)
+
+    kept = " and ".join(places)
+    rest = ("{} stays; all else{} " if kept else "{}{} ").format(kept, "" if home_stays else ", in HOME too,")
+    write = "what you write in " if kept else "what you write"
+    if spec.guest.disk.is_persistent:
+        where = "the COW file " + spec.guest.disk.cow if spec.guest.disk.cow else "the image " + spec.guest.disk.image
+        return write + rest + "goes into " + where, ""
+    if spec.job.saved_changes:
+        return write + rest + "goes into {} at the end".format(spec.job.saved_changes), ""
+    return (write + rest + "is gone at the end (to keep it: --bind DIR, --save-changes FILE, --write)",
+            "what you wrote{} is gone".format(" outside of " + kept if kept else ""))
 
 
 # --- The supervisor -----------------------------------------------------------------------------------------
 
 CLEAN_S = 5.0                        # for the supervisor to end the guest and clean up
+NETWORK_ENDED, ENDED = 65, 66        # frames of the supervisor to the runner; the payload of ENDED is an End in fields
 
 
-def start_kernel(spec: RunSpec, launch: Launch) -> Optional[Tuple[int, int]]:
-    """Start the kernel; its pid and that of the `empty` around it, 0 without; None if there is to be one and cannot."""
-    with blaming("run directory cannot be filled", launch.directories.run.path, SCRATCH_HINT):
-        disk = name_disk(spec, launch.directories.run.path)
-    if spec.empty:
-        # `empty` does not tell whether the kernel can be executed, so this does.
-        spawn_kernel(spec, [spec.kernel, "--version"], launch._replace(keep={}))
-        kill_children(launch.helper)
-        pids = start_by_empty(spec, build_command_line(spec, disk), launch)
-        if pids or spec.empty_asked:
-            os.write(launch.keep[KERNEL_OUTPUT_FD], CARRIED.pack(pids[0]) if pids else b"")
-            return pids
-        os.write(launch.keep[KERNEL_OUTPUT_FD], CARRIED.pack(0))
-    leash = os.pipe()[0]                          # the write end stays open until we end, however that be
-    keep = {**launch.keep, KERNEL_LEASH_FDS[0]: leash}
-    pid = spawn_kernel(spec, build_kernel_args(spec, disk), launch._replace(keep=keep))
-    tie_to_us(leash, -pid)                        # it makes itself the leader of a group
-    return pid, 0
+def encode_end(end: End) -> bytes:
+    texts = [(b"message", end.message), (b"hint", end.hint)]
+    return encode_fields([
+        (b"what", end.what.encode()), (b"status", b"%d" % end.status),
+        *[(name, text.replace("\0", "?").encode("utf-8", "surrogateescape")) for name, text in texts]])
 
 
-def find_end(kernel: int, empty: int) -> str:
-    """What to report of a kernel, or of the `empty` around it, that has ended; nothing if none has."""
-    if empty:
-        pid, status = os.waitpid(empty, os.WNOHANG)
-        if pid and os.WIFSIGNALED(status):
-            return "empty"
-        if pid:                                   # it ends by itself when the kernel closes the pty, as it does dying
-            try:
-                os.kill(kernel, signal.SIGKILL)
-                return "ended {}".format(os.waitpid(kernel, 0)[1])
-            except (ProcessLookupError, ChildProcessError):
-                return "ended 0"                  # `empty` has it reaped, and the status is lost
-    if read_stat(kernel).state != "Z":
-        return ""
-    over_limit = blame_cpu_limit(kernel, "the guest's kernel, which makes the system calls of all its processes,")
-    if empty:
-        os.kill(empty, signal.SIGKILL)
-        os.waitpid(empty, 0)                      # the kernel is our child now
-    status = os.waitpid(kernel, 0)[1]             # it may have threads that are still to die
-    if over_limit and status == signal.SIGKILL:
-        raise over_limit
-    return "ended {}".format(status)
+def decode_end(payload: bytes) -> End:
+    fields = decode_fields(payload)
+    message, hint = (only_field(fields, name).decode("utf-8", "surrogateescape") for name in (b"message", b"hint"))
+    return End(only_field(fields, b"what").decode(), int(only_field(fields, b"status")), message, hint)
 
 
-def watch_kernel(pids: Tuple[int, int], spec: RunSpec, launch: Launch, wakeup: int,
-                 check_helper: Callable[[], None]) -> str:
-    """Wait for the kernel's end or the runner's; return what to report. Stop the guest while the runner is stopped.
+def list_rules(spec: RunSpec, directories: Directories) -> List[Rule]:
+    """Which files of the host the VMM may open, and with which rights: what confines a guest's root."""
+    disk = spec.guest.disk
+    rules: List[Rule] = [(directories.run.path, READ_WRITE), (directories.ram.path, READ_WRITE)]
+    rules += [(share.path, READ_ONLY if share.read_only else READ_WRITE) for share in spec.guest.shares]
+    rules.append((disk.image, READ_FILE | (WRITE_FILE if disk.write else 0)))
+    if disk.cow:
+        rules.append((disk.cow, READ_FILE | WRITE_FILE))
+    return rules + spec.vmm.list_rules(spec.guest) + spec.carrier.list_rules()
 
-    A stopped runner means a suspended job. The guest is stopped by its mconsole: it then runs nothing, and none of
-    its processes is caught by a SIGSTOP that may follow in a state that would panic it.
+
+def start_vmm(spec: RunSpec, launch: Launch) -> Optional[Kernel]:
+    try:
+        return spec.carrier.start(spec.vmm.build_argv(spec.guest), launch)
+    except CannotExecute as error:
+        raise spec.vmm.explain_exec_failure(error.errno or 0)
+
+
+def watch_guest(kernel: Kernel, spec: RunSpec, launch: Launch, wakeup: int, check_helper: Callable[[], None]) -> End:
+    """Wait for the guest's end or the runner's. Pause the guest while the runner is stopped.
+
+    A stopped runner means a suspended job. A paused guest runs nothing, so that a SIGSTOP that may follow finds none
+    of its processes in a state that would panic it.
     """
-    kernel, empty = pids
     runner = os.getppid()
-    directory = launch.directories.run.fd
-    suspended = False
-    corpses: Set[int] = set()
-    dead_since = time.monotonic()
-    placer = Placer(kernel, spec.guest.cpus)
-    areas = AreaWatch(kernel)
+    was_suspended = False
+    watch = spec.vmm.watch(kernel.pid, spec.guest)
     poll = select.poll()
     poll.register(launch.lifeline, select.POLLIN)
     poll.register(wakeup, select.POLLIN)
     while True:
-        ready = {descriptor for descriptor, _ in poll.poll(placer.interval_s * 1000)}
+        ready = {descriptor for descriptor, _ in poll.poll(watch.interval_s * 1000)}
         if launch.lifeline in ready:
-            return ""
+            return End(RUNNER)
         if wakeup in ready:
             os.read(wakeup, 512)
-        end = find_end(kernel, empty)
+        end = kernel.find_end()
         if end:
             return end
         check_helper()
-        placer.review()
-        areas.review()
-        if (read_stat(runner).state == "T") != suspended:
-            suspended = not suspended
-            if suspended:
-                ask_mconsole(directory, spec.guest.name, b"stop")
-            else:
-                resume_guest(os.getpid(), directory, spec.guest.name)
-        before, corpses = corpses, find_corpses(kernel)
-        if suspended or not before & corpses:
-            dead_since = time.monotonic()
-        elif time.monotonic() > dead_since + 1 and read_stat(kernel).state == "S":     # not about to reap it
-            for corpse in corpses:
-                over_limit = blame_cpu_limit(corpse, "a helper process of the kernel")
-                if over_limit:
-                    raise over_limit
-            return "helper"
+
+        is_suspended = read_stat(runner).state == "T"
+        if is_suspended and not was_suspended:
+            spec.vmm.pause(spec.guest, launch.run)
+        elif was_suspended and not is_suspended:
+            spec.vmm.resume(spec.guest, launch.run, os.getpid())
+        was_suspended = is_suspended
+        end = watch.review(is_suspended)
+        if end:
+            return end
 
 
 def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int, report: int) -> None:
-    """The supervisor's life: run the kernel, end it when it should end, leave nothing."""
+    """The supervisor's life: run the guest, end it when it should end, leave nothing."""
     try:
-        message = run_kernel(spec, directories, keep, lifeline, report).encode()
+        end = run_guest(spec, directories, keep, lifeline, report)
     except Fatal as fatal:
-        message = b"fatal %s\0%s" % (fatal.message.encode("utf-8", "surrogateescape"), fatal.hint.encode())
+        end = End(ERROR, 0, fatal.message, fatal.hint)
     except Exception:
-        message = b"bug " + describe_exception()
+        end = describe_bug()
     kill_children()
     os.chdir("/")
     for directory in directories.list_distinct():
         remove_private(directory)
-    os.write(report, message)
+    os.write(report, encode_frame(ENDED, encode_end(end)))
 
 
-def run_kernel(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int, report: int) -> str:
-    """Start the kernel and what it needs, and wait for its end or the runner's; return what to report."""
+def describe_bug() -> End:
+    return End(BUG, 0, describe_exception().decode("utf-8", "surrogateescape"))
+
+
+def run_guest(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int, report: int) -> End:
+    """Start the VMM and what it needs, and wait for its end or the runner's."""
     wakeup, to_wakeup = os.pipe()
     os.set_blocking(to_wakeup, False)
     signal.set_wakeup_fd(to_wakeup)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    helper = 0
+    helper: Optional[int] = None
 
     def check_helper() -> None:
         nonlocal helper
         if helper and os.waitpid(helper, os.WNOHANG)[0]:
-            helper = 0
-            os.write(report, LOST)
+            helper = None
+            os.write(report, encode_frame(NETWORK_ENDED))
 
     with blaming("run directory cannot be used", directories.run.path, SCRATCH_HINT):
         os.fchdir(directories.run.fd)
-        if spec.guest.network.kind == SLIRP:
-            os.symlink(spec.guest.network.helper, "slirp")
-    if spec.guest.network.kind == SLIRP4NETNS:
-        helper, keep[KERNEL_NETWORK_FD] = start_slirp4netns(spec.guest.network, lifeline)
-    rules = list_rules(spec, directories) if is_confined(spec.empty) else []
-    launch = Launch(directories, rules, keep, lifeline, helper)
-    pids = start_kernel(spec, launch)
-    for number in {1, KERNEL_INPUT_FD, KERNEL_OUTPUT_FD, KERNEL_NETWORK_FD} & set(keep):
-        os.close(keep[number])                    # so that they end with the kernel
-    return watch_kernel(pids, spec, launch, wakeup, check_helper) if pids else "empty"
+    network = spec.guest.network
+    if network.helper and network.helper.kind == SLIRP4NETNS:
+        helper, keep[NETWORK_FD] = start_slirp4netns(network.helper.program, network.published, lifeline)
+
+    rules = list_rules(spec, directories) if is_confined(spec.carrier.program) else []
+    environment = spec.vmm.build_environment(spec.guest, directories)
+    launch = Launch(directories.run.fd, rules, keep, environment, spec.vmm.enter_child, lifeline, helper)
+    kernel = start_vmm(spec, launch)
+    for number in {1, INPUT_FD, OUTPUT_FD, NETWORK_FD} & set(keep):
+        os.close(keep[number])                    # so that they end with the VMM
+    return watch_guest(kernel, spec, launch, wakeup, check_helper) if kernel else End(CARRIER)
 
 
 @contextmanager
 def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Directories,
                   locks: Sequence[int]) -> Iterator[Machine]:
-    """Fork the supervisor, which starts the kernel; at the end of the context nothing of them is left."""
+    """Fork the supervisor, which starts the guest; at the end of the context nothing of them is left."""
     try_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)              # for what a killed supervisor leaves
     # Pipes: the guest's tty writes 2 KiB at a time, and a wide pipe holds many of these for one read.
     spool = os.open(SPOOL, os.O_PATH | DIRECTORY, dir_fd=directories.run.fd)   # while no guest can change it
@@ -3930,20 +4302,15 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
     console, console_end = os.pipe()
     lifeline_end, lifeline = os.pipe()
     report, report_end = os.pipe()
+
     sys.stderr.flush()
     supervisor = fork("the supervisor")
     if supervisor == 0:                           # signals_held() has blocked for it what it is to be spared
         try:
-            for number in KEPT_FROM_KERNEL:       # from 6.16 on a thread of the kernel has a mask of its own
-                signal.signal(number, signal.SIG_IGN)
-            os.setsid()
-            try_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)
-            null = os.open(os.devnull, os.O_RDWR)
-            for descriptor in (0, 1, 2):
-                os.dup2(null, descriptor)
+            null = become_supervisor()
             keep = {0: null, 1: console_end, 2: console_end,
-                    KERNEL_INPUT_FD: input_end, KERNEL_OUTPUT_FD: output_end, KERNEL_CONSOLE_FD: console_end}
-            keep.update({KERNEL_CONSOLE_FD + 1 + index: lock for index, lock in enumerate(locks)})
+                    INPUT_FD: input_end, OUTPUT_FD: output_end, CONSOLE_FD: console_end}
+            keep.update({CONSOLE_FD + 1 + index: lock for index, lock in enumerate(locks)})
             ours = {0, 1, 2, lifeline_end, report_end} | ({terminal.input} if terminal else set())
             close_all_but(set(keep.values()) | ours)
             supervise(spec, directories, keep, lifeline_end, report_end)
@@ -3951,9 +4318,10 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
                 os.read(lifeline_end, 1)          # returns when the runner is dead, or has done it
                 terminal.release()
         except BaseException:
-            os.write(report_end, b"bug " + describe_exception())
+            os.write(report_end, encode_frame(ENDED, encode_end(describe_bug())))
         finally:
             os._exit(0)
+
     for descriptor in (input_end, output_end, console_end, lifeline_end, report_end):
         os.close(descriptor)
     try:
@@ -3966,6 +4334,18 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
             os.close(descriptor)
 
 
+def become_supervisor() -> int:
+    """Leave the caller's session, signals and standard descriptors; return one of /dev/null."""
+    for number in KEPT_FROM_KERNEL:               # from 6.16 on a thread of the kernel has a mask of its own
+        signal.signal(number, signal.SIG_IGN)
+    os.setsid()
+    try_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    return null
+
+
 def end_supervisor(pid: int, report: int) -> None:
     """Wait until the supervisor has cleaned up. One that was stopped goes on; one that hangs is killed."""
     if read_stat(pid).parent != os.getpid():
@@ -3976,6 +4356,25 @@ def end_supervisor(pid: int, report: int) -> None:
         pass
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+def explain_end(end: Optional[End], machine: Machine, spec: RunSpec, console: Console, was_up: bool) -> Exception:
+    """What to say of a guest that ended without a result; None: the supervisor ended without a verdict."""
+    if end is None:
+        who = "the supervisor process of the run"
+        return blame_cpu_limit(machine.supervisor, who) or Fatal(who + " was killed", LOOK_FOR_KILLER)
+    if end.what == KERNEL:
+        return console.explain_end(end.status, was_up)
+    if end.what == ERROR:
+        return Fatal(end.message, end.hint)
+    if end.what == BUG:
+        return Bug(end.message.encode("utf-8", "surrogateescape"))
+
+    if end.what == CARRIER and not was_up:
+        return Fatal("`empty` does not start the kernel: {}".format(spec.carrier.program),
+                     "build it from github.com/mezantrop/empty for this machine; --io builtin does without it")
+    who = "`empty`, which carried the channel," if end.what == CARRIER else "a helper process of the kernel"
+    return Fatal(who + " was killed", LOOK_FOR_KILLER)
 
 
 # --- The job record -----------------------------------------------------------------------------------------
@@ -3998,12 +4397,12 @@ def build_job(spec: RunSpec, stdio: Stdio, saved_name: Optional[str]) -> bytes:
     fields += describe_caller(job.as_root)
     fields += describe_stdio(stdio)
     fields += describe_node(job.node)
-    fields += describe_network(spec.guest.network)
-    fields += describe_disk(spec)
+    fields += describe_network(spec.guest.network, spec.vmm.interfaces)
+    fields += describe_disk(spec.guest, has_layers=bool(job.layers))
 
     fields += [
         (b"job", job.directory or b""), (b"alias", job.alias or b""),
-        (b"confined", b"%d" % is_confined(spec.empty))]
+        (b"confined", b"%d" % is_confined(spec.carrier.program))]
     # A name holds no slash, and a target begins with one.
     fields += [(b"bind", (b"r" if share.read_only else b"w") + (share.only_file or b"") + target)
                for share, target in job.binds]
@@ -4035,11 +4434,11 @@ def describe_stdio(stdio: Stdio) -> Fields:
     return fields
 
 
-def describe_disk(spec: RunSpec) -> Fields:
-    disk = spec.guest.disk
+def describe_disk(guest: Guest, has_layers: bool) -> Fields:
+    disk = guest.disk
     fields = [(b"persistent", b"%d" % disk.is_persistent), (b"disk", b"%d" % (disk.size or 0))]
-    if spec.job.layers:                           # the agent looks whether these have room
-        fields += [(b"room", b"%d" % find_room(spec)), (b"scratch", os.fsencode(spec.disk_directory))]
+    if has_layers:                                # the agent looks whether these have room
+        fields += [(b"room", b"%d" % find_room(guest)), (b"scratch", os.fsencode(guest.disk_directory))]
     return fields
 
 
@@ -4054,28 +4453,22 @@ def choose_first_pid() -> int:
     return FIRST_PIDS.start + int.from_bytes(os.urandom(8), "big") % len(FIRST_PIDS)
 
 
-def describe_network(network: Network) -> Fields:
+def describe_network(network: Network, interfaces: Dict[str, str]) -> Fields:
     """What the agent configures, and what the command finds of it in its environment."""
     fields = []
     if network.kind:
-        name = "vec0" if network.kind == SLIRP4NETNS else "eth0"
-        fields = [("interface", "{}={}/24".format(name, GUEST_ADDRESS)), ("gateway", GATEWAY),
+        fields = [("interface", "{}={}/24".format(interfaces[network.kind], GUEST_ADDRESS)), ("gateway", GATEWAY),
                   ("nameserver", NAMESERVER)]
     if network.lan:
         address = network.lan.address
-        fields += [("interface", "eth1={}/{}".format(address, network.lan.prefix)), ("lan", address),
+        fields += [("interface", "{}={}/{}".format(interfaces[LAN], address, network.lan.prefix)), ("lan", address),
                    ("env", "APPPOT_LAN_ADDRESS=" + address)]
     return [(name.encode(), value.encode()) for name, value in fields]
 
 
 # --- The channel --------------------------------------------------------------------------------------------
 
-# Bytes to the guest that it has not read. From 3968 on User-Mode Linux stops the line for good.
-# The pty of `empty` holds 8 KiB and must not be full: `empty` moves bytes one way at a time, so it
-# and the agent would each wait for the other to read. If its write is interrupted, it forgets the
-# rest.
-LINE_WINDOW = 3072
-# Longer payloads are spooled: the line carries 1.5 MB/s, hostfs 300.
+# Longer payloads are spooled: the line carries 1.5 MB/s, a share 300.
 INLINE_MAX = 1024
 
 
@@ -4085,7 +4478,7 @@ class Channel:
     Any thread posts frames and thereby wakes the main thread, which sends and receives.
     """
 
-    def __init__(self, from_guest: int, to_guest: int, spool_directory: int) -> None:
+    def __init__(self, from_guest: int, to_guest: int, spool_directory: int, window: int) -> None:
         self.from_guest = from_guest
         self.to_guest = to_guest                  # non-blocking
         self._spool = spool_directory
@@ -4095,7 +4488,8 @@ class Channel:
 
         self._outbox: Deque[bytes] = collections.deque()
         self._unsent = b""                        # the rest of a frame
-        self._room = LINE_WINDOW
+        self._window = window                     # bytes that the guest may not have read yet
+        self._room = window
         self._lock = threading.Lock()
         self._written: Dict[int, int] = {}        # bytes of each output stream, still to be told
 
@@ -4157,7 +4551,7 @@ class Channel:
 
     def take_credit(self, count: int) -> None:
         """The guest has read so many bytes more."""
-        self._room += check_range(count, 1, LINE_WINDOW - self._room)
+        self._room += check_range(count, 1, self._window - self._room)
 
     def receive(self) -> Iterator[Tuple[int, bytes]]:
         """Read once, and yield the frames; Misfit for one that the guest may not send now."""
@@ -4596,7 +4990,7 @@ def use_up_memory(limit_mib: int) -> None:
         return
     if pid == 0:
         try:
-            call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+            try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(USE_UP_S)
             with open("/proc/self/oom_score_adj", "w") as file:
@@ -4618,7 +5012,7 @@ def die_of(number: int) -> None:
 
     Returns if the signal does not kill, as in process 1 of a container.
     """
-    call_libc("prctl", PR_SET_DUMPABLE, 0)        # the guest's core is the one that counts
+    try_libc("prctl", PR_SET_DUMPABLE, 0)        # the guest's core is the one that counts
     try:
         if number != signal.SIGKILL:
             signal.signal(number, signal.SIG_DFL)
@@ -4763,9 +5157,9 @@ class Conversation:
         self._spec = spec
         self._stdio = stdio
         self._reporter = reporter
-        self.channel = Channel(machine.from_guest, machine.to_guest, machine.spool)
+        self.channel = Channel(machine.from_guest, machine.to_guest, machine.spool, spec.vmm.line_window)
         self.ending = Ending(self.channel, spec)
-        self.streams = Streams(self.channel, stdio, spec.scratch, spec.job.limits)
+        self.streams = Streams(self.channel, stdio, spec.guest.scratch, spec.job.limits)
         self.terminal = TerminalLink(stdio.terminal, self.channel) if stdio.terminal else None
         self._mount_points = MountPoints(spec.guest.shares, spec.job.umask, machine.directories.run)
         self._actions = self._list_actions()
@@ -4884,7 +5278,7 @@ class Conversation:
 
     def _read_failure(self, fields: Dict[bytes, List[bytes]]) -> Fatal:
         if b"disk" in fields:
-            return explain_disk_failure(self._spec, b"")
+            return explain_disk_failure(self._spec.guest, b"")
         status = number_field(fields, b"status", EXIT_FAILED, EXIT_NOT_FOUND)
         return Fatal(text_field(fields, b"error"), text_field(fields, b"hint"), status)
 
@@ -4912,14 +5306,16 @@ class Session:
         self._stdio = stdio
         self._reporter = reporter
 
-        self._console = Console(spec)
+        self._console = spec.vmm.open_console(spec.guest)
         self._conversation = Conversation(machine, spec, stdio, reporter)
         self._channel = self._conversation.channel
         self._ending = self._conversation.ending
-        self._carried = 0                         # pid of the kernel if `empty` carries the channel
-        self._exchanged = not spec.empty          # whether that is known
+        self._carried: Optional[int] = None       # pid of the kernel that is told of room in the channel
+        self._exchanged = spec.carrier.program is None         # whether that is known
 
-        self._report: Optional[str] = None        # the supervisor's, of the kernel's end
+        self._reported = bytearray()              # by the supervisor
+        self._end: Optional[End] = None
+        self._is_supervised = True
         self._told: Union[Result, Fatal, None] = None          # by the agent
         self._signals: Deque[int] = collections.deque()
         self._actions = self._list_actions()
@@ -4983,7 +5379,7 @@ class Session:
         """Wait until a deadline is over, or return the descriptors that are ready."""
         poll = select.poll()
         poll.register(self._channel.wakeup, select.POLLIN)
-        if self._report is None:
+        if self._is_supervised:
             poll.register(self._machine.report, select.POLLIN)
             poll.register(self._machine.console, select.POLLIN)
 
@@ -5011,7 +5407,7 @@ class Session:
             return
         self._conversation.listen()
         if self._carried and self._channel.is_open:
-            self._wake_writer()
+            self._spec.carrier.wake(self._carried)
         if self._conversation.told and not self._told:
             while select.select([self._machine.console], [], [], 0)[0] and self._take_console():
                 pass                              # perhaps the kernel said that its disk failed
@@ -5032,18 +5428,12 @@ class Session:
         return told._replace(out_of_memory=self._console.is_out_of_memory)
 
     def _exchange_channel(self) -> None:
-        run = self._machine.directories.run
-        self._carried = exchange_channel(run.fd, self._channel.from_guest, self._channel.to_guest)
+        machine = self._machine
+        carrier = self._spec.carrier
+        self._carried = carrier.open_channel(machine.directories.run.fd, machine.from_guest, machine.to_guest)
         self._exchanged = True
         how = "the channel is carried by {}" if self._carried else "without {}, which does not work"
-        self._reporter.say("kernel started, " + how.format(self._spec.empty))
-
-    def _wake_writer(self) -> None:
-        """Tell the kernel that its full pty has room again: the pty's own SIGIO comes too early."""
-        try:
-            os.kill(self._carried, signal.SIGIO)
-        except OSError:
-            pass                                  # the kernel is dead
+        self._reporter.say("kernel started, " + how.format(carrier.program))
 
     def _serve_terminal(self, terminal: TerminalLink, ready: Set[int]) -> None:
         if terminal.keyboard in ready:
@@ -5056,58 +5446,43 @@ class Session:
         if self._stdio.terminal:
             self._stdio.terminal.release()
         # The supervisor would do that later. A batch system may send SIGSTOP to all before.
+        vmm = self._spec.vmm
         directory = self._machine.directories.run.fd
-        ask_mconsole(directory, self._spec.guest.name, b"stop")
+        vmm.pause(self._spec.guest, directory)
         os.kill(os.getpid(), signal.SIGSTOP)
-        resume_guest(self._machine.supervisor, directory, self._spec.guest.name)
+        vmm.resume(self._spec.guest, directory, self._machine.supervisor)
         if self._conversation.terminal:
             self._conversation.terminal.resume()
 
     def _take_report(self) -> None:
-        message = os.read(self._machine.report, 4096)
-        if message.startswith(LOST):
-            self._lose_network()
-            message = message[len(LOST):]
-            if not message:
-                return
-        self._report = message.decode("utf-8", "surrogateescape")
-        if not self._report:                      # the supervisor is dead, and its children are ours
+        content = os.read(self._machine.report, 65536)
+        self._reported += content
+        for kind, payload in decode_frames(self._reported):
+            if kind == NETWORK_ENDED:
+                self._lose_network()
+            else:
+                self._end = decode_end(payload)
+        if content and not self._end:
+            return
+        self._is_supervised = False
+        if not self._end:                         # the supervisor is dead, and its children are ours
             kill_children()
-        while self._take_console():               # nobody is left to write, so it has an end
+        while self._take_console():               # to its end: nobody is left to write
             pass
 
     def _lose_network(self) -> None:
         helper = self._spec.guest.network.helper
+        assert helper
         if not self._conversation.has_started:
-            raise Fatal("network helper was killed: " + helper, "--net none runs without a network")
-        self._reporter.warn(
-            "network helper was killed, the command goes on without a network: " + helper)
-        self._channel.post(NETWORK_LOST, b"vec0")
-
-    def _explain_end(self) -> Fatal:
-        what, _, rest = (self._report or "").partition(" ")
-        if what == "fatal":
-            message, _, hint = rest.partition("\0")
-            return Fatal(message, hint)
-        if what == "bug":
-            self._reporter.show(os.fsencode(rest))
-            return explain_bug("the supervisor", os.fsencode(rest))
-        if what == "empty" and not self._channel.is_greeted:
-            return Fatal("`empty` does not start the kernel: {}".format(self._spec.empty),
-                         "build it from github.com/mezantrop/empty for this machine; --io builtin does without it")
-        if what != "ended":
-            who = {"empty": "`empty`, which carried the channel,", "helper": "a helper process of the kernel"}.get(
-                what, "the supervisor process of the run")
-            return (blame_cpu_limit(0 if what else self._machine.supervisor, who)
-                    or Fatal(who + " was killed", "look for who did, then run the job again"))
-        console = self._console.tail.decode("utf-8", "replace")
-        return explain_kernel_end(int(rest), console, self._spec, self._channel.is_greeted)
+            raise Fatal("network helper was killed: " + helper.program, "--net none runs without a network")
+        self._reporter.warn("network helper was killed, the command goes on without a network: " + helper.program)
+        self._channel.post(NETWORK_LOST, self._spec.vmm.interfaces[helper.kind].encode())
 
     def _finish_if_done(self) -> None:
         streams = self._conversation.streams
         streams.check(self._told is not None)
-        if self._report is not None and not self._channel.is_open and not self._told:
-            raise self._explain_end()
+        if not self._is_supervised and not self._channel.is_open and not self._told:
+            raise explain_end(self._end, self._machine, self._spec, self._console, self._channel.is_greeted)
 
         self.result = self._ending.result
         if self._told and (streams.is_finished or not self._conversation.has_started):
@@ -5349,6 +5724,12 @@ def find_kernel(options: argparse.Namespace) -> str:
     return check_kernel(find_part(options.kernel, KERNEL_NAMES, "kernel", True))
 
 
+def find_vmm(options: argparse.Namespace) -> Uml:
+    """The VMM that the kernel file is for: a second VMM is chosen here."""
+    kernel = find_kernel(options)
+    return Uml(kernel, read_features(kernel), options.ptrace, options.extra)
+
+
 def split_image(text: str) -> Tuple[str, Optional[str]]:
     """Image and, of COW:BASE, the COW file."""
     if ":" not in text or os.path.exists(text):
@@ -5406,27 +5787,17 @@ def check_saved_changes(path: str) -> str:
     return path
 
 
-def check_map(image: str, write: bool, mem_mib: int) -> None:
-    map_mib = size_cow_bitmap(os.path.getsize(image)) >> 20
-    if not write and map_mib + MEM_MIN_MIB > mem_mib:
-        raise Fatal("image is too large for a guest with {}, {} are needed: {}".format(
-            format_mib(mem_mib), format_mib(map_mib + MEM_MIN_MIB), image),
-            "the guest keeps a map of the copy-on-write file in memory, a 4096th of the image: give more with --mem, "
-            "or make the image smaller")
-
-
-def decide_memory(options: argparse.Namespace, grants: Grants) -> Tuple[Amount, str]:
+def decide_memory(options: argparse.Namespace, grants: Grants, vmm: Vmm) -> Tuple[Amount, str]:
     """The guest's memory and the directory of the file that holds it."""
     mem, floors = choose_memory(options.mem, grants)
-    return place_memory(mem, floors, scratch_candidates(options.tmpdir))
+    return vmm.place_memory(mem, floors, scratch_candidates(options.tmpdir))
 
 
-def choose_disk_size(options: argparse.Namespace, root: RootDevice, cow: Optional[str], kernel: str,
-                     can_map: bool) -> Optional[int]:
+def choose_disk_size(options: argparse.Namespace, root: RootDevice, cow: Optional[str], vmm: Vmm) -> Optional[int]:
     """Bytes that the root file system gets; None: what it has in the image."""
     if options.disk is None:
         is_small = root.length < DISK_MIB << 20
-        return DISK_MIB << 20 if is_small and can_map and not cow and not options.write else None
+        return DISK_MIB << 20 if is_small and vmm.can_enlarge_disk and not cow and not options.write else None
 
     wanted = parse_size_mib(options.disk, "--disk") << 20
     if wanted > FILE_MAX:
@@ -5437,8 +5808,8 @@ def choose_disk_size(options: argparse.Namespace, root: RootDevice, cow: Optiona
     if cow or options.write and root.partition:
         raise Fatal("--disk with {}".format("a COW file given by name: " + cow if cow else "--write of a partition"),
                     "a throw-away run or --write of an image without partitions can have a larger disk")
-    if not options.write and not can_map:
-        raise Fatal("kernel has no device mapper for --disk: " + kernel,
+    if not options.write and not vmm.can_enlarge_disk:
+        raise Fatal("kernel has no device mapper for --disk: " + vmm.program,
                     "`make kernel` builds one that has it; or `make image IMAGE_SIZE={}`".format(options.disk))
     return None if wanted == root.length else wanted
 
@@ -5489,32 +5860,31 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
     job_notes: List[str] = []
     job = decide_job(options, command, ignored, take_limits(), job_notes)
     image, cow, root = choose_image(options)
-    kernel = find_kernel(options)
-    features = read_features(kernel)
+    vmm = find_vmm(options)
     grants = find_own_grants()
 
-    mem, ram_directory = decide_memory(options, grants)
-    check_map(image, options.write, mem.value)
-    cpus, cpu_note = decide_cpus(options.cpus, grants, features.smp, options.ptrace)
+    mem, ram_directory = decide_memory(options, grants, vmm)
+    cpus, cpu_note = decide_cpus(options.cpus, grants, vmm.explain_one_cpu())
     if cpu_note and find_given(options.cpus, "cpus"):
-        warn("{}: {}".format(cpu_note, kernel))
-    check_limits(mem.value, os.path.getsize(image), cpus.value)
+        warn("{}: {}".format(cpu_note, vmm.program))
+    disk = Disk(os.path.abspath(image), cow, options.write, root, choose_disk_size(options, root, cow, vmm))
+    vmm.check(disk, mem.value, cpus.value)
 
-    name = choose_name(options)
-    network = choose_network(options, kernel, features)
-    empty, empty_asked = find_empty(options.io, options.empty)
-    disk_size = choose_disk_size(options, root, cow, kernel, features.device_mapper)
-    disk = Disk(os.path.abspath(image), cow, options.write, root, disk_size)
-    guest = Guest(disk, list_shares(job), mem.value, cpus.value, network, name, tuple(options.extra))
+    guest = Guest(
+        disk=disk,
+        shares=list_shares(job),
+        mem_mib=mem.value,
+        cpus=cpus.value,
+        name=choose_name(options),
+        network=choose_network(options, vmm.program, vmm.interfaces),
+        extra=tuple(options.extra),
+        scratch=choose_scratch(scratch_candidates(options.tmpdir)),
+        ram_directory=ram_directory)
     return RunSpec(
         job=job,
         guest=guest,
-        kernel=kernel,
-        mode=choose_mode(features, options.ptrace, options.extra),
-        empty=empty,
-        empty_asked=empty_asked,
-        scratch=choose_scratch(scratch_candidates(options.tmpdir)),
-        ram_directory=ram_directory,
+        vmm=vmm,
+        carrier=find_carrier(options.io, options.empty),
         ancestor=ancestor,
         timeout_s=None if options.timeout is None else parse_seconds(options.timeout, "--timeout"),
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
@@ -5534,10 +5904,10 @@ def make_directories(spec: RunSpec, stack: ExitStack) -> Directories:
         with blaming("private directory cannot be made", parent, SCRATCH_HINT):
             return stack.enter_context(private_directory(parent))
 
-    run = make(spec.scratch)
+    run = make(spec.guest.scratch)
     directories = Directories(run, run, run)
-    if spec.ram_directory != spec.scratch:
-        directories = directories._replace(ram=make(spec.ram_directory))
+    if spec.guest.ram_directory != spec.guest.scratch:
+        directories = directories._replace(ram=make(spec.guest.ram_directory))
     if spec.job.saved_changes is not None:
         suffix = ".tar" if spec.job.saved_changes.endswith(".tar") else ".tar.gz"
         directories = directories._replace(
@@ -5550,7 +5920,7 @@ def fill_directories(spec: RunSpec, directories: Directories) -> None:
         os.mkdir(SPOOL, 0o700, dir_fd=directories.run.fd)
         if directories.saved_name:
             os.mkdir(GIVEN, 0o700, dir_fd=directories.save.fd)
-        fill_run_directory(spec, directories)
+        spec.vmm.prepare(spec.guest, directories)
 
 
 def run(spec: RunSpec, started: float) -> Result:
@@ -5559,9 +5929,7 @@ def run(spec: RunSpec, started: float) -> Result:
         stdio = stack.enter_context(connect_stdio(spec.job.terminal))
         reporter = Reporter(stdio.terminal, spec.verbose, started)
         stack.callback(reporter.say, "nothing left")
-        locks = [open_image(spec.guest.disk.image, spec.guest.disk.write)]
-        if spec.guest.disk.cow:
-            locks.append(open_cow(spec.guest.disk.cow, spec.guest.disk.image))
+        locks = spec.vmm.open_disk(spec.guest.disk)
         directories = make_directories(spec, stack)
         shares = (*directories.list_shares(), *spec.guest.shares)
         spec = spec._replace(guest=spec.guest._replace(shares=shares))
@@ -5571,12 +5939,11 @@ def run(spec: RunSpec, started: float) -> Result:
         for note in ("run directory " + directories.run.path, *spec.notes, *map(describe_share, shares)):
             reporter.say(note)
         reporter.say(describe(spec.guest.network))
-        reporter.say("hostfs is " + describe_confinement(spec.empty))
-        mconsole = os.path.join(directories.run.path, spec.guest.name, "mconsole")
-        reporter.say("management console: uml_mconsole " + mconsole)
+        reporter.say("hostfs is " + describe_confinement(spec.carrier.program))
+        reporter.say(spec.vmm.describe(spec.guest, directories))
 
         machine = stack.enter_context(start_machine(spec, stdio.terminal, directories, locks))
-        if not spec.empty:
+        if spec.carrier.program is None:
             reporter.say("kernel started")
         result = Session(machine, spec, stdio, reporter).run(mask)
         if spec.job.saved_changes is not None and directories.saved_name:
@@ -5597,15 +5964,15 @@ class Basis(NamedTuple):
     """What several checks look at."""
     options: argparse.Namespace
     grants: Grants
-    features: Optional[Features]     # of the kernel, if there is one
+    vmm: Optional[Uml]               # if there is one
 
 
 def find_basis(options: argparse.Namespace) -> Basis:
     try:
-        features: Optional[Features] = read_features(find_kernel(options))
+        vmm: Optional[Uml] = find_vmm(options)
     except Fatal:                                 # check_kernel_features() tells
-        features = None
-    return Basis(options, find_own_grants(), features)
+        vmm = None
+    return Basis(options, find_own_grants(), vmm)
 
 
 def check_python(basis: Basis) -> Finding:
@@ -5618,9 +5985,10 @@ def check_python(basis: Basis) -> Finding:
 
 
 def check_kernel_features(basis: Basis) -> Finding:
-    kernel = find_kernel(basis.options)
+    vmm = basis.vmm or find_vmm(basis.options)
+    kernel = vmm.program
+    features = vmm.features
     version = read_kernel_version(kernel)
-    features = read_features(kernel)
     names = [name for name, _ in FEATURE_SETTINGS] + ["seccomp mode"]
     has = dict(zip(names, features))
     what = "{} {}, {}, has {}; no {}".format(
@@ -5633,7 +6001,7 @@ def check_kernel_features(basis: Basis) -> Finding:
 
 
 def check_ptrace(basis: Basis) -> Finding:
-    mode = choose_mode(basis.features or Features(), basis.options.ptrace, basis.options.extra)
+    mode = basis.vmm.mode if basis.vmm else None
     fatal = explain_ptrace(mode)
     if fatal:
         raise fatal
@@ -5645,13 +6013,14 @@ def check_seccomp(basis: Basis) -> Finding:
     fault = try_in_child(try_seccomp)
     if not fault:
         return Finding("ok", "filters can be installed")
-    if basis.features and not basis.features.seccomp_mode:
+    if basis.vmm and not basis.vmm.features.seccomp_mode:
         return Finding("ok", "filters cannot be installed ({}); this kernel needs none".format(fault))
     return Finding("warn", "filters cannot be installed: " + fault, "do not use --extra seccomp=on")
 
 
 def check_ram(basis: Basis) -> Finding:
-    mem, directory = decide_memory(basis.options, basis.grants)
+    mem, floors = choose_memory(basis.options.mem, basis.grants)
+    mem, directory = place_memory(mem, floors, scratch_candidates(basis.options.tmpdir))
     what = "{}; {} free there".format(describe_memory(mem, directory), format_mib(free_mib(directory)))
     if directory == SHARED_MEMORY:
         return Finding("ok", what)
@@ -5660,8 +6029,8 @@ def check_ram(basis: Basis) -> Finding:
 
 
 def check_cpus(basis: Basis) -> Finding:
-    has_smp = basis.features is None or basis.features.smp
-    cpus, note = decide_cpus(basis.options.cpus, basis.grants, has_smp, basis.options.ptrace)
+    reason = basis.vmm.explain_one_cpu() if basis.vmm else None
+    cpus, note = decide_cpus(basis.options.cpus, basis.grants, reason)
     if note:
         return Finding("warn", note, "run several appliances at once, or use a kernel with CONFIG_SMP")
     return Finding("ok", describe_cpus(cpus))
@@ -5692,20 +6061,20 @@ def check_agent(basis: Basis) -> Finding:
 
 
 def check_hostfs(basis: Basis) -> Finding:
-    return Finding("ok", describe_confinement(find_empty(basis.options.io, basis.options.empty)[0]))
+    return Finding("ok", describe_confinement(find_carrier(basis.options.io, basis.options.empty).program))
 
 
 def check_network(basis: Basis) -> Finding:
-    if not basis.features:
+    if not basis.vmm:
         return Finding("warn", "not looked for without a kernel", "name one with --kernel")
-    network = choose_network(basis.options, find_kernel(basis.options), basis.features)
+    network = choose_network(basis.options, basis.vmm.program, basis.vmm.interfaces)
     if network.kind or basis.options.net == "none":
         return Finding("ok", describe(network))
     return Finding("warn", describe(network), "install slirp4netns, or put it beside the script")
 
 
 def check_empty(basis: Basis) -> Finding:
-    empty = find_empty(basis.options.io, basis.options.empty)[0]
+    empty = find_carrier(basis.options.io, basis.options.empty).program
     return Finding("ok", empty or "not here and not needed: the built-in carrier does its work")
 
 
@@ -5830,7 +6199,7 @@ def start(argv: List[str], started: float, parent: int, ignored: Tuple[int, ...]
     if options.dry_run:
         import shlex
 
-        line = build_command_line(spec, name_disk(spec, None))
+        line = spec.carrier.build_argv(spec.vmm.build_argv(spec.guest))
         write_stdout(" ".join(map(shlex.quote, line)) + "\n")
         return 0
 

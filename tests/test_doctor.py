@@ -219,11 +219,11 @@ def test_ptrace_forbidden_by_yama_is_named(monkeypatch):
     files = {"/proc/sys/kernel/yama/ptrace_scope": "3\n"}
     monkeypatch.setattr(apppot_start, "read_node_file", lambda path: files.get(path, ""))
     monkeypatch.setattr(apppot_start, "try_ptrace", lambda: os.kill(1 << 30, 0))  # ESRCH
-    assert "Yama (kernel.yama.ptrace_scope=3)" in apppot_start.explain_ptrace("").message
+    assert "Yama (kernel.yama.ptrace_scope=3)" in apppot_start.explain_ptrace(None).message
 
 
 def test_a_probe_that_works_leaves_no_child():
-    assert apppot_start.explain_ptrace("") is None
+    assert apppot_start.explain_ptrace(None) is None
     assert apppot_start.try_in_child(apppot_start.try_seccomp) == ""
     assert apppot_start.try_in_child(lambda: os.stat("/nothing")) == "No such file or directory"
     assert apppot_start.try_in_child(lambda: os.kill(os.getpid(), 31)) == "signal 31"

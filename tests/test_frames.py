@@ -61,7 +61,8 @@ class Guest:
         os.set_blocking(to_guest, False)
         console, console_end = self._pipe()
         report, report_end = self._pipe()
-        os.write(report_end, b"ended 0")          # what it ends of when nothing else comes
+        end = apppot_start.End(apppot_start.KERNEL)            # what it ends of when nothing else comes
+        os.write(report_end, encode_frame(apppot_start.ENDED, apppot_start.encode_end(end)))
         self._close(console_end)
         terminal = apppot_start.Terminal(0, 1) if with_terminal else None
         if terminal:
@@ -286,10 +287,19 @@ def test_a_console_s_words_are_searched_in_linear_time():
     for piece in ("a", "a: ", "a:", "x: version `", "Kernel panic - not syncing: "):
         text = piece * (65536 // len(piece))
         apppot_start.explain_loader(text, "/k")
-        apppot_start.explain_kernel_end(256, text, SPEC, True)
+        console = SPEC.vmm.open_console(SPEC.guest)
+        console.add(text.encode())
+        console.explain_end(256, True)
     assert time.process_time() - started < 3
     fatal = apppot_start.explain_loader("./linux: /lib/libc.so.6: version `GLIBC_2.38' not found (by ./linux)\n", "/k")
     assert "/lib/libc.so.6: version `GLIBC_2.38' not found" in fatal.message
+
+
+@given(st.sampled_from(["error", "bug"]), st.integers(0, 1 << 16), st.text(), st.text())
+def test_a_verdict_of_the_supervisor_is_read_as_it_was_written(what, status, message, hint):
+    end = apppot_start.End(what, status, message, hint)
+    read = apppot_start.decode_end(apppot_start.encode_end(end))
+    assert read == end._replace(message=message.replace("\0", "?"), hint=hint.replace("\0", "?"))
 
 
 # --- Floods -------------------------------------------------------------------------------------------------

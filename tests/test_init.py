@@ -25,10 +25,12 @@ JOB = apppot_start.Job(
 ROOT = apppot_start.RootDevice(0, "", 0, 0)
 DISK = apppot_start.Disk(image="/i", cow=None, write=False, root=ROOT, size=None)
 GUEST = apppot_start.Guest(
-    disk=DISK, shares=(), mem_mib=64, cpus=1, network=apppot_start.Network(), name="guest", extra=()
-)
+    disk=DISK, shares=(), mem_mib=64, cpus=1, network=apppot_start.Network(), name="guest", extra=(),
+    scratch="/", ram_directory="/",
+)  # fmt: skip
 SPEC = apppot_start.RunSpec(
-    job=JOB, guest=GUEST, kernel="/k", mode="", empty=None, empty_asked=False, scratch="/", ram_directory="/",
+    job=JOB, guest=GUEST, vmm=apppot_start.Uml("/k", apppot_start.Features(), False, ()),
+    carrier=apppot_start.Carrier(),
     ancestor=None, timeout_s=None, boot_timeout_s=60, kill_after_s=1, verbose=False, notes=(), in_job=False,
     limit_mib=None,
 )  # fmt: skip

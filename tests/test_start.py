@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nodes import TOP, assert_error, kernel_has
+from test_init import GUEST
 
 import apppot_init
 import apppot_start
@@ -258,10 +259,10 @@ def test_the_guest_s_memory_leaves_room_in_the_least_limit(environment, files, m
 
 def test_how_system_calls_are_trapped_is_chosen_and_extra_overrides():
     def build(mode, cpus, *extra):
-        return apppot_start.build_cpu_args(SimpleNamespace(guest=SimpleNamespace(cpus=cpus, extra=extra), mode=mode))
+        return apppot_start.build_cpu_args(mode, GUEST._replace(cpus=cpus, extra=extra))
 
     assert build("auto", 2) == ["seccomp=auto", "ncpus=2"] and build("off", 1) == ["seccomp=off"]
-    assert build("auto", 2, "seccomp=on") == ["ncpus=2"] and build("", 1) == []
+    assert build("auto", 2, "seccomp=on") == ["ncpus=2"] and build(None, 1) == []
 
 
 def test_a_kernel_file_says_what_the_kernel_does(kernel):
