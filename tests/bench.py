@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run costs, as ratios measured in one go: the machines are noisy, so A and B take turns.
 
-Usage: python3 tests/bench.py [--repeat N] [--only NAME]...; writes a Markdown table to stdout and build/bench.md, and
-two plots, build/bench-start.svg and build/bench-merge.svg.
+Usage: python3 tests/bench.py [--repeat N] [--only NAME]...
+
+It writes a Markdown table to stdout and build/bench.md, and two plots, build/bench-start.svg and
+build/bench-merge.svg.
 """
 
 import argparse
@@ -29,8 +31,10 @@ DEBIANS = shutil.which("linux.uml") or ""
 KERNEL = os.environ.get("APPPOT_KERNEL") or str(BUILD / "linux")
 RUNNER = [sys.executable, str(TOP / "apppot_start.py"), "--image", IMAGE, "--kernel"]
 MARKS = ("", "kernel started", "agent ", "command started", "result record", "nothing left", "exit")
-PHASES = ("Python, and the runner", "guest kernel, Python of the agent", "agent", "the command, and flushing",
-          "end of the guest", "end of the runner")
+PHASES = (
+    "Python, and the runner", "guest kernel, Python of the agent", "agent",
+    "the command, and flushing", "end of the guest", "end of the runner",
+)
 MIB = 1 << 20
 Rows = List[List[str]]
 
@@ -55,13 +59,16 @@ def take_turns(repeat: int, actions: Dict[str, Callable[[], object]]) -> Dict[st
 
 
 def show(values: Sequence[float], unit: str = "s") -> str:
-    return "{:.2f} {} ({:.2f} to {:.2f})".format(statistics.median(values), unit, min(values), max(values))
+    return "{:.2f} {} ({:.2f} to {:.2f})".format(
+        statistics.median(values), unit, min(values), max(values)
+    )
 
 
 def judge(ratio: float, of: str, goal: float, at_most: bool = True) -> str:
     is_met = ratio <= goal if at_most else ratio >= goal
     return "{:.2f} {}; goal {} {:g}: {}".format(
-        ratio, of, "at most" if at_most else "at least", goal, "met" if is_met else "missed")
+        ratio, of, "at most" if at_most else "at least", goal, "met" if is_met else "missed"
+    )
 
 
 def verdict(is_met: bool) -> str:
@@ -72,7 +79,7 @@ def divide(ours: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(ours) / statistics.median(others)
 
 
-# --- The start ----------------------------------------------------------------------------------------------
+# --- The start ------------------------------------------------------------------------------------
 
 
 def boot_bare(kernel: str, *wrap: str) -> None:
@@ -105,14 +112,18 @@ def boot_bare(kernel: str, *wrap: str) -> None:
 def time_phases(kernel: str) -> List[float]:
     """Seconds of each of PHASES, by when the lines of -v appear."""
     start = time.monotonic()
-    process = subprocess.Popen([*RUNNER, kernel, "-v", "true"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*RUNNER, kernel, "-v", "true"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     assert process.stderr is not None
+
     ends = [start] + [0.0] * len(PHASES)
     for line in process.stderr:
         match = re.match(rb"apppot: [\d.]+ s: (.*)", line)
         for index, mark in enumerate(MARKS):
             if match and mark and match.group(1).decode().startswith(mark):
                 ends[index] = time.monotonic()
+
     process.wait()
     ends[-1] = time.monotonic()
     return [end - before for before, end in zip(ends, ends[1:])]
@@ -122,35 +133,65 @@ def measure_start(repeat: int) -> Rows:
     kernels = {describe_kernel(kernel): kernel for kernel in (KERNEL, DEBIANS)}
     actions: Dict[str, Callable[[], object]] = {}
     phases: Dict[str, List[List[float]]] = {name: [] for name in kernels}
+
     for name, kernel in kernels.items():
         actions["floor " + name] = lambda kernel=kernel: boot_bare(kernel)  # type: ignore[misc]
         one_cpu = ("taskset", "-c", str(max(os.sched_getaffinity(0))))
         actions["one CPU " + name] = lambda kernel=kernel, wrap=one_cpu: boot_bare(kernel, *wrap)  # type: ignore[misc]
         actions[name] = lambda kernel=kernel: run(kernel, "true")  # type: ignore[misc]
-        actions["phases " + name] = lambda name=name, kernel=kernel: phases[name].append(time_phases(kernel))  # type: ignore[misc]
+        actions["phases " + name] = lambda name=name, kernel=kernel: phases[name].append(
+            time_phases(kernel)
+        )  # type: ignore[misc]
+
     times = take_turns(repeat, actions)
     rows = []
+
     for name in kernels:
         floor = times["floor " + name]
-        goal = judge(divide(times[name], floor), "of the floor", 2.2 if name == describe_kernel(KERNEL) else 1.35)
+        goal = judge(
+            divide(times[name], floor),
+            "of the floor",
+            2.2 if name == describe_kernel(KERNEL) else 1.35,
+        )
         rows.append([name + ": bare boot, shell to power-off, the floor", show(floor), ""])
-        rows.append([name + ": the same, on one CPU of the host", show(times["one CPU " + name]), ""])
+        rows.append(
+            [name + ": the same, on one CPU of the host", show(times["one CPU " + name]), ""]
+        )
         rows.append([name + ": `apppot_start.py true`, whole process", show(times[name]), goal])
+
     ours, debians = kernels
-    rows[2][2] += "; " + judge(divide(times[debians], times[ours]), "times as fast as with Debian's", 4, False)
-    medians = {name: [statistics.median(column) for column in zip(*phases[name])] for name in kernels}
-    rows += [["– " + phase, "{:.3f} s".format(medians[ours][index]), "{:.3f} s with Debian's".format(
-        medians[debians][index])] for index, phase in enumerate(PHASES)]
+    rows[2][2] += "; " + judge(
+        divide(times[debians], times[ours]), "times as fast as with Debian's", 4, False
+    )
+    medians = {
+        name: [statistics.median(column) for column in zip(*phases[name])] for name in kernels
+    }
+    rows += [
+        [
+            "– " + phase,
+            "{:.3f} s".format(medians[ours][index]),
+            "{:.3f} s with Debian's".format(medians[debians][index]),
+        ]
+        for index, phase in enumerate(PHASES)
+    ]
     plot_phases(medians)
     return rows
 
 
 def measure_memory_sizes(repeat: int) -> Rows:
     sizes = ("256M", "1G", "2G", "16G")
-    times = take_turns(repeat, {size: lambda size=size: run(KERNEL, "--mem", size, "true") for size in sizes})  # type: ignore[misc]
+    times = take_turns(
+        repeat, {size: lambda size=size: run(KERNEL, "--mem", size, "true") for size in sizes}
+    )  # type: ignore[misc]
     base = statistics.median(times["256M"])
-    return [["`true` with --mem " + size, show(times[size]), "{:+.2f} s".format(statistics.median(times[size]) - base)]
-            for size in sizes]
+    return [
+        [
+            "`true` with --mem " + size,
+            show(times[size]),
+            "{:+.2f} s".format(statistics.median(times[size]) - base),
+        ]
+        for size in sizes
+    ]
 
 
 def measure_cpus(repeat: int) -> Rows:
@@ -158,20 +199,30 @@ def measure_cpus(repeat: int) -> Rows:
     work = "i=0; while [ $i -lt 3000000 ]; do i=$((i+1)); done"
     script = "time sh -c '{0}'; time (sh -c '{0}' & sh -c '{0}'; wait)".format(work)
     one, two = [], []
+
     for _ in range(repeat):
-        said = subprocess.run([*RUNNER, KERNEL, "--cpus", "2", "bash", "-c", "TIMEFORMAT=%R; " + script],
-                              stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True).stderr.split()
+        said = subprocess.run(
+            [*RUNNER, KERNEL, "--cpus", "2", "bash", "-c", "TIMEFORMAT=%R; " + script],
+            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True,
+        ).stderr.split()
         one.append(float(said[0]))
         two.append(float(said[1]))
-    return [["--cpus 2: one process that computes", show(one), ""],
-            ["--cpus 2: two of them at once", show(two), judge(divide(two, one), "of one", 1.15)]]
+
+    return [
+        ["--cpus 2: one process that computes", show(one), ""],
+        ["--cpus 2: two of them at once", show(two), judge(divide(two, one), "of one", 1.15)],
+    ]
 
 
 def sum_pss(parent: int) -> int:
     """KiB of memory, shared parts divided among their users, of a process and all below it."""
     total = 0
     try:
-        total = int(re.findall(r"Pss:\s+(\d+)", pathlib.Path("/proc/{}/smaps_rollup".format(parent)).read_text())[0])
+        total = int(
+            re.findall(
+                r"Pss:\s+(\d+)", pathlib.Path("/proc/{}/smaps_rollup".format(parent)).read_text()
+            )[0]
+        )
         for children in glob.glob("/proc/{}/task/*/children".format(parent)):
             total += sum(sum_pss(int(pid)) for pid in pathlib.Path(children).read_text().split())
     except (OSError, IndexError):
@@ -180,13 +231,15 @@ def sum_pss(parent: int) -> int:
 
 
 def measure_many(count: int) -> Rows:
-    """So many runs at once from one image: whether all end well, and what each takes of the node's memory."""
+    """Many runs at once from one image: do all end well, and what memory does each take?"""
     with tempfile.TemporaryDirectory() as directory:
         go = os.path.join(directory, "go")
         script = "sleep 5; while [ ! -e {} ]; do sleep 1; done".format(go)
         command = [*RUNNER, KERNEL, "--mem", "256M", "sh", "-c", script]
         start = time.monotonic()
-        runs = [subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=directory) for _ in range(count)]
+        runs = [
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=directory) for _ in range(count)
+        ]
         deadline = time.monotonic() + 60
         per_run = 0.0
         while time.monotonic() < deadline:  # until it grows no more: all have booted
@@ -197,20 +250,35 @@ def measure_many(count: int) -> Rows:
         pathlib.Path(go).touch()
         failed = sum(process.wait() != 0 for process in runs)
         elapsed = time.monotonic() - start
-    return [["{} runs of `sleep 5` at once, {} of them failed: memory of each".format(count, failed),
-             "{:.0f} MiB".format(per_run), "goal under 60; all ended after {:.0f} s".format(elapsed)]]
+
+    return [
+        [
+            "{} runs of `sleep 5` at once, {} of them failed: memory of each".format(count, failed),
+            "{:.0f} MiB".format(per_run),
+            "goal under 60; all ended after {:.0f} s".format(elapsed),
+        ]
+    ]
 
 
 def measure_rate(count: int) -> Rows:
     def run_all() -> None:
-        for process in [subprocess.Popen([*RUNNER, KERNEL, "--mem", "256", "true"]) for _ in range(count)]:
+        for process in [
+            subprocess.Popen([*RUNNER, KERNEL, "--mem", "256", "true"]) for _ in range(count)
+        ]:
             process.wait()
 
-    return [["{} runs of `true` at once, per run".format(count), "{:.2f} s".format(seconds(run_all) / count), ""]]
+    return [
+        [
+            "{} runs of `true` at once, per run".format(count),
+            "{:.2f} s".format(seconds(run_all) / count),
+            "",
+        ]
+    ]
 
 
-# --- Beside other tools -------------------------------------------------------------------------------------
-# The same command on the same tree: the image's files, unpacked for those that run on the node's own kernel.
+# --- Beside other tools ---------------------------------------------------------------------------
+# The same command on the same tree: the image's files, unpacked for those that run on the node's
+# own kernel.
 
 QEMU_INIT = """#!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
@@ -226,9 +294,14 @@ for try in $(/bin/busybox seq 100); do [ -e /dev/vda ] || /bin/busybox usleep 10
 
 def unpack_cloud_kernel(directory: pathlib.Path) -> None:
     """Debian's kernel for clouds; nothing is installed."""
-    depends = subprocess.run(["apt-cache", "depends", "linux-image-cloud-amd64"], stdout=subprocess.PIPE, check=True)
+    depends = subprocess.run(
+        ["apt-cache", "depends", "linux-image-cloud-amd64"], stdout=subprocess.PIPE, check=True
+    )
     package = re.findall(r"Depends: (linux-image-\S+)", depends.stdout.decode())[0]
-    subprocess.run(["apt-get", "-qq", "download", package], cwd=directory, stderr=subprocess.DEVNULL, check=True)
+    subprocess.run(
+        ["apt-get", "-qq", "download", package], cwd=directory, stderr=subprocess.DEVNULL,
+        check=True,
+    )
     downloaded = glob.glob(str(directory / "linux-image-*.deb"))[0]
     subprocess.run(["dpkg-deb", "-x", downloaded, directory / "kernel"], check=True)
 
@@ -244,12 +317,31 @@ def build_qemu_command(directory: pathlib.Path, command: str) -> List[str]:
         shutil.copy(module, initrd)
     (initrd / "init").write_text(QEMU_INIT.format(command))
     (initrd / "init").chmod(0o755)
-    subprocess.run("find . | cpio -o -H newc --quiet > ../initrd.cpio", shell=True, cwd=initrd, check=True)
+    subprocess.run(
+        "find . | cpio -o -H newc --quiet > ../initrd.cpio", shell=True, cwd=initrd, check=True
+    )
     kernel = glob.glob(str(directory / "kernel/boot/vmlinuz-*"))[0]
-    return ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "1G", "-nographic", "-no-reboot",
-            "-nic", "none", "-kernel", kernel, "-initrd", str(directory / "initrd.cpio"),
-            "-append", "console=ttyS0 quiet panic=-1",
-            "-drive", "file={},format=raw,if=virtio,snapshot=on".format(IMAGE)]
+    return [
+        "qemu-system-x86_64",
+        "-accel",
+        "tcg",
+        "-cpu",
+        "max",
+        "-m",
+        "1G",
+        "-nographic",
+        "-no-reboot",
+        "-nic",
+        "none",
+        "-kernel",
+        kernel,
+        "-initrd",
+        str(directory / "initrd.cpio"),
+        "-append",
+        "console=ttyS0 quiet panic=-1",
+        "-drive",
+        "file={},format=raw,if=virtio,snapshot=on".format(IMAGE),
+    ]
 
 
 def list_tools(directory: pathlib.Path, command: str) -> Dict[str, Tuple[str, List[str]]]:
@@ -260,16 +352,24 @@ def list_tools(directory: pathlib.Path, command: str) -> Dict[str, Tuple[str, Li
         "AppPot": ("nothing", [*RUNNER, KERNEL, *words]),
         "AppPot, Debian's kernel": ("nothing", [*RUNNER, DEBIANS, *words]),
         "proot": ("ptrace", ["proot", "-r", tree, *words]),
-        "bwrap": ("user namespaces or setuid", ["bwrap", "--ro-bind", tree, "/", "--dev", "/dev", *words]),
+        "bwrap": (
+            "user namespaces or setuid",
+            ["bwrap", "--ro-bind", tree, "/", "--dev", "/dev", *words],
+        ),
         "Charliecloud": ("user namespaces", ["ch-run", tree, "--", *words]),
-        "QEMU without KVM": ("nothing", build_qemu_command(directory, "/bin/sh -c '{}'".format(command))),
+        "QEMU without KVM": (
+            "nothing",
+            build_qemu_command(directory, "/bin/sh -c '{}'".format(command)),
+        ),
     }
 
 
 def run_tool(words: Sequence[str]) -> None:
     environment = {"USER": "root", **os.environ}  # which ch-run asks for
-    shown = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                           check=True, env=environment).stdout
+    shown = subprocess.run(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        check=True, env=environment,
+    ).stdout
     assert b"ended well" in shown or not words[0].startswith("qemu"), shown
 
 
@@ -278,15 +378,26 @@ def measure_others(repeat: int) -> Rows:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         directory = pathlib.Path(name)
         (directory / "tree").mkdir()
-        subprocess.run(["debugfs", "-R", "rdump / {}/tree".format(name), IMAGE], stderr=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            ["debugfs", "-R", "rdump / {}/tree".format(name), IMAGE],
+            stderr=subprocess.DEVNULL,
+            check=True,
+        )
         unpack_cloud_kernel(directory)
-        for what, command in (("`true`", "true"), ("500 processes", "for i in $(seq 500); do /bin/true; done"),
-                              ("a loop that computes", "i=0; while [ $i -lt 2000000 ]; do i=$((i+1)); done")):
+        for what, command in (
+            ("`true`", "true"),
+            ("500 processes", "for i in $(seq 500); do /bin/true; done"),
+            ("a loop that computes", "i=0; while [ $i -lt 2000000 ]; do i=$((i+1)); done"),
+        ):
             tools = list_tools(directory, command)
-            times = take_turns(repeat, {
-                name: lambda words=words: run_tool(words) for name, (_, words) in tools.items()})  # type: ignore[misc]
-            rows += [["{}: {}".format(what, name), show(times[name]), "needs " + needs if needs else ""]
-                     for name, (needs, _) in tools.items()]
+            times = take_turns(
+                repeat,
+                {name: lambda words=words: run_tool(words) for name, (_, words) in tools.items()},
+            )  # type: ignore[misc]
+            rows += [
+                ["{}: {}".format(what, name), show(times[name]), "needs " + needs if needs else ""]
+                for name, (needs, _) in tools.items()
+            ]
     return rows
 
 
@@ -301,22 +412,35 @@ def measure_slurm(count: int) -> Rows:
         subprocess.run(["cp", "--sparse=always", IMAGE, image], check=True)
         slurm = engines.Slurm(pathlib.Path(KERNEL), pathlib.Path(image), "linuxproc")
         try:
+
             def run_array(prefix: str) -> None:
-                words = ["--array=0-{}".format(count - 1), "--cpus-per-task=8", "--output=/dev/null"]
+                words = [
+                    "--array=0-{}".format(count - 1), "--cpus-per-task=8", "--output=/dev/null",
+                ]
                 job = slurm.submit(script.format(prefix), *words)
                 nodes.wait_for(lambda: not slurm.run("squeue", "-h", "-j", job).strip(), 600)
 
-            times = take_turns(2, {prefix: lambda prefix=prefix: run_array(prefix)  # type: ignore[misc]
-                                   for prefix in ("", "python3 /opt/apppot/apppot_start.py")})
+            times = take_turns(
+                2,
+                {
+                    prefix: lambda prefix=prefix: run_array(prefix)  # type: ignore[misc]
+                    for prefix in ("", "python3 /opt/apppot/apppot_start.py")
+                },
+            )
         finally:
             slurm.close()
     plain, ours = ([seconds / count for seconds in times[prefix]] for prefix in times)
-    return [["a task of {} of `true` on Slurm, two at once".format(count), show(plain), ""],
-            ["the same with AppPot", show(ours), "{:+.2f} s a task".format(
-                statistics.median(ours) - statistics.median(plain))]]
+    return [
+        ["a task of {} of `true` on Slurm, two at once".format(count), show(plain), ""],
+        [
+            "the same with AppPot",
+            show(ours),
+            "{:+.2f} s a task".format(statistics.median(ours) - statistics.median(plain)),
+        ],
+    ]
 
 
-# --- Streams and the network --------------------------------------------------------------------------------
+# --- Streams and the network ----------------------------------------------------------------------
 
 
 def mib_per_second(consumer: "subprocess.Popen[bytes]", count_mib: int, feed: bool) -> float:
@@ -336,6 +460,7 @@ def mib_per_second(consumer: "subprocess.Popen[bytes]", count_mib: int, feed: bo
         start = time.monotonic()
         while consumer.stdout.read(MIB):
             pass
+
     elapsed = time.monotonic() - start
     consumer.wait()
     return count_mib / elapsed
@@ -346,16 +471,23 @@ def measure_streams(repeat: int) -> Rows:
     produce = "dd if=/dev/zero bs=1M count={} status=none"
     consume = ["sh", "-c", "echo ready; cat > /dev/null"]
     host, out, into = [], [], []
+
     for _ in range(repeat):
         host.append(
             mib_per_second(
-                subprocess.Popen(["sh", "-c", produce.format(2000) + " | cat"], stdout=subprocess.PIPE), 2000, False
+                subprocess.Popen(
+                    ["sh", "-c", produce.format(2000) + " | cat"], stdout=subprocess.PIPE
+                ),
+                2000,
+                False,
             )
         )
         out.append(
             mib_per_second(
                 subprocess.Popen(
-                    [*runner, "sh", "-c", produce.format(1000)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+                    [*runner, "sh", "-c", produce.format(1000)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
                 ),
                 1000,
                 False,
@@ -363,9 +495,12 @@ def measure_streams(repeat: int) -> Rows:
         )
         into.append(
             mib_per_second(
-                subprocess.Popen(runner + consume, stdin=subprocess.PIPE, stdout=subprocess.PIPE), 1000, True
+                subprocess.Popen(runner + consume, stdin=subprocess.PIPE, stdout=subprocess.PIPE),
+                1000,
+                True,
             )
         )
+
     return [
         ["`dd \\| cat` through a pipe of the host", show(host, "MiB/s"), ""],
         [
@@ -398,17 +533,28 @@ class WebServer(http.server.BaseHTTPRequestHandler):
 
 def curl(prefix: Sequence[str], host: str, port: int) -> float:
     """MiB/s of a download, by curl's own measure."""
-    words = ["curl", "-sS", "-o", "/dev/null", "-w", "%{speed_download}", "http://{}:{}/".format(host, port)]
+    words = [
+        "curl", "-sS", "-o", "/dev/null", "-w", "%{speed_download}",
+        "http://{}:{}/".format(host, port),
+    ]
     return float(subprocess.run([*prefix, *words], stdout=subprocess.PIPE, check=True).stdout) / MIB
 
 
 def measure_network(repeat: int) -> Rows:
     ways = {
         "host": ([], "127.0.0.1", "curl of the host, 64 MiB over its loopback"),
-        "slirp4netns": ([*RUNNER, KERNEL, "--net", "slirp4netns"], "10.0.2.2", "curl of the guest, by slirp4netns"),
-        "slirp": ([*RUNNER, DEBIANS, "--net", "slirp"], "10.0.2.2", "curl of the guest, by slirp-fullbolt"),
+        "slirp4netns": (
+            [*RUNNER, KERNEL, "--net", "slirp4netns"],
+            "10.0.2.2",
+            "curl of the guest, by slirp4netns",
+        ),
+        "slirp": (
+            [*RUNNER, DEBIANS, "--net", "slirp"], "10.0.2.2",
+            "curl of the guest, by slirp-fullbolt",
+        ),
     }
     speeds: Dict[str, List[float]] = {name: [] for name in ways}
+
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), WebServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for _ in range(repeat):
@@ -418,13 +564,18 @@ def measure_network(repeat: int) -> Rows:
                 except subprocess.CalledProcessError:
                     pass  # without this helper, or with a kernel that has no driver for it
         server.shutdown()
-    return [[text, show(speeds[name], "MiB/s") if speeds[name] else "–", ""] for name, (_, _, text) in ways.items()]
+
+    return [
+        [text, show(speeds[name], "MiB/s") if speeds[name] else "–", ""]
+        for name, (_, _, text) in ways.items()
+    ]
 
 
-# --- Changes files ------------------------------------------------------------------------------------------
+# --- Changes files --------------------------------------------------------------------------------
 
-# In the guest: a tree of COUNT files and MIB MiB, three quarters text, is saved and merged by both ways. By turns,
-# each goes first in every other round, and each finds what it reads in memory and nothing left to be written.
+# In the guest: a tree of COUNT files and MIB MiB, three quarters text, is saved and merged by both
+# ways. By turns, each goes first in every other round, and each finds what it reads in memory and
+# nothing left to be written.
 CHANGES_SCRIPT = r"""
 import os, random, subprocess, sys, time
 count, size, repeat = int(sys.argv[1]), int(sys.argv[2]) << 20, int(sys.argv[3])
@@ -466,7 +617,9 @@ for pair in WAYS[:2], WAYS[2:]:
 def measure_changes(kernel: str, cpus: str, count: int, size_mib: int, repeat: int) -> Rows:
     """Saving and merging, beside GNU tar as the original used it, in the same appliance and run."""
     options = [kernel, "--cpus", cpus, "--root", "--mem", "3G", "python3", "-c", CHANGES_SCRIPT]
-    with tempfile.TemporaryDirectory() as directory:           # for the guest to find nothing else of the host
+    with (
+        tempfile.TemporaryDirectory()
+    ) as directory:  # for the guest to find nothing else of the host
         output = subprocess.run(
             RUNNER + options + [str(number) for number in (count, size_mib, repeat)],
             cwd=directory,
@@ -474,8 +627,10 @@ def measure_changes(kernel: str, cpus: str, count: int, size_mib: int, repeat: i
             stdout=subprocess.PIPE,
             check=True,
         ).stdout.decode()
+
     lines = [line.split("\t") for line in output.splitlines()]
     rows = []
+
     for name, goal in (("save", 0.7), ("merge", 1.0)):
         ours, theirs = (
             [float(value) for what, value, how in lines if (what, how) == (name, way)]
@@ -485,7 +640,13 @@ def measure_changes(kernel: str, cpus: str, count: int, size_mib: int, repeat: i
         met = verdict(statistics.median(ratios) <= goal)
         what = "{} {} files, {} MiB, {}".format(name, count, size_mib, describe_guest(kernel, cpus))
         rows.append([what + ": GNU tar", show(theirs), ""])
-        rows.append([what + ": apppot-snap", show(ours), "{}; goal {}: {}".format(show(ratios, "of tar"), goal, met)])
+        rows.append(
+            [
+                what + ": apppot-snap",
+                show(ours),
+                "{}; goal {}: {}".format(show(ratios, "of tar"), goal, met),
+            ]
+        )
     return rows
 
 
@@ -519,36 +680,63 @@ def measure_merge_at_boot(repeat: int) -> Rows:
             words = ["diff", directory + "/old", tree.parent, "-o", layer]
             subprocess.run([sys.executable, TOP / "changes.py", *words], check=True)
             options[count] = ["--changes", layer] if count else []
-        times = take_turns(repeat, {
-            str(count): lambda count=count: run(KERNEL, *options[count], "true") for count in counts})  # type: ignore[misc]
+        times = take_turns(
+            repeat,
+            {
+                str(count): lambda count=count: run(KERNEL, *options[count], "true")
+                for count in counts
+            },
+        )  # type: ignore[misc]
+
     base = statistics.median(times["0"])
     plot_merge([(count, statistics.median(times[str(count)])) for count in counts])
-    return [["`true` behind a changes file of {} files".format(count), show(times[str(count)]),
-             "{:+.2f} s".format(statistics.median(times[str(count)]) - base)] for count in counts]
+    return [
+        [
+            "`true` behind a changes file of {} files".format(count),
+            show(times[str(count)]),
+            "{:+.2f} s".format(statistics.median(times[str(count)]) - base),
+        ]
+        for count in counts
+    ]
 
 
-# --- Output -------------------------------------------------------------------------------------------------
+# --- Output ---------------------------------------------------------------------------------------
 
 
 def plot(name: str, script: str) -> None:
     if shutil.which("gnuplot"):
-        head = "set terminal svg size 720,360 background 'white'; set output '{}'\n".format(BUILD / name)
+        head = "set terminal svg size 720,360 background 'white'; set output '{}'\n".format(
+            BUILD / name
+        )
         subprocess.run(["gnuplot"], input=(head + script).encode(), check=True)
 
 
 def plot_phases(medians: Dict[str, List[float]]) -> None:
-    table = "\n".join('"{}" {}'.format(name, " ".join(map(str, values))) for name, values in medians.items())
-    columns = ", ".join("$d using {} title '{}'".format("2:xtic(1)" if index == 0 else index + 2, phase)
-                        for index, phase in enumerate(PHASES))
-    plot("bench-start.svg", "$d << EOD\n{}\nEOD\nset title 'apppot\\_start.py true'; set ylabel 'seconds'\n"
-         "set style data histogram; set style histogram rowstacked; set style fill solid; set boxwidth 0.5\n"
-         "set key outside; set yrange [0:*]\nplot {}\n".format(table, columns))
+    table = "\n".join(
+        '"{}" {}'.format(name, " ".join(map(str, values))) for name, values in medians.items()
+    )
+    columns = ", ".join(
+        "$d using {} title '{}'".format("2:xtic(1)" if index == 0 else index + 2, phase)
+        for index, phase in enumerate(PHASES)
+    )
+    plot(
+        "bench-start.svg",
+        "$d << EOD\n{}\nEOD\nset title 'apppot\\_start.py true'; set ylabel 'seconds'\n"
+        "set style data histogram; set style histogram rowstacked; set style fill solid; "
+        "set boxwidth 0.5\n"
+        "set key outside; set yrange [0:*]\nplot {}\n".format(table, columns),
+    )
 
 
 def plot_merge(points: Sequence[Tuple[int, float]]) -> None:
     table = "\n".join("{} {}".format(*point) for point in points)
-    plot("bench-merge.svg", "$d << EOD\n{}\nEOD\nset title 'start with a changes file'; set xlabel 'files in it'\n"
-         "set ylabel 'seconds'; set yrange [0:*]; unset key\nplot $d with linespoints pointtype 7\n".format(table))
+    plot(
+        "bench-merge.svg",
+        "$d << EOD\n{}\nEOD\nset title 'start with a changes file'; set xlabel 'files in it'\n"
+        "set ylabel 'seconds'; set yrange [0:*]; unset key\nplot $d with linespoints pointtype 7\n".format(
+            table
+        ),
+    )
 
 
 def describe_kernel(kernel: str) -> str:
@@ -560,29 +748,49 @@ def describe_machine() -> str:
     with open("/proc/cpuinfo") as file:
         model = re.search(r"model name\s*: (.*)", file.read())
     return "{}, {} cores, Linux {}; Python {}".format(
-        model.group(1) if model else platform.machine(), os.cpu_count(), platform.release(), platform.python_version())
+        model.group(1) if model else platform.machine(), os.cpu_count(), platform.release(),
+        platform.python_version(),
+    )
 
 
 def main(argv: List[str]) -> int:
     measures: Dict[str, Callable[[int], Rows]] = {
-        "start": measure_start, "memory": measure_memory_sizes, "cpus": measure_cpus, "streams": measure_streams,
-        "network": measure_network, "rate": lambda repeat: measure_rate(16), "many": lambda repeat: measure_many(64),
-        "slurm": lambda repeat: measure_slurm(50), "others": measure_others, "merge": measure_merge_at_boot,
-        "changes": measure_all_changes}
+        "start": measure_start,
+        "memory": measure_memory_sizes,
+        "cpus": measure_cpus,
+        "streams": measure_streams,
+        "network": measure_network,
+        "rate": lambda repeat: measure_rate(16),
+        "many": lambda repeat: measure_many(64),
+        "slurm": lambda repeat: measure_slurm(50),
+        "others": measure_others,
+        "merge": measure_merge_at_boot,
+        "changes": measure_all_changes,
+    }
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeat", type=int, default=7, help="measurements of the start; half as many of the rest (7)")
+    parser.add_argument(
+        "--repeat", type=int, default=7,
+        help="measurements of the start; half as many of the rest (7)",
+    )
     parser.add_argument("--only", action="append", choices=sorted(measures), help="repeatable")
     options = parser.parse_args(argv)
+
     if not DEBIANS or not os.path.exists(KERNEL) or not os.path.exists(IMAGE):
-        print("bench: error: a kernel or the image is missing; `make bench` sees to them", file=sys.stderr)
+        print(
+            "bench: error: a kernel or the image is missing; `make bench` sees to them",
+            file=sys.stderr,
+        )
         return 2
+
     few = max(1, options.repeat // 2)
     rows = []
     for name, measure in measures.items():
         if not options.only or name in options.only:
             rows += measure(options.repeat if name == "start" else few)
+
     table = "\n".join(
-        ["| what | median (range) | |", "|---|---|---|"] + ["| " + " | ".join(row) + " |" for row in rows]
+        ["| what | median (range) | |", "|---|---|---|"]
+        + ["| " + " | ".join(row) + " |" for row in rows]
     )
     text = "{}\n\n{}\n".format(describe_machine(), table)
     print(text, end="")

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of pytest, which kernel meets which user, and the fixtures. The tests by their files:
 
-values, files     shape, start, init, changes, foreign, frames, placement: most of these boot nothing
-a run             boot, run, identity, limits, terminal: as a process of the node, for its caller and in its guest
-its ends          end, kills, faults, areas, mconsole: by signals, limits, bugs and full stops, and nothing left
-its disks         disks, layers, bind, private: images, changes files, and the directories of the host
-its network       net; empty is about who carries the channel
-set-up            setup, stage, readme, doctor: what make builds, and what a reader and an admin are told
-batch systems     slurm, condor, gridengine, arc, by the sites of engines.py
-without a test    nodes.py helps all of them, empty.py stands in for `empty`, bench.py measures
+values and files  shape, start, init, changes, foreign, frames: they boot little or nothing
+a run             boot, run, identity, limits, terminal, placement: what caller and command see
+its end           end, kills, faults, areas, mconsole: signals, limits, bugs; nothing is left
+its disks         disks, layers, bind, private: images, changes files, directories of the host
+its network       net; in empty the program that may carry the channel
+set-up            setup, stage, readme, doctor: what make builds; what reader and admin are told
+batch systems     slurm, condor, gridengine, arc, on the sites of engines.py
+no tests          nodes.py helps all tests, empty.py stands in for `empty`, bench.py measures
 """
 
 import os
@@ -22,7 +22,15 @@ import pytest
 
 pytest.register_assert_rewrite("engines", "nodes")
 
-from nodes import DEFAULT_CARRIER, EMPTY, STAND_IN, TOP, UNPRIVILEGED, make_node, require  # noqa: E402
+from nodes import (  # noqa: E402
+    DEFAULT_CARRIER,
+    EMPTY,
+    STAND_IN,
+    TOP,
+    UNPRIVILEGED,
+    make_node,
+    require,
+)
 
 # An example may take its time on a machine that does much else.
 hypothesis.settings.register_profile(
@@ -31,12 +39,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("untimed")
 
 
-# --- Which tests run ----------------------------------------------------------------------------------------
+# --- Which tests run ------------------------------------------------------------------------------
 
-# make check has two kernels: Debian's is 1, our own is 2 and boots twice as fast. Which of them does a test boot? The
-# columns are for a test of one user (fixture `node`), for a test of both users (`any_node`) as root, and for that test
-# as the ordinary user. With the carrier `empty` the two users change places, and one user has our own kernel alone.
-# What the files that are not here test is the same with any kernel, so they boot our own.
+# make check has two kernels: Debian's is 1, our own is 2 and boots twice as fast. Which of them
+# does a test boot? The columns are for a test of one user (fixture `node`), for a test of both
+# users (`any_node`) as root, and for that test as the ordinary user. With the carrier `empty` the
+# two users change places, and one user has our own kernel alone. What the files that are not here
+# test is the same with any kernel, so they boot our own.
 KERNELS = {
     "test_areas.py": ("12", "1", "2"),
     "test_bind.py": ("12", "1", "2"),
@@ -59,7 +68,7 @@ KERNELS = {
 
 def pytest_addoption(parser):
     parser.addoption("--shard", default="1/1", metavar="N/M", help="run the Nth of M parts")
-    parser.addoption("--kernel", default="1/1", metavar="N/M", help="this is the Nth of M kernels, of one or two")
+    parser.addoption("--kernel", default="1/1", metavar="N/M", help="this is kernel N of M kernels")
     # With -p no:cacheprovider nobody else knows it, and --strict-config makes that an error.
     parser.addini("cache_dir", "where pytest's cache provider keeps what it knows of the last run")
 
@@ -97,7 +106,7 @@ def pytest_report_header():
     return f"empty: {what} {EMPTY}; channel of most tests: {DEFAULT_CARRIER}"
 
 
-# --- What there is ------------------------------------------------------------------------------------------
+# --- What there is --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +128,9 @@ def image():
 @pytest.fixture(scope="session")
 def kernel():
     path = os.environ.get("APPPOT_KERNEL") or shutil.which("linux.uml")
-    require(path and os.path.exists(path), "no UML kernel: apt-get install user-mode-linux, or KERNEL=")
+    require(
+        path and os.path.exists(path), "no UML kernel: apt-get install user-mode-linux, or KERNEL="
+    )
     return pathlib.Path(path)
 
 
@@ -144,7 +155,7 @@ def changes(kernel, image, tmp_path_factory):
     return make_changes_file(kernel, image, tmp_path_factory.mktemp("changes"))
 
 
-# --- Nodes --------------------------------------------------------------------------------------------------
+# --- Nodes ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@
 
 Usage: empty -f -i FIFO1 -o FIFO2 [-p FILE.PID] [-L FILE.LOG] command [argument...]
 
-It does what `empty -f` does, in its order and with its gaps: a daemon that makes both FIFOs itself and takes no others,
-a program on a raw pty, one loop that moves bytes one way at a time, no word about the program's end.
+It does what `empty -f` does, in its order and with its gaps: a daemon that makes both FIFOs itself
+and takes no others, a program on a raw pty, one loop that moves bytes one way at a time, no word
+about the program's end.
 """
 
 import getopt
@@ -20,7 +21,9 @@ SIZE = 64 << 10
 
 
 def usage():
-    sys.stderr.write("empty stand-in usage:\n" + __doc__.splitlines()[2].replace("Usage: ", "") + "\n")
+    sys.stderr.write(
+        "empty stand-in usage:\n" + __doc__.splitlines()[2].replace("Usage: ", "") + "\n"
+    )
     sys.exit(255)
 
 
@@ -29,6 +32,7 @@ def parse(argv):
         options, command = getopt.getopt(argv, "Scvhfrb:kwslp:x:i:o:t:L:e")
     except getopt.GetoptError:
         usage()
+
     options = dict(options)
     if not {"-f", "-i", "-o"} <= set(options) or not command:
         usage()
@@ -36,12 +40,13 @@ def parse(argv):
 
 
 def become_daemon():
-    """Return in the daemon; the caller's process ends when the daemon says so through the pipe, or is dead."""
+    """Return in the daemon. The caller ends when the daemon says so or is dead."""
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)
         os.read(reader, 1)
         os._exit(0)
+
     os.close(reader)
     os.setsid()
     if os.fork():
@@ -60,6 +65,7 @@ def run_program(command, follower):
     for descriptor in (0, 1, 2):
         os.dup2(follower, descriptor)
     set_raw(0)
+
     try:
         os.execvp(command[0], command)
     finally:
@@ -108,7 +114,12 @@ def main(argv):
     if "-p" in options:
         with open(options["-p"], "w") as file:
             file.write(f"{os.getpid()}\n")
-    log = os.open(options["-L"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o700) if "-L" in options else None
+
+    log = (
+        os.open(options["-L"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o700)
+        if "-L" in options
+        else None
+    )
     fifo_in, fifo_out = make_fifo(options["-i"]), make_fifo(options["-o"])
     os.write(ready, b"\n")
     os.close(ready)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch systems on this machine: a Site is a node with namespaces of its own, so that nothing of it can be left.
+"""Batch systems on this machine.
 
-In a site daemons have their usual ports, sockets and directories, and see no network but their own loopback. It runs
-on this machine's files or on those of a chroot. When its init ends, by close() or as the tests are killed, so does
-every process in it, and its mounts go with them.
+A Site is a node with namespaces of its own, so that nothing of it can be left. Its daemons have
+their usual ports, sockets and directories, and see no network but their own loopback. A site runs
+on this machine's files or on those of a chroot. When its init ends, by close() or because the tests
+are killed, every process in it ends too, and its mounts go with them.
 """
 
 import contextlib
@@ -22,8 +23,13 @@ from nodes import DEADLINE_S, TOP, read_cpu_time, wait_for
 
 USER, BYSTANDER = "griduser", "otheruser"
 USERS = {USER: 61001, BYSTANDER: 61002}
-ADDRESS = "10.97.0.1"  # on the loopback of each site; names of 127.0.0.1 alone are no use to most engines
-INIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('up', flush=True); sys.stdin.read()"
+ADDRESS = (
+    "10.97.0.1"  # on the loopback of each site; names of 127.0.0.1 alone are no use to most engines
+)
+INIT = (
+    "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('up', flush=True); "
+    "sys.stdin.read()"
+)
 README = (TOP / "README.md").read_text()
 PARTS = ("apppot_start.py", "linux", "apppot.img")
 # Only the changes file brings this program into the guest. Number 41 fails.
@@ -33,11 +39,18 @@ ANALYSIS = '#!/bin/sh\nexec reckon "$1"\n'
 
 def recipe(name, is_deployed):
     """A job file of the README; where nothing is deployed as the README has it changed."""
-    text = re.search(rf"^==> {re.escape(name)}: .*\n((?:(?!==>|```).*\n)+)", README, re.MULTILINE).group(1)
+    text = re.search(
+        rf"^==> {re.escape(name)}: .*\n((?:(?!==>|```).*\n)+)", README, re.MULTILINE
+    ).group(1)
     if is_deployed:
         return text
-    text = text.replace("transfer_input_files = ", "transfer_input_files = " + "".join(f"{part}, " for part in PARTS))
-    text = text.replace("(inputFiles = ", "(inputFiles = " + "".join(f'("{part}" "")' for part in PARTS))
+    text = text.replace(
+        "transfer_input_files = ",
+        "transfer_input_files = " + "".join(f"{part}, " for part in PARTS),
+    )
+    text = text.replace(
+        "(inputFiles = ", "(inputFiles = " + "".join(f'("{part}" "")' for part in PARTS)
+    )
     return text.replace("/opt/apppot/", "")
 
 
@@ -45,7 +58,10 @@ def make_changes_file(kernel, image, directory):
     """A changes file with the program that the recipes' analysis needs."""
     program = shlex.quote(RECKON)
     install = f"echo {program} > /usr/local/bin/reckon; chmod 755 /usr/local/bin/reckon"
-    words = ["--kernel", kernel, "--image", image, "--root", "--no-job-dir", "--save-changes", "my.tar.gz"]
+    words = [
+        "--kernel", kernel, "--image", image, "--root", "--no-job-dir", "--save-changes",
+        "my.tar.gz",
+    ]
     runner = [sys.executable, TOP / "apppot_start.py", *words, "sh", "-c", install]
     subprocess.run(runner, check=True, cwd=directory, stdin=subprocess.DEVNULL)
     (directory / "my.tar.gz").chmod(0o644)
@@ -53,12 +69,13 @@ def make_changes_file(kernel, image, directory):
 
 
 class Site:
-    """A node: /opt/apppot holds the three files of AppPot, /home the users' homes; /tmp and /dev/shm are scratch."""
+    """A node: AppPot is in /opt/apppot, homes are in /home; /tmp and /dev/shm are scratch."""
 
     def __init__(self, kernel, image, tree=None, name="node"):
         self.place = pathlib.Path(tempfile.mkdtemp(prefix="apppot-test-"))
         self.place.chmod(0o755)
         self.init = None
+
         try:
             self._fill(kernel, image, tree, name)
             self._start(tree, name)
@@ -72,18 +89,25 @@ class Site:
         for user, uid in USERS.items():
             self.home(user).mkdir()
             os.chown(self.home(user), uid, uid)
+
         shutil.copy(TOP / "apppot_start.py", self.place / "opt/apppot")
         shutil.copy(kernel, self.place / "opt/apppot/linux")
         (self.place / "opt/apppot/linux").chmod(0o755)
         os.link(image, self.place / "opt/apppot/apppot.img")
+
         if tree:
-            subprocess.run(["tar", "-C", self.place / "root", "-xpf", tree, "--exclude=./dev/*"], check=True)
+            subprocess.run(
+                ["tar", "-C", self.place / "root", "-xpf", tree, "--exclude=./dev/*"], check=True
+            )
+
         etc = (self.place / "root" if tree else pathlib.Path("/")) / "etc"
         passwd = [f"{user}:x:{uid}:{uid}::/home/{user}:/bin/bash\n" for user, uid in USERS.items()]
         group = [f"{user}:x:{uid}:\n" for user, uid in USERS.items()]
         (self.place / "etc/passwd").write_text((etc / "passwd").read_text() + "".join(passwd))
         (self.place / "etc/group").write_text((etc / "group").read_text() + "".join(group))
-        (self.place / "etc/hosts").write_text(f"127.0.0.1 localhost\n{ADDRESS} {name}.example.org {name}\n")
+        (self.place / "etc/hosts").write_text(
+            f"127.0.0.1 localhost\n{ADDRESS} {name}.example.org {name}\n"
+        )
         (self.place / "etc/resolv.conf").write_text("")
 
     def _start(self, tree, name):
@@ -110,7 +134,10 @@ class Site:
             cd "$root/"
             {f"exec chroot {root}" if tree else "exec"} /usr/bin/python3 -c "$1"
         """
-        unshare = ["unshare", "--mount", "--uts", "--net", "--pid", "--fork", "--propagation=private"]
+        unshare = [
+            "unshare", "--mount", "--uts", "--net", "--pid", "--fork", "--propagation=private",
+        ]
+
         self.process = subprocess.Popen(
             [*unshare, "sh", "-euc", script, "-", INIT],
             stdin=subprocess.PIPE,
@@ -120,15 +147,27 @@ class Site:
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
         )
         assert self.process.stdout.readline() == "up\n"
-        self.init = pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0]
+
+        self.init = (
+            pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            .read_text()
+            .split()[0]
+        )
         self.has_root = bool(tree)
 
-    # --- In it ---------------------------------------------------------------------------------------------
+    # --- In it ------------------------------------------------------------------------------------
 
     def start(self, *words, user=None, cwd="/", env=(), **options):
-        """Popen of a command in the site, by root unless `user` is given, with a minimal environment."""
-        enter = ["nsenter", "--target", self.init, "--mount", "--uts", "--net", "--pid", *["--root"] * self.has_root]
-        become = ["setpriv", f"--reuid={USERS[user]}", f"--regid={USERS[user]}", "--clear-groups"] if user else []
+        """Popen of a command in the site: by root unless `user` is given, in a bare environment."""
+        enter = [
+            "nsenter", "--target", self.init, "--mount", "--uts", "--net", "--pid",
+            *["--root"] * self.has_root,
+        ]
+        become = (
+            ["setpriv", f"--reuid={USERS[user]}", f"--regid={USERS[user]}", "--clear-groups"]
+            if user
+            else []
+        )
         path = "/usr/bin:/bin" if user else "/usr/sbin:/usr/bin:/sbin:/bin"
         return subprocess.Popen(
             [*enter, *become, "env", "-C", cwd, *words],
@@ -140,13 +179,17 @@ class Site:
         """stdout of a command in the site."""
         if input is not None:
             options["stdin"] = subprocess.PIPE
-        process = self.start(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+        process = self.start(
+            *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        )
+
         try:
             stdout, stderr = process.communicate(input, timeout=DEADLINE_S)
         except BaseException:
             process.kill()
             process.wait()
             raise
+
         assert not check or process.returncode == 0, (words, process.returncode, stdout, stderr)
         return stdout
 
@@ -174,26 +217,39 @@ class Site:
         (directory / "analysis").write_text(ANALYSIS)
         (directory / "analysis").chmod(0o755)
         shutil.copy(changes, directory)
+
         if not is_deployed:
             for part in PARTS:
-                subprocess.run(["cp", "--sparse=always", "-p", self.place / "opt/apppot" / part, directory], check=True)
+                subprocess.run(
+                    ["cp", "--sparse=always", "-p", self.place / "opt/apppot" / part, directory],
+                    check=True,
+                )
                 (self.place / "opt/apppot" / part).unlink()
             (directory / "apppot.img").chmod(0o644)
             # As small as `make stage` makes it, since batch systems do not know holes.
-            subprocess.run(["resize2fs", "-f", "-M", directory / "apppot.img"], check=True, capture_output=True)
+            subprocess.run(
+                ["resize2fs", "-f", "-M", directory / "apppot.img"], check=True, capture_output=True
+            )
         return directory
 
-    # --- What is left --------------------------------------------------------------------------------------
+    # --- What is left -----------------------------------------------------------------------------
 
     def processes(self, user=USER):
         """pid and command line of a user's living processes in the site."""
         namespace = os.readlink(f"/proc/{self.init}/ns/pid")
         found = {}
+
         for pid in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 status = pathlib.Path("/proc", pid, "status").read_text()
-                is_his = re.search(r"^Uid:\t(\d+)", status, re.MULTILINE).group(1) == str(USERS[user])
-                if is_his and "\nState:\tZ" not in status and os.readlink(f"/proc/{pid}/ns/pid") == namespace:
+                is_his = re.search(r"^Uid:\t(\d+)", status, re.MULTILINE).group(1) == str(
+                    USERS[user]
+                )
+                if (
+                    is_his
+                    and "\nState:\tZ" not in status
+                    and os.readlink(f"/proc/{pid}/ns/pid") == namespace
+                ):
                     command = pathlib.Path("/proc", pid, "cmdline").read_bytes()
                     found[int(pid)] = command.replace(b"\0", b" ").decode(errors="replace")
         return found
@@ -228,7 +284,7 @@ class Site:
         shutil.rmtree(self.place)
 
 
-# --- A command with AppPot and without ------------------------------------------------------------------------
+# --- A command with AppPot and without ------------------------------------------------------------
 
 # Less than the batch systems here wait between a warning and the end.
 RUNNER = "python3 /opt/apppot/apppot_start.py --kill-after 2 "
@@ -238,7 +294,8 @@ IGNORES = "trap '' {0}; echo ready; exec sleep 1000"
 DIES = "echo ready; exec sleep 1000"
 WORKS = (
     "head -c 20000000 /dev/urandom > data; sum=$(sha256sum data); echo ready\n"
-    'until [ -e go ]; do [ "$(sha256sum data)" = "$sum" ] || exit 9; done; rm data; echo right; exit 3'
+    'until [ -e go ]; do [ "$(sha256sum data)" = "$sum" ] || exit 9; done; rm data; echo right; '
+    "exit 3"
 )
 
 
@@ -248,6 +305,7 @@ class Pair:
     def __init__(self, site, script, *arguments, options="", user=USER):
         self.site, self.user = site, user
         self.ids, self.directories = [], []
+
         for prefix in ("", f"{RUNNER}{options} "):
             directory = site.new_directory(user)
             (directory / "command").write_text(f"#!/bin/bash\n{script}\n")
@@ -268,17 +326,22 @@ class Pair:
             wait_for(lambda number=number: line in self.output(number))
 
     def end(self):
-        """How the two ended, which must be the same, and what they wrote; nothing may be left on the node."""
+        """How both ended, which must be alike, and what they wrote; nothing may be left."""
         plain, ours = (self.wait_ended(job) for job in self.ids)
-        assert ours == plain, (plain, ours, [self.output(number, name) for number in (0, 1) for name in ("out", "err")])
+        assert ours == plain, (
+            plain,
+            ours,
+            [self.output(number, name) for number in (0, 1) for name in ("out", "err")],
+        )
         self.site.assert_nothing_left(self.user)
         assert self.output(1) == self.output(0)
         return ours, self.output(1)
 
 
-# --- Slurm ----------------------------------------------------------------------------------------------------
+# --- Slurm ----------------------------------------------------------------------------------------
 
-# CPUs and memory are more than there are: the jobs wait more than they compute, and memory is sparse.
+# CPUs and memory are more than there are: the jobs wait more than they compute, and memory is
+# sparse.
 SLURM_CONF = f"""\
 ClusterName=test
 SlurmctldHost=node({ADDRESS})
@@ -316,7 +379,10 @@ CgroupAutomount=no
 ConstrainCores=no
 ConstrainRAMSpace={constrain}
 """
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
+ENDED = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL",
+    "DEADLINE",
+)
 
 
 class Slurm(Site):
@@ -326,7 +392,8 @@ class Slurm(Site):
 
     def __init__(self, kernel, image, proctrack):
         self.proctrack = proctrack
-        # Names the node's cgroups, which are the machine's and thus must not meet those of another test.
+        # Names the node's cgroups, which are the machine's and thus must not meet those of another
+        # test.
         self.node = f"apppot-test-{os.urandom(4).hex()}"
         super().__init__(kernel, image)
 
@@ -341,7 +408,9 @@ class Slurm(Site):
             node=self.node,
         )
         (self.place / "etc/slurm/slurm.conf").write_text(settings)
-        (self.place / "etc/slurm/cgroup.conf").write_text(CGROUP_CONF.format(constrain="yes" if confines else "no"))
+        (self.place / "etc/slurm/cgroup.conf").write_text(
+            CGROUP_CONF.format(constrain="yes" if confines else "no")
+        )
 
     def _start(self, *arguments):
         super()._start(*arguments)
@@ -361,7 +430,7 @@ class Slurm(Site):
         return self.run(*words, input=script, user=user, cwd=cwd or "/", env=env).strip()
 
     def show(self, job):
-        """What `scontrol show job` says, as a dictionary; of an array's task 3 with the id JOB_3."""
+        """What `scontrol show job` says. A task of an array has an id such as JOB_3."""
         text = self.run("scontrol", "-o", "show", "job", job)
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
@@ -373,14 +442,17 @@ class Slurm(Site):
 
     def close(self):
         super().close()
-        for directory in sorted(pathlib.Path("/sys/fs/cgroup").glob(f"**/slurm*{self.node}*"), reverse=True):
+        for directory in sorted(
+            pathlib.Path("/sys/fs/cgroup").glob(f"**/slurm*{self.node}*"), reverse=True
+        ):
             for below, _, _ in os.walk(directory, topdown=False):
                 os.rmdir(below)
 
 
-# --- HTCondor -------------------------------------------------------------------------------------------------
+# --- HTCondor -------------------------------------------------------------------------------------
 
-# Memory is more than there is, and cheap. As root condor_master would tune the kernel of the whole machine.
+# Memory is more than there is, and cheap. As root condor_master would tune the kernel of the whole
+# machine.
 CONDOR_CONF = f"""\
 CONDOR_HOST = {ADDRESS}
 NETWORK_INTERFACE = {ADDRESS}
@@ -438,10 +510,13 @@ class Condor(Site):
         for place in ("spool", "log", "lib", "lib/condor/execute"):
             name = f"/var/{place}" if "execute" in place else f"/var/{place}/condor"
             self.run("install", "-d", "-o", "condor", "-g", "condor", name)
+
         self.run("install", "-d", "-o", "condor", "-g", "condor", "/run/condor", "/run/lock/condor")
         self.run("condor_master")
         wait_for(lambda: self.run("condor_status", "-af", "Name", check=False), 60)
-        wait_for(lambda: "Total for all users" in self.run("condor_q", "-allusers", check=False), 60)
+        wait_for(
+            lambda: "Total for all users" in self.run("condor_q", "-allusers", check=False), 60
+        )
 
     def submit(self, directory, name):
         """Id of the first job of a submit file."""
@@ -450,17 +525,19 @@ class Condor(Site):
 
     def query(self, job, *attributes):
         """Values of a job's attributes, as long as it is in the queue and after that."""
-        shown = self.run("condor_q", job, "-af", *attributes) or self.run("condor_history", job, "-af", *attributes)
+        shown = self.run("condor_q", job, "-af", *attributes) or self.run(
+            "condor_history", job, "-af", *attributes
+        )
         return shown.split()
 
     def wait_ended(self, job):
-        """JobStatus (3: removed, 4: completed), and of the program ExitBySignal, ExitCode and ExitSignal."""
+        """JobStatus (3: removed, 4: completed), ExitBySignal, ExitCode and ExitSignal."""
         wait_for(lambda: not self.run("condor_q", job, "-af", "JobStatus").strip())
         wait_for(lambda: self.query(job, "JobStatus"))
         return self.query(job, "JobStatus", "ExitBySignal", "ExitCode", "ExitSignal")
 
 
-# --- Grid Engine ----------------------------------------------------------------------------------------------
+# --- Grid Engine ----------------------------------------------------------------------------------
 
 QUEUE = """\
 qname main.q
@@ -486,13 +563,16 @@ class GridEngine(Site):
     def _start(self, *arguments):
         super()._start(*arguments)
         self.path("/var/lib/gridengine/default/common/act_qmaster").write_text("node.example.org\n")
-        self.run("install", "-d", "-o", "sgeadmin", "/var/run/gridengine", "/var/spool/gridengine/execd")
+        self.run(
+            "install", "-d", "-o", "sgeadmin", "/var/run/gridengine", "/var/spool/gridengine/execd"
+        )
         self.run("/etc/init.d/gridengine-master", "start")
         wait_for(lambda: self.run("qconf", "-sh", check=False))
         self.run("qconf", "-ah", "node.example.org", check=False)
         self.run("qconf", "-as", "node.example.org")
         self.run("/etc/init.d/gridengine-exec", "start")
         wait_for(lambda: "node" in self.run("qconf", "-sel", check=False))
+
         # A new queue with all that is not said here as in the template.
         own = dict(line.split(" ", 1) for line in QUEUE.splitlines())
         self.configure("-sq", "-Aq", "queue", own)
@@ -507,14 +587,26 @@ class GridEngine(Site):
                 "job_load_adjustments": "NONE",
             },
         )
-        flush = "accounting=true reporting=false flush_time=00:00:01 joblog=false accounting_flush_time=00:00:01"
-        self.configure("-sconf", "-Mconf", "global", {"load_report_time": "00:00:02", "reporting_params": flush})
-        wait_for(lambda: re.search(r"^main\.q.* lx-amd64 *$", self.run("qstat", "-f", check=False), re.MULTILINE))
+        flush = (
+            "accounting=true reporting=false flush_time=00:00:01 joblog=false "
+            "accounting_flush_time=00:00:01"
+        )
+        self.configure(
+            "-sconf", "-Mconf", "global",
+            {"load_report_time": "00:00:02", "reporting_params": flush},
+        )
+        wait_for(
+            lambda: re.search(
+                r"^main\.q.* lx-amd64 *$", self.run("qstat", "-f", check=False), re.MULTILINE
+            )
+        )
 
     def configure(self, show, change, name, settings):
         """Change some settings of those that qconf shows."""
         text = re.sub(r"\\\n\s*", "", self.run("qconf", show))
-        lines = [line.split(None, 1) for line in text.splitlines() if line and not line.startswith("#")]
+        lines = [
+            line.split(None, 1) for line in text.splitlines() if line and not line.startswith("#")
+        ]
         text = "".join(f"{key} {settings.get(key, *value)}\n" for key, *value in lines)
         self.path(f"/tmp/{name}").write_text(text)
         self.run("qconf", change, f"/tmp/{name}")
@@ -525,10 +617,10 @@ class GridEngine(Site):
         return self.start(
             "qsub", "-sync", "y", *words, user=USER, cwd=self.inside(directory), env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        )
 
 
-# --- ARC ------------------------------------------------------------------------------------------------------
+# --- ARC ------------------------------------------------------------------------------------------
 
 ARC_CONF = """\
 [common]
@@ -556,7 +648,7 @@ allowaccess = zero
 
 
 class Arc(Site):
-    """A-REX with its REST interface and the fork back end, and a client with a proxy of a test authority."""
+    """A-REX with REST and the fork back end, and a client with a proxy of a test authority."""
 
     CLIENT = {
         "X509_CERT_DIR": "/etc/grid-security/certificates",
@@ -571,6 +663,7 @@ class Arc(Site):
         self.path("/etc/arc.conf").write_text(ARC_CONF)
         self.run("arcctl", "test-ca", "usercert", "-n", "grid01", "-i", USER, "-f")
         self.run("mkdir", "-p", "/run/arc", self.STATUS)
+
         # Else A-REX has a pair of 4096 bits made, which takes a CPU some minutes.
         self.run("openssl", "dhparam", "-dsaparam", "-out", f"{self.STATUS}/dhparam.pem", "2048")
         for name in ("arc-arex-start", "arc-arex-ws-start"):

@@ -20,12 +20,16 @@ UNPRIVILEGED = 65534  # nobody
 DEADLINE_S = float(os.environ.get("APPPOT_TEST_DEADLINE", "90"))
 
 STAND_IN = TOP / "tests" / "empty.py"
-EMPTY = pathlib.Path(os.environ.pop("APPPOT_EMPTY", None) or shutil.which("empty") or STAND_IN).resolve()
+EMPTY = pathlib.Path(
+    os.environ.pop("APPPOT_EMPTY", None) or shutil.which("empty") or STAND_IN
+).resolve()
 # For the tests that have no carrier of their own: APPPOT_TEST_IO=empty runs them all with `empty`.
 DEFAULT_CARRIER = os.environ.get("APPPOT_TEST_IO", "builtin")
 
 both_carriers = pytest.mark.parametrize("carrier", ["builtin", "empty"], indirect=True)
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="mounts, other users and cgroups need root")
+needs_root = pytest.mark.skipif(
+    os.getuid() != 0, reason="mounts, other users and cgroups need root"
+)
 # See the README on apppot-snap: what these tests compare has no account of the caller's in it.
 caller_is_root = pytest.mark.skipif(
     os.getuid() != 0,
@@ -40,7 +44,7 @@ def require(condition, reason):
 
 
 def skip_unless(exists, reason):
-    """Leave out a case that does not exist for this user or kernel. They are asked, not AppPot, which may be wrong."""
+    """Leave out a case that this user or kernel does not have. They are asked, not AppPot."""
     if not exists:
         pytest.skip(reason)
 
@@ -52,7 +56,9 @@ def kernel_has(kernel, setting):
 
 def read_version(kernel):
     """Its first two numbers."""
-    text = subprocess.run([kernel, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    text = subprocess.run(
+        [kernel, "--version"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
     major, minor = text.split(".")[:2]
     return int(major), int(minor)
 
@@ -78,7 +84,7 @@ def wait_for(condition, seconds=DEADLINE_S):
         time.sleep(0.02)
 
 
-# --- Processes ----------------------------------------------------------------------------------------------
+# --- Processes ------------------------------------------------------------------------------------
 
 
 def read_stat(pid):
@@ -143,7 +149,7 @@ def send(pids, number):
             os.kill(pid, number)
 
 
-# --- Wraps: commands that runs are run under -----------------------------------------------------------------
+# --- Wraps: commands that runs are run under ------------------------------------------------------
 
 
 def mounted(commands):
@@ -157,7 +163,7 @@ def limited(limits):
     return ("bash", "-c", commands + 'exec "$@"', "-")
 
 
-# --- Nodes --------------------------------------------------------------------------------------------------
+# --- Nodes ----------------------------------------------------------------------------------------
 
 
 class Node:
@@ -196,13 +202,15 @@ class Node:
         (self.root / name).chmod(0o755)
         return self.root / name
 
-    # --- Runs ----------------------------------------------------------------------------------------------
+    # --- Runs -------------------------------------------------------------------------------------
 
     def argv(self, *words, python=sys.executable, image=None):
-        return [python, str(self.root / "apppot_start.py"), "--image", str(image or self.image), *words]
+        return [
+            python, str(self.root / "apppot_start.py"), "--image", str(image or self.image), *words,
+        ]
 
     def start(self, *words, python=sys.executable, image=None, env=(), wrap=(), **options):
-        """Popen of a run; `env` changes the environment (None removes), `wrap` is a command to run it under."""
+        """Popen of a run. `env` changes the environment (None removes), `wrap` runs the run."""
         environment = {**self.environment, **dict(env)}
         options = {
             "cwd": self.job,
@@ -250,7 +258,7 @@ class Node:
         stdout, stderr = process.communicate(timeout=DEADLINE_S)
         return process.returncode, stdout, stderr
 
-    # --- What they leave -----------------------------------------------------------------------------------
+    # --- What they leave --------------------------------------------------------------------------
 
     def processes(self):
         return find_processes(self.mark)
@@ -264,7 +272,7 @@ class Node:
         self.signal_all(signal.SIGKILL)
 
     def list_parts(self, process):
-        """The runner, its supervisor, `empty`, the kernel, and the first of the kernel's own children."""
+        """The runner, its supervisor, `empty`, the kernel, and the kernel's first children."""
         names = ["runner", "supervisor", "kernel", "first child", "second child"]
         if self.carrier == "empty":
             names.insert(2, "empty")
@@ -322,7 +330,7 @@ def assert_error(result, *words):
     assert_told(result.stderr, *words)
 
 
-# --- Images -------------------------------------------------------------------------------------------------
+# --- Images ---------------------------------------------------------------------------------------
 
 
 def writable_copy(node, image, name="own.img"):

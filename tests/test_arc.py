@@ -40,8 +40,15 @@ class Jobs(Pair):
 
 @pytest.mark.parametrize("script, status", [("exit 0", 0), ("exit 7", 7), ("kill -SEGV $$", 139)])
 def test_a_job_ends_as_its_command_does(arc, script, status):
-    failure = f"LRMS error: ({status}) Job finished with wrong exit code - {status} != 0" if status else ""
-    jobs = Jobs(arc, f"echo here; echo made > result; {script}", options="--die-with submit-fork-job")
+    failure = (
+        f"LRMS error: ({status}) Job finished with wrong exit code - {status} != 0"
+        if status
+        else ""
+    )
+
+    jobs = Jobs(
+        arc, f"echo here; echo made > result; {script}", options="--die-with submit-fork-job"
+    )
     assert jobs.end() == ((failure, str(status)), ["here"])
 
 
@@ -53,6 +60,7 @@ def test_arckill_of_the_wrapper_alone_ends_the_command(arc):
     wait_for(lambda: not any("apppot" in command for command in arc.processes().values()))
     assert jobs.output(1) == ["ready", "told"]
     assert arc.scratch_files() == []
+
     # Let the other one end, of which ARC will not rid the node.
     for pid in arc.processes():
         os.kill(pid, signal.SIGKILL)
@@ -62,11 +70,15 @@ def run_recipe(site, changes, is_deployed):
     directory = site.fill_job_directory(changes, "job.xrsl", is_deployed)
     job = site.submit(directory, "job.xrsl")
     assert site.wait_ended(job) == ("", "0")
+
     # The client learns of the end when A-REX has gathered what it publishes.
     fetch = ["arcget", "-D", site.inside(directory), job]
     wait_for(lambda: "successfully retrieved: 1" in site.client(*fetch, check=False))
+
     (got,) = [path for path in directory.iterdir() if path.is_dir()]
-    assert [(got / name).read_text() for name in ("out", "result", "err")] == ["1 squared is 1\n"] * 2 + [""]
+    assert [(got / name).read_text() for name in ("out", "result", "err")] == [
+        "1 squared is 1\n"
+    ] * 2 + [""]
     site.assert_nothing_left()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process of the guest is one of the host, which has no more memory areas than vm.max_map_count."""
+"""A process of the guest has no more memory areas than the host's vm.max_map_count allows."""
 
 import pathlib
 

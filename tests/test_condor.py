@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs of a real HTCondor. Each is sent twice, with AppPot and without: HTCondor must not see a difference."""
+"""Jobs of a real HTCondor, with AppPot and without: HTCondor must not see a difference."""
 
 import contextlib
 
@@ -75,12 +75,15 @@ def test_condor_rm_warns_the_command_and_ends_it(condor, script, end, output):
 
 
 def test_a_held_job_is_ended_and_begins_again_when_released(condor):
-    jobs = Jobs(condor, "trap 'exit 42' TERM; echo ready; until [ -e go ]; do sleep 0.1; done; exit 3")
+    jobs = Jobs(
+        condor, "trap 'exit 42' TERM; echo ready; until [ -e go ]; do sleep 0.1; done; exit 3"
+    )
     jobs.wait_for_line("ready")
     jobs.each("condor_hold", user=USER)
     jobs.wait_for_status("5")
     wait_for(lambda: not condor.processes())
     condor.assert_nothing_left()
+
     for directory in jobs.directories:
         (directory / "out").unlink()
     jobs.each("condor_release", user=USER)
@@ -91,7 +94,10 @@ def test_a_held_job_is_ended_and_begins_again_when_released(condor):
 
 def test_a_suspended_job_stands_still_and_goes_on_with_its_data_intact(condor, kernel):
     has_seccomp_mode = b"seccomp=<on" in kernel.read_bytes()
-    skip_unless(has_seccomp_mode, "HTCondor without cgroups stops every process at once: see the README's limits")
+    skip_unless(
+        has_seccomp_mode,
+        "HTCondor without cgroups stops every process at once: see the README's limits",
+    )
     jobs = Jobs(condor, WORKS)
     jobs.wait_for_line("ready")
     jobs.each("condor_suspend", user=USER)
@@ -106,9 +112,13 @@ def test_a_suspended_job_stands_still_and_goes_on_with_its_data_intact(condor, k
 def run_recipe(site, changes, is_deployed):
     directory = site.fill_job_directory(changes, "job.condor", is_deployed)
     cluster = site.submit(directory, "job.condor").partition(".")[0]
+
     for number in range(4):
         assert site.wait_ended(f"{cluster}.{number}") == ["4", "false", "0", "undefined"]
-        assert (directory / f"log.{number}").read_text() == f"{number} squared is {number * number}\n"
+        assert (
+            directory / f"log.{number}"
+        ).read_text() == f"{number} squared is {number * number}\n"
+
     assert (directory / "result").exists()
     site.assert_nothing_left()
 

@@ -22,7 +22,9 @@ def small():
 
         def make(place, mib):
             owner = os.stat(place)
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "none", place], check=True)
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "none", place], check=True
+            )
             stack.callback(subprocess.run, ["umount", "-l", place], check=True)
             os.chown(place, owner.st_uid, -1)
             return place
@@ -56,7 +58,10 @@ def test_what_a_full_scratch_lost_is_not_read_back(node, small):
     small(node.scratch, 60)
     has_mapper = b"CONFIG_DM_INIT=y" in node.kernel.read_bytes()
     script = FILL.format(200000000, "/var/tmp/x") + "; sha256sum < /var/tmp/x; touch read"
-    result = node.run("--mem", "128M", *(["--disk", "3G"] if has_mapper else []), "sh", "-c", script)
+
+    result = node.run(
+        "--mem", "128M", *(["--disk", "3G"] if has_mapper else []), "sh", "-c", script
+    )
     assert result.returncode == 125
     assert_error(result, "scratch is full", node.scratch)
 
@@ -99,21 +104,31 @@ def test_an_image_on_a_full_disk_is_as_after_a_power_failure(node, image, small,
     disk = node.root / "disk"
     disk.mkdir()
     small(disk, 60 if kind == "cow" else (os.stat(image).st_blocks * 512 >> 20) + 60)
+
     if kind == "cow":
         target, options = disk / "cow", []
         name = f"{target}:{image}"
     else:
         target, options = writable_copy(node, image, "disk/own.img"), ["--write"]
         name = target
+
     kept = node.run("--root", *options, "sh", "-c", FILL.format(10000000, "/root/kept"), image=name)
     assert kept.returncode == 0, kept.stderr
-    result = node.run("--root", *options, "sh", "-c", FILL.format(90000000, "/root/data") + "; sync", image=name)
+
+    result = node.run(
+        "--root", *options, "sh", "-c", FILL.format(90000000, "/root/data") + "; sync", image=name
+    )
     assert result.returncode == 125
-    assert_error(result, "directory of the {} is full: {}".format("image" if kind == "image" else "COW file", disk))
+    assert_error(
+        result,
+        "directory of the {} is full: {}".format("image" if kind == "image" else "COW file", disk),
+    )
+
     subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
     again = node.run("--root", *options, "sh", "-c", "cat /root/kept", image=name)
     assert (again.returncode, again.stderr) == (0, b"")
     assert hashlib.sha256(again.stdout).hexdigest() == kept.stdout.decode().split()[0]
+
     if kind == "image":
         check = subprocess.run(["/sbin/e2fsck", "-fn", target], capture_output=True)
         assert check.returncode == 0, check.stdout
@@ -124,10 +139,12 @@ def test_stdin_that_does_not_fit_on_scratch_is_125(any_node, small):
     small(any_node.scratch, 33)
     ballast = any_node.scratch / "ballast"
     process = any_node.start_ready("read x; sleep 60", stdin=subprocess.PIPE)
+
     with open(ballast, "wb") as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 16))
             file.flush()
+
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(bytes(64 << 20))
     status, _, stderr = any_node.finish(process)
@@ -142,7 +159,11 @@ def test_a_changes_file_that_does_not_fit_is_125_and_leaves_no_part(any_node, sm
     place.mkdir()
     os.chown(place, any_node.uid, -1)
     small(place, 10)
-    result = any_node.run("--root", "--save-changes", f"{place}/c.tar", "sh", "-c", FILL.format(20000000, "/root/data"))
+
+    result = any_node.run(
+        "--root", "--save-changes", f"{place}/c.tar", "sh", "-c",
+        FILL.format(20000000, "/root/data"),
+    )
     assert result.returncode == 125
     assert_error(result, f"{place}/c.tar", "No space left")
     assert os.listdir(place) == []
@@ -164,7 +185,10 @@ def test_mapped_pages_that_a_full_job_directory_does_not_take_are_125(any_node, 
     small(any_node.job, 5)
     result = any_node.run("python3", "-c", MAPPED + "sys.exit(3)", "m", "10")
     assert result.returncode == 125
-    assert_error(result, f"files in {any_node.job} could not be written", "No space left", "ended with status 3")
+    assert_error(
+        result, f"files in {any_node.job} could not be written", "No space left",
+        "ended with status 3",
+    )
 
 
 @needs_root
@@ -173,9 +197,12 @@ def test_mapped_pages_of_a_bind_are_missed_though_something_hides_it(node, small
     place.mkdir()
     small(place, 5)
     script = f"python3 -c '{MAPPED}' /data/m 10; mount -t tmpfs none /data"
+
     result = node.run("--root", "--bind", f"{place}:/data", "sh", "-c", script)
     assert result.returncode == 125
-    assert_error(result, "files in /data could not be written", "No space left", "ended with status 0")
+    assert_error(
+        result, "files in /data could not be written", "No space left", "ended with status 0"
+    )
 
 
 @needs_root
@@ -193,16 +220,18 @@ def test_more_mapped_pages_than_may_wait_in_memory_are_written(node, small):
     result = node.run("--mem", "64M", "python3", "-c", MAPPED, "m", "30")
     assert result.returncode == 125
     assert_error(result, f"files in {node.job} could not be written", "No space left")
+
     subprocess.run(["mount", "-o", "remount,size=40m", node.job], check=True)
     result = node.run("--mem", "64M", "python3", "-c", MAPPED, "m", "30")
     assert (result.returncode, result.stderr) == (0, b"")
+
     content = (node.job / "m").read_bytes()
     assert content[::4096] == b"\1" * (30 << 8)
 
 
 @needs_root
 def test_a_command_that_was_ended_for_lost_pages_has_no_status(node, small):
-    """The agent knows nothing of what root of the guest mounts himself. Linux 6.1 lets the command wait for ever."""
+    """The agent does not know what root of the guest mounts. Linux 6.1 waits for ever here."""
     small(node.job, 5)
     mount = "import ctypes; ctypes.CDLL(None).mount(b'none', b'/mnt', b'hostfs', 0, b'job')\n"
     script = mount + MAPPED + "sys.exit(7)"
@@ -227,10 +256,12 @@ def test_a_connection_that_is_reset_is_no_end_of_stdin(any_node):
     with socket.create_server(("127.0.0.1", 0)) as server:
         ours = socket.create_connection(server.getsockname())
         theirs = server.accept()[0]
+
     ours.sendall(b"line\n")
     with theirs:
         process = any_node.start_ready("read line; echo $line; cat; touch seen", stdin=theirs)
     assert process.stdout.readline() == b"line\n"
+
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     ours.close()
     status, _, stderr = any_node.finish(process)
@@ -258,11 +289,14 @@ def test_output_that_a_file_does_not_take_is_125(node, options):
 def test_memory_of_the_guest_that_a_full_directory_does_not_give_is_told_as_such(node, small):
     small(node.scratch, 100)
     wrap = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m none /dev/shm; exec "$@"', "-")
-    process = node.start_ready("read x; head -c 60M /dev/zero | tail -c 50M | wc -c", "--mem", "80M",
-                               stdin=subprocess.PIPE, wrap=wrap)
+    process = node.start_ready(
+        "read x; head -c 60M /dev/zero | tail -c 50M | wc -c", "--mem", "80M",
+        stdin=subprocess.PIPE, wrap=wrap,
+    )
     with open(node.scratch / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
+
     process.stdin.write(b"go\n")
     process.stdin.flush()
     status, _, stderr = node.finish(process)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which carrier the channel gets: `empty` or the built-in one. What both must do, other tests tell: both_carriers."""
+"""Which carrier the channel gets: `empty` or the built-in one.
+
+What both carriers must do is in other files, in the tests with both_carriers.
+"""
 
 import os
 import subprocess
@@ -35,6 +38,7 @@ def test_one_staged_in_beside_the_runner_is_used(any_node, mode):
 def test_it_is_used_when_named_and_found_on_path_when_asked_for(node):
     (node.root / "bin").mkdir()
     path = node.copy_empty("bin/empty")
+
     on_path = {"PATH": f"{os.environ['PATH']}:{path.parent}"}
     assert CARRIED + str(path) in run_v(node, "--empty", str(path))
     assert CARRIED + str(path) in run_v(node, env={"APPPOT_EMPTY": str(path)})
@@ -56,7 +60,11 @@ def make_broken(node, kind):
         "an empty file": b"",
         "ends at once": b"#!/bin/sh\n# usage: empty -f\nexit 0\n",
         "fails": b"#!/bin/sh\n# usage: empty -f\nexit 255\n",
-        "for another machine": b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00\xf3\x00" + bytes(60) + b"empty -f",
+        "for another machine": b"\x7fELF\x02\x01\x01"
+        + bytes(9)
+        + b"\x02\x00\xf3\x00"
+        + bytes(60)
+        + b"empty -f",
         "lies about its pid": b"#!/bin/sh\n# usage: empty -f\necho 1 > empty.pid\n",
         "leaves its files": b"#!/bin/sh\n# usage: empty -f\nmkfifo to-guest from-guest; exit 255\n",
     }
@@ -65,7 +73,10 @@ def make_broken(node, kind):
     return path
 
 
-BROKEN = ["another program", "an empty file", "ends at once", "fails", "for another machine", "lies about its pid"]
+BROKEN = [
+    "another program", "an empty file", "ends at once", "fails", "for another machine",
+    "lies about its pid",
+]
 
 
 @pytest.mark.parametrize("kind", [*BROKEN, "leaves its files"])
@@ -84,7 +95,9 @@ def test_one_asked_for_that_does_not_work_is_named(any_node, kind):
     assert_error(result, "`empty`", path)
 
 
-@pytest.mark.parametrize("words", [["--empty", "/no/such"], ["--empty", "/etc"], ["--io", "empty"], ["--io", "other"]])
+@pytest.mark.parametrize(
+    "words", [["--empty", "/no/such"], ["--empty", "/etc"], ["--io", "empty"], ["--io", "other"]]
+)
 def test_one_asked_for_that_is_not_there_is_named(node, words):
     result = node.run(*words, "true", env={"PATH": "/usr/bin:/bin"})
     assert (result.returncode, result.stdout) == (125, b"")
@@ -107,7 +120,9 @@ def test_a_kernel_that_cannot_be_executed_is_told_as_without_it(node):
     broken = node.root / "kernel"
     broken.write_bytes(b"\x7fELF" + bytes(100))
     said = [node.run("--kernel", str(broken), "--io", "builtin", "true").stderr]
-    said.append(node.run("--kernel", str(broken), "--empty", str(node.copy_empty("e")), "true").stderr)
+    said.append(
+        node.run("--kernel", str(broken), "--empty", str(node.copy_empty("e")), "true").stderr
+    )
     assert said[0] == said[1] and b"cannot be executed, Exec format error" in said[0]
 
 
@@ -125,7 +140,10 @@ def test_small_pieces_in_and_much_out_at_once_come_through(node):
         process.stdin.close()
 
     errors = []
-    threads = [threading.Thread(target=feed), threading.Thread(target=lambda: errors.append(process.stderr.read()))]
+    threads = [
+        threading.Thread(target=feed),
+        threading.Thread(target=lambda: errors.append(process.stderr.read())),
+    ]
     for thread in threads:
         thread.start()
     assert process.stdout.read() == b"".join(lines)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How runs end: by signals, suspended on the way, killed, failed; and what is left, which is nothing."""
+"""How runs end: by signals, suspended on the way, killed, failed. Nothing is left of any."""
 
 import os
 import pathlib
@@ -32,18 +32,20 @@ from nodes import (
 FORWARDED = ["TERM", "INT", "HUP", "USR1", "USR2", "QUIT", "XCPU"]
 
 
-# --- Signals ------------------------------------------------------------------------------------------------
+# --- Signals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FORWARDED)
 def test_a_signal_to_the_runner_reaches_the_whole_process_group(node, name):
-    # Both shells trap the signal: the group gets it, not only its leader, which acts when its child has ended.
+    # Both shells trap the signal: the group gets it, not only its leader, which acts when its child
+    # has ended.
     process = node.start_ready(
         f"trap 'echo leader; exit 33' {name}\n"
         f"bash -c 'trap \"echo child; exit\" {name}; echo up; while :; do sleep 0.05; done'\n"
         "while :; do sleep 0.05; done"
     )
     assert process.stdout.readline() == b"up\n"
+
     process.send_signal(getattr(signal, "SIG" + name))
     assert node.finish(process)[:2] == (33, b"child\nleader\n")
 
@@ -74,8 +76,11 @@ def test_a_command_that_ignores_sigterm_is_ended(node):
 
 def test_two_sigterms_of_one_moment_are_one(node):
     # As of a batch system and, at once, of --die-with-parent.
-    process = node.start_ready("trap 'sleep 0.5; echo told; exit 3' TERM; echo set; while :; do sleep 0.1; done")
+    process = node.start_ready(
+        "trap 'sleep 0.5; echo told; exit 3' TERM; echo set; while :; do sleep 0.1; done"
+    )
     assert process.stdout.readline() == b"set\n"
+
     process.terminate()
     time.sleep(0.01)  # else the host's kernel makes one of them
     process.terminate()
@@ -93,17 +98,22 @@ def test_a_signal_during_the_boot_ends_it_at_once(node):
 @both_carriers
 def test_a_timeout_ends_the_command_with_124(node):
     result = node.run(
-        "--timeout", "4s", "sh", "-c", "trap 'echo warned; exit 0' TERM; while :; do sleep 0.1; done 2> /dev/null"
+        "--timeout", "4s", "sh", "-c",
+        "trap 'echo warned; exit 0' TERM; while :; do sleep 0.1; done 2> /dev/null",
     )
     assert (result.returncode, result.stdout) == (124, b"warned\n")
+
     result.stderr = result.stderr.replace(b"Terminated\n", b"")  # the guest's shell, of its sleep
     assert_error(result, "walltime")
 
 
 @both_carriers
-@pytest.mark.parametrize("name", [name for name in FORWARDED if name != "USR1"])  # see the README's limits
+# README's limits say why USR1 is not among them.
+@pytest.mark.parametrize("name", [name for name in FORWARDED if name != "USR1"])
 def test_a_signal_to_every_process_of_a_run_reaches_only_the_command(node, name):
-    process = node.start_ready(f"trap 'echo told; exit 9' {name}; echo trapped; while :; do sleep 0.1; done")
+    process = node.start_ready(
+        f"trap 'echo told; exit 9' {name}; echo trapped; while :; do sleep 0.1; done"
+    )
     assert process.stdout.readline() == b"trapped\n"
     node.signal_all(getattr(signal, "SIG" + name))
     assert node.finish(process)[:2] == (9, b"told\n")
@@ -116,18 +126,23 @@ def test_a_run_ends_with_its_parent_where_asked_to(any_node):
     script = "trap 'echo told; exit' TERM; echo ready; while :; do sleep 0.1; done 2> /dev/null"
     process = any_node.start("--die-with-parent", "bash", "-c", script, wrap=wrap)
     assert process.stdout.readline() == b"ready\n"
+
     process.kill()
     assert process.stdout.read() == b"told\n"
     any_node.wait_until_gone(5)
 
 
 def test_a_run_ends_with_the_process_above_that_it_is_to_end_with(node):
-    (node.job / "wrapper").write_text('#!/bin/bash\n(bash -c \'"$@"; exit\' - "$@"; exit) & echo $!; wait\n')
+    (node.job / "wrapper").write_text(
+        '#!/bin/bash\n(bash -c \'"$@"; exit\' - "$@"; exit) & echo $!; wait\n'
+    )
     (node.job / "wrapper").chmod(0o755)
     script = "trap 'echo told; exit' TERM; echo ready; while :; do sleep 0.1; done 2> /dev/null"
     process = node.start("--die-with", "wrapper", "bash", "-c", script, wrap=("./wrapper",))
-    wrapper = int(process.stdout.readline())      # the nearest of two
+
+    wrapper = int(process.stdout.readline())  # the nearest of two
     assert process.stdout.readline() == b"ready\n"
+
     os.kill(wrapper, signal.SIGKILL)
     assert process.stdout.read() == b"told\n"
     node.wait_until_gone(5)
@@ -145,17 +160,21 @@ def test_a_process_above_that_lives_or_is_not_there_is_no_matter(node, options):
 def test_a_guest_that_runs_out_of_memory_says_so(node):
     result = node.run("--mem", "128M", "tail", "/dev/zero")
     assert result.returncode == 128 + signal.SIGKILL
-    assert result.stderr.startswith(b"apppot: warning: guest was out of memory, of which it has 128 MiB")
+    assert result.stderr.startswith(
+        b"apppot: warning: guest was out of memory, of which it has 128 MiB"
+    )
 
 
 @pytest.mark.own_kernel
 def test_a_walltime_longer_than_poll_can_wait_is_kept(node):
     for time_s in ("30d", "999999999d"):
-        result = node.run("--timeout", time_s, "--kill-after", time_s, "sh", "-c", "sleep 0.2; echo over")
+        result = node.run(
+            "--timeout", time_s, "--kill-after", time_s, "sh", "-c", "sleep 0.2; echo over"
+        )
         assert (result.returncode, result.stdout, result.stderr) == (0, b"over\n", b"")
 
 
-# --- Suspend and resume -------------------------------------------------------------------------------------
+# --- Suspend and resume ---------------------------------------------------------------------------
 
 WORK = "for i in 1 2 3 4 5 6 7 8; do sha256sum data || exit; done | sort | uniq -c | wc -l"
 
@@ -179,7 +198,7 @@ def test_sigtstp_then_sigstop_of_everything_then_sigcont_as_slurm_does(any_node)
 
 @both_carriers
 def test_the_runner_s_continuation_continues_what_was_stopped_with_it(any_node):
-    """Else a process of the guest would run into its own SIGSTOP, which panics a kernel that traces by ptrace."""
+    """Else its own SIGSTOP would stop a process of the guest: with ptrace that is a panic."""
     process = start_work(any_node)
     process.send_signal(signal.SIGTSTP)
     wait_for_state([process.pid], "T")
@@ -198,17 +217,19 @@ def test_sigstop_and_sigcont_of_the_runner_s_group_as_grid_engine_does(any_node)
     used = read_cpu_time(any_node.processes())
     time.sleep(0.5)
     assert read_cpu_time(any_node.processes()) - used < 0.1, "a suspended guest computes"
+
     os.killpg(process.pid, signal.SIGCONT)
     assert any_node.finish(process) == (0, b"1\n", b"")
 
 
 @pytest.fixture
 def freezer():
-    """A freezer cgroup of version 1 or 2: a directory, the file that freezes it, and the words for that file."""
+    """A freezer cgroup of version 1 or 2: a directory, its control file, and that file's words."""
     places = (
         ("/sys/fs/cgroup/freezer", "freezer.state", "FROZEN", "THAWED"),
         ("/sys/fs/cgroup", "cgroup.freeze", "1", "0"),
     )
+
     for parent, name, freeze, thaw in places:
         group = pathlib.Path(parent, f"apppot-test-{os.getpid()}")
         try:
@@ -232,7 +253,7 @@ def test_a_frozen_cgroup_goes_on(node, freezer):
     assert node.finish(process) == (0, b"1\n", b"")
 
 
-# --- Killed -------------------------------------------------------------------------------------------------
+# --- Killed ---------------------------------------------------------------------------------------
 
 
 @both_carriers
@@ -256,11 +277,14 @@ def test_after_sigkill_of_empty_nothing_is_left(any_node):
 
 
 def kill_and_look(any_node, victim, words):
-    # Command and agent work: a kernel in seccomp mode tells that a process is lost when that should run.
-    process = any_node.start_ready("while echo; do sleep 0.1; done", "--net", "none")  # test_net.py kills its helpers
+    # Command and agent work: a kernel in seccomp mode tells that a process is lost when that should
+    # run.
+    # The network's helpers are killed in test_net.py.
+    process = any_node.start_ready("while echo; do sleep 0.1; done", "--net", "none")
     os.kill(any_node.list_parts(process)[victim], signal.SIGKILL)
     any_node.wait_until_gone(2)
     status, _, stderr = any_node.finish(process)
+
     if words is None:
         assert status == -signal.SIGKILL
     else:
@@ -310,7 +334,7 @@ def test_a_run_does_not_remove_the_directory_of_another(node):
     assert node.finish(first) == (0, b"still here\n", b"")
 
 
-# --- Failed -------------------------------------------------------------------------------------------------
+# --- Failed ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -336,10 +360,12 @@ def test_an_agent_that_fails_says_so(node, image):
         "import apppot_init\n{}\napppot_init.main()\n"
     )
     replace_agent(node, own, launcher.format("apppot_init.make_account = None"))
+
     result = node.run("true", image=own)
     assert result.returncode == 125
     assert_error(result, "agent", "TypeError")
     assert b"Traceback" in node.run("-v", "true", image=own).stderr
+
     replace_agent(node, own, launcher.format("raise SystemExit(3)"))
     result = node.run("true", image=own)
     assert result.returncode == 125
@@ -380,14 +406,17 @@ def test_a_kernel_that_lost_its_execute_bit_is_used(node, kernel):
     assert node.run("--kernel", str(copy), "echo", "up").stdout == b"up\n"
 
 
-# --- Odd nodes ----------------------------------------------------------------------------------------------
+# --- Odd nodes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.own_kernel
 @pytest.mark.parametrize("python", pythons())
 def test_every_python_here_runs_it_with_an_empty_environment(kernel, image, python):
-    for node in make_node(kernel, image, os.getuid()):  # as root: other users cannot reach every Python
-        result = node.run("sh", "-c", "cat; exit 5", input=b"in\n", python=pythons()[python], env={"PATH": None})
+    # The node is root's, as other users cannot reach every Python.
+    for node in make_node(kernel, image, os.getuid()):
+        result = node.run(
+            "sh", "-c", "cat; exit 5", input=b"in\n", python=pythons()[python], env={"PATH": None}
+        )
         assert (result.returncode, result.stdout, result.stderr) == (5, b"in\n", b"")
 
 
@@ -414,7 +443,8 @@ def test_limits_that_leave_room_are_no_matter(node, limits):
 
 
 @pytest.mark.parametrize(
-    "limits, words", [("-v 900000", "address space"), ("-f 500000", "file size"), ("-n 20", "open files")]
+    "limits, words",
+    [("-v 900000", "address space"), ("-f 500000", "file size"), ("-n 20", "open files")],
 )
 def test_limits_that_leave_no_room_are_named(node, limits, words):
     result = node.run("true", wrap=limited(limits))
@@ -431,15 +461,18 @@ def test_a_shared_memory_directory_that_is_no_use_is_passed_over(node, options):
 
 @needs_root
 @pytest.mark.parametrize(
-    "options, words", [("noexec", "noexec"), ("size=100m", "100 MiB free"), ("ro", "cannot be written")]
+    "options, words",
+    [("noexec", "noexec"), ("size=100m", "100 MiB free"), ("ro", "cannot be written")],
 )
 def test_no_place_for_the_memory_is_told_with_directory_and_need(node, options, words):
     wrap = mounted(
-        f"for d in /dev/shm /tmp/.apppot-{node.mark}; do mkdir -p $d; mount -t tmpfs -o {options} none $d; done"
+        f"for d in /dev/shm /tmp/.apppot-{node.mark}; do mkdir -p $d; "
+        f"mount -t tmpfs -o {options} none $d; done"
     )
     process = node.start("true", wrap=wrap, env={"APPPOT_TMPDIR": f"/tmp/.apppot-{node.mark}"})
     status, _, stderr = node.finish(process)
     os.rmdir(f"/tmp/.apppot-{node.mark}")
+
     assert status == 125
     assert_told(stderr, "/dev/shm", "1.0 GiB", words)
 
@@ -459,7 +492,10 @@ def test_a_scratch_directory_that_fills_up_is_left_empty(node):
 def test_a_read_only_current_directory_and_image_are_enough(any_node, image):
     any_node.job.chmod(0o555)
     assert any_node.run("sh", "-c", "pwd").stdout.decode() == f"{any_node.job}\n"
-    require(not os.access(image, os.W_OK) or os.getuid() == 0, "the image should be read-only for this test")
+    require(
+        not os.access(image, os.W_OK) or os.getuid() == 0,
+        "the image should be read-only for this test",
+    )
     any_node.job.chmod(0o755)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals before and after the guest, a stopped supervisor, bugs of AppPot; locks, limits, files of odd kinds."""
+"""Early signals, a stopped supervisor, bugs of AppPot, locks, limits, files of odd kinds."""
 
 import contextlib
 import functools
@@ -15,11 +15,21 @@ import sys
 import time
 
 import pytest
-from nodes import TOP, assert_error, both_carriers, limited, require, wait_for, wait_for_state, writable_copy
+from nodes import (
+    TOP,
+    assert_error,
+    both_carriers,
+    limited,
+    require,
+    wait_for,
+    wait_for_state,
+    writable_copy,
+)
 
 import apppot_start
 
-# Python runs this before the runner. At the N-th audit event of a name the runner sends itself a signal.
+# Python runs this before the runner. At the N-th audit event of a name the runner sends itself a
+# signal.
 SENDER = """
 import os, sys
 runner, name, count, number = os.getpid(), *os.environ["APPPOT_TEST_SEND"].split()
@@ -50,14 +60,15 @@ def run_with_signal(node, moment, number, *options, **more):
     result = node.run(
         "--net", "none", "--save-changes", str(saved), *options, "true", env=environment, **more
     )
+
     directories = made.read_bytes().splitlines()
     assert not [path for path in directories if os.path.exists(path)]
     assert not set(os.listdir(node.job)) - {"made", "saved.tar.gz"}
     return result, directories
 
 
-# While the three directories are made, one of them in shared memory; the links in them; the COW file, which is the
-# second that is truncated; the supervisor's start.
+# While the three directories are made, one of them in shared memory; the links in them; the COW
+# file, which is the second that is truncated; the supervisor's start.
 EARLY = [
     ("os.mkdir 1", signal.SIGTERM),
     ("os.mkdir 1", signal.SIGHUP),
@@ -90,7 +101,9 @@ def test_a_signal_while_a_run_cleans_up_changes_nothing(any_node):
 
 
 def test_an_interrupt_during_the_imports_is_no_traceback(node):
-    (node.root / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (node.root / "argparse.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )
     result = node.run("true")
     assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b"")
 
@@ -109,6 +122,7 @@ def test_a_stopped_supervisor_makes_nobody_deaf(any_node):
     wait_for_state([supervisor], "T")
     started = time.monotonic()
     process.terminate()
+
     assert any_node.finish(process) == (128 + signal.SIGTERM, b"", b"")
     assert time.monotonic() - started < apppot_start.CLEAN_S  # it went on, and was not killed
 
@@ -122,18 +136,30 @@ def test_a_supervisor_that_hangs_is_killed_and_its_work_done(node):
     assert node.finish(process)[0] == 128 + signal.SIGTERM
 
 
-# --- Bugs ---------------------------------------------------------------------------------------------------
+# --- Bugs -----------------------------------------------------------------------------------------
 
 BUGS = {
     "the supervisor starts": ("supervise", "def list_rules(*_): raise OSError('injected')"),
-    "the kernel is executed": ("supervise", "real = call_libc\ndef call_libc(name, *arguments):\n"
-                               "    if name == 'personality': raise ValueError('injected')\n"
-                               "    return real(name, *arguments)"),
+    "the kernel is executed": (
+        "supervise",
+        "real = call_libc\ndef call_libc(name, *arguments):\n"
+        "    if name == 'personality': raise ValueError('injected')\n"
+        "    return real(name, *arguments)",
+    ),
     "the supervisor watches": ("supervise", "def find_corpses(*_): raise KeyError('injected')"),
-    "the supervisor begins": ("supervise", "def close_all_but(*_): raise ZeroDivisionError('injected')"),
-    "output is written": ("run", "def fail(*_): raise KeyError('injected')\nOutputWriter._write = fail"),
+    "the supervisor begins": (
+        "supervise",
+        "def close_all_but(*_): raise ZeroDivisionError('injected')",
+    ),
+    "output is written": (
+        "run",
+        "def fail(*_): raise KeyError('injected')\nOutputWriter._write = fail",
+    ),
     "input is read": ("run", "def fail(*_): raise KeyError('injected')\nInputReader._read = fail"),
-    "a frame is obeyed": ("run", "def fail(*_): raise TypeError('injected')\nConversation._begin = fail"),
+    "a frame is obeyed": (
+        "run",
+        "def fail(*_): raise TypeError('injected')\nConversation._begin = fail",
+    ),
     "the run is prepared": ("run", "def find_landlock(*_): raise TypeError('injected')"),
 }
 
@@ -150,31 +176,41 @@ def test_a_bug_is_told_with_its_traceback(node, moment):
     where, injected = BUGS[moment]
     inject(node, injected)
     result = node.run("--net", "none", "sh", "-c", "echo out; cat; sleep 5", input=b"in\n")
+
     lines = result.stderr.decode().splitlines()
     assert result.returncode == 125
-    assert lines[0] == "Traceback (most recent call last):" and result.stderr.count(b"Traceback") == 1
+    assert (
+        lines[0] == "Traceback (most recent call last):" and result.stderr.count(b"Traceback") == 1
+    )
+
     who = {"supervise": "the supervisor", "run": "the runner"}[where]
     assert lines[-2].startswith(f"apppot: error: bug in {who}: ") and "injected" in lines[-2]
     assert lines[-1].startswith("apppot: hint: ")
 
 
-# --- Locks --------------------------------------------------------------------------------------------------
+# --- Locks ----------------------------------------------------------------------------------------
 
 LOCKERS = {
     "flock": "fcntl.flock(file, fcntl.LOCK_EX)",
     "lockf": "fcntl.lockf(file, fcntl.LOCK_SH)",
-    "open file description": "fcntl.fcntl(file, 37, struct.pack('@hhqqi4x', fcntl.F_RDLCK, 0, 0, 0, 0))",
+    "open file description": (
+        "fcntl.fcntl(file, 37, struct.pack('@hhqqi4x', fcntl.F_RDLCK, 0, 0, 0, 0))"
+    ),
 }
 
 
 def start_locker(path, lock, uid):
     """Another user who can read a file, and locks it as well as a reader can, until stdin ends."""
-    script = f"os.setuid({uid}); file = open({str(path)!r}, 'rb'); {lock}; print(flush=True); sys.stdin.read()"
+    script = (
+        f"os.setuid({uid}); file = open({str(path)!r}, 'rb'); {lock}; print(flush=True); "
+        "sys.stdin.read()"
+    )
     locker = subprocess.Popen(
         ["/usr/bin/python3", "-c", "import fcntl, os, struct, sys; " + script],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
+
     assert locker.stdout.readline() == b"\n"
     return locker
 
@@ -190,6 +226,7 @@ def test_who_can_read_an_image_can_keep_nobody_from_running_it(any_node, image, 
 def test_a_run_that_reads_an_image_keeps_others_from_writing_it(any_node, image):
     own = writable_copy(any_node, image)
     process = any_node.start_ready("read line", stdin=subprocess.PIPE, image=own)
+
     for option, path in (("--write", own), ("--image", f"{any_node.job}/cow:{own}")):
         result = any_node.run(*((option,) if option == "--write" else ()), "true", image=path)
         if option == "--write":
@@ -214,11 +251,14 @@ def test_a_cow_file_is_for_one_run_at_a_time_from_its_first_on(any_node, image):
 def test_an_empty_cow_file_is_filled(node, image):
     cow = node.job / "cow"
     cow.touch()
-    assert node.run("--root", "sh", "-c", "echo kept > /root/kept", image=f"{cow}:{image}").returncode == 0
+    assert (
+        node.run("--root", "sh", "-c", "echo kept > /root/kept", image=f"{cow}:{image}").returncode
+        == 0
+    )
     assert node.run("--root", "cat", "/root/kept", image=f"{cow}:{image}").stdout == b"kept\n"
 
 
-# --- Limits -------------------------------------------------------------------------------------------------
+# --- Limits ---------------------------------------------------------------------------------------
 
 
 def is_deserted(group):
@@ -251,6 +291,7 @@ def test_a_cgroup_s_limit_of_processes_is_named_before_the_boot(any_node, pids_c
     with root_of(any_node):
         result = any_node.run("echo", "up", wrap=wrap, python="/usr/bin/python3")
         doctor = any_node.run("--doctor", wrap=wrap, python="/usr/bin/python3").stdout.decode()
+
     if limit == 100:
         assert result.stdout == b"up\n" and "room for 99 more by cgroup's pids.max" in doctor
     else:
@@ -281,7 +322,9 @@ def root_of(node):
 def test_limits_of_processes_of_all_cgroups_above_are_found():
     files = {
         "/proc/self/cgroup": "0::/job/step\n3:pids:/batch\n",
-        "/proc/self/mountinfo": "1 0 0:1 / /two rw - cgroup2 none rw\n2 0 0:2 / /one rw - cgroup none rw,pids\n",
+        "/proc/self/mountinfo": (
+            "1 0 0:1 / /two rw - cgroup2 none rw\n2 0 0:2 / /one rw - cgroup none rw,pids\n"
+        ),
         "/two/job/step/pids.max": "max\n",
         "/two/job/step/pids.current": "3\n",
         "/two/job/pids.max": "20\n",
@@ -289,7 +332,10 @@ def test_limits_of_processes_of_all_cgroups_above_are_found():
         "/one/batch/pids.max": "4\n",
         "/one/batch/pids.current": "6\n",
     }
-    assert [room.value for room in apppot_start.read_process_room(lambda path: files.get(path, ""))] == [7, -2]
+
+    assert [
+        room.value for room in apppot_start.read_process_room(lambda path: files.get(path, ""))
+    ] == [7, -2]
 
 
 def test_pending_signals_are_enough_for_the_guest_s_timers(any_node):
@@ -310,7 +356,7 @@ def test_a_soft_limit_of_file_size_is_for_the_command_alone(any_node):
     assert re.search(r"(?m)^ok +memory .* in /dev/shm", doctor)
 
 
-# --- Files of odd kinds -------------------------------------------------------------------------------------
+# --- Files of odd kinds ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -326,6 +372,7 @@ def odd(tmp_path, request):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to("nowhere")
     kinds = {name: tmp_path / name for name in ("a directory", "a FIFO", "a socket")}
+
     # Of most, the kind is told; of a path that leads nowhere, the reason.
     kinds["a character device"] = pathlib.Path("/dev/full")
     kinds["Too many levels of symbolic links"] = tmp_path / "loop"
@@ -349,34 +396,53 @@ OPTIONS = {
 @pytest.mark.parametrize("what", OPTIONS)
 def test_what_is_no_file_is_told_by_its_kind_and_option_and_hangs_nothing(image, kernel, odd, what):
     for kind, path in odd.items():
-        words = ["--image", image, "--kernel", kernel, *(word.format(path, image=image) for word in OPTIONS[what])]
+        words = [
+            "--image", image, "--kernel", kernel,
+            *(word.format(path, image=image) for word in OPTIONS[what]),
+        ]
         result = subprocess.run(
             [sys.executable, TOP / "apppot_start.py", "--dry-run", *words, "true"],
             capture_output=True,
             timeout=20,
         )
-        if (what, kind) in (("--bind", "a directory"), ("--save-changes", "No such file or directory")):
+
+        if (what, kind) in (
+            ("--bind", "a directory"),
+            ("--save-changes", "No such file or directory"),
+        ):
             assert result.returncode == 0
             continue
         assert (result.returncode, result.stdout) == (125, b""), (kind, result)
-        missing = what == "--bind" and kind in ("File name too long", "Too many levels of symbolic links")
+
+        missing = what == "--bind" and kind in (
+            "File name too long",
+            "Too many levels of symbolic links",
+        )
         assert_error(result, *([what, path] if missing else [what, kind, path]))
 
 
 @pytest.mark.parametrize("what", ["COW file", "kernel", "`empty`"])
 def test_a_file_that_can_be_opened_and_not_read_is_told(image, kernel, what):
-    """The memory of a process has no page at 0: to read it there is EIO, as with a file of a disk that fails."""
+    """Page 0 of a process's memory cannot be read: EIO, as of a file on a disk that fails."""
     path = "/proc/self/mem"
-    words = ["--image", image, "--kernel", kernel, *(word.format(path, image=image) for word in OPTIONS[what])]
+    words = [
+        "--image", image, "--kernel", kernel,
+        *(word.format(path, image=image) for word in OPTIONS[what]),
+    ]
     command = [sys.executable, TOP / "apppot_start.py", "--dry-run", *words, "true"]
+
     result = subprocess.run(command, capture_output=True, timeout=20)
     assert (result.returncode, result.stdout) == (125, b"")
     assert_error(result, what + " cannot be read, Input/output error", path)
 
 
 def test_a_limit_of_file_size_below_a_page_is_named(image, kernel):
-    words = [sys.executable, TOP / "apppot_start.py", "--dry-run", "--image", image, "--kernel", kernel, "true"]
+    words = [
+        sys.executable, TOP / "apppot_start.py", "--dry-run", "--image", image, "--kernel", kernel,
+        "true",
+    ]
     limited = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *words]
+
     result = subprocess.run(limited, capture_output=True, timeout=20)
     assert (result.returncode, result.stdout) == (125, b"")
     assert_error(result, "ulimit -f")
@@ -387,9 +453,13 @@ def test_a_block_device_is_no_image(image, kernel, tmp_path):
     try:
         os.mknod(device, 0o600 | stat.S_IFBLK, os.makedev(7, 99))
     except PermissionError:
-        device = next(path for path in map(pathlib.Path, glob.glob("/dev/*")) if path.is_block_device())
+        device = next(
+            path for path in map(pathlib.Path, glob.glob("/dev/*")) if path.is_block_device()
+        )
+
     result = subprocess.run(
-        [sys.executable, TOP / "apppot_start.py", "--image", device, "--kernel", kernel, "true"], capture_output=True
+        [sys.executable, TOP / "apppot_start.py", "--image", device, "--kernel", kernel, "true"],
+        capture_output=True,
     )
     assert result.returncode == 125
     assert_error(result, f"image is a block device: {device}")
@@ -415,21 +485,39 @@ def test_an_image_of_a_tebibyte_boots_or_is_told_to_want_memory(node, image):
 def test_a_current_directory_that_its_path_does_not_lead_to_is_told(node, tmp_path):
     closed = node.root / "closed"
     (closed / "job").mkdir(parents=True)
-    script = f"import os, sys; os.chdir({str(closed / 'job')!r}); os.chmod({str(closed)!r}, 0o600); {AS_NOBODY}"
+    script = (
+        f"import os, sys; os.chdir({str(closed / 'job')!r}); os.chmod({str(closed)!r}, 0o600); "
+        f"{AS_NOBODY}"
+    )
+
     if os.getuid() == 0:
         result = node.run("true", wrap=("/usr/bin/python3", "-c", script))
         assert result.returncode == 125
         assert_error(result, "current directory", f"{closed} cannot be searched: {closed}/job")
-    moved = f"mkdir -p {node.job}/a/b; cd {node.job}/a/b; mv {node.job}/a {node.job}/c; mkdir -p {node.job}/a/b"
-    assert node.run("pwd", wrap=("sh", "-c", f'{moved}; exec "$@"', "-")).stdout.decode() == f"{node.job}/c/b\n"
-    hidden = ("unshare", "-m", "sh", "-ec", f'cd {node.job}; mount -t tmpfs none {node.job}; exec "$@"', "-")
+
+    moved = (
+        f"mkdir -p {node.job}/a/b; cd {node.job}/a/b; mv {node.job}/a {node.job}/c; "
+        f"mkdir -p {node.job}/a/b"
+    )
+    assert (
+        node.run("pwd", wrap=("sh", "-c", f'{moved}; exec "$@"', "-")).stdout.decode()
+        == f"{node.job}/c/b\n"
+    )
+
+    hidden = (
+        "unshare", "-m", "sh", "-ec", f'cd {node.job}; mount -t tmpfs none {node.job}; exec "$@"',
+        "-",
+    )
+
     if os.getuid() == 0:
         result = node.run("true", wrap=hidden)
         assert result.returncode == 125
         assert_error(result, "current directory cannot be reached by its path", node.job)
 
 
-AS_NOBODY = "os.setgroups([]); os.setgid(65534); os.setuid(65534); os.execv(sys.argv[1], sys.argv[1:])"
+AS_NOBODY = (
+    "os.setgroups([]); os.setgid(65534); os.setuid(65534); os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 def test_a_directory_as_command_is_no_program(node):
@@ -440,8 +528,17 @@ def test_a_directory_as_command_is_no_program(node):
     script = 'for c in /tmp ./sub ./fifo ./text ./none; do "$@" $c; echo "$c $?"; done'
     result = node.run("--net", "none", wrap=("sh", "-c", script, "-"))
     assert result.stdout == b"/tmp 126\n./sub 126\n./fifo 126\n./text 126\n./none 127\n"
-    errors = [line for line in result.stderr.decode().splitlines() if line.startswith("apppot: error: ")]
-    for line, words in zip(errors, ("is a directory: '/tmp'", "is a directory: './sub'", "is no file: './fifo'",
-                                    "permission denied: './text'", "not found: './none'")):
+
+    errors = [
+        line for line in result.stderr.decode().splitlines() if line.startswith("apppot: error: ")
+    ]
+
+    for line, words in zip(
+        errors,
+        (
+            "is a directory: '/tmp'", "is a directory: './sub'", "is no file: './fifo'",
+            "permission denied: './text'", "not found: './none'",
+        ),
+    ):
         assert line.endswith(words)
     assert result.stderr.count(b"chmod +x") == 1 and len(errors) == 5

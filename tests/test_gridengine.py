@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs of a real Grid Engine. Each is sent twice, with AppPot and without: it must not see a difference."""
+"""Jobs of a real Grid Engine, with AppPot and without: it must not see a difference."""
 
 import contextlib
 import re
@@ -26,13 +26,20 @@ class Jobs(Pair):
         return directory.name, self.site.submit(directory, *words)
 
     def wait_ended(self, job):
-        """Status of qsub, what it says of the end, and the accounting's `failed` and `exit_status`."""
+        """Status of qsub, what it says of the end, `failed` and `exit_status` of the accounting."""
         name, process = job
         said, _ = process.communicate(timeout=DEADLINE_S)
-        told = [re.sub(r"\d+", "N", line, count=1) for line in said.splitlines() if not line.startswith("Your job")]
+        told = [
+            re.sub(r"\d+", "N", line, count=1)
+            for line in said.splitlines()
+            if not line.startswith("Your job")
+        ]
         wait_for(lambda: "exit_status" in self.site.run("qacct", "-j", name, check=False))
         account = self.site.run("qacct", "-j", name)
-        fields = [re.search(rf"^{field} +(\d+)", account, re.MULTILINE).group(1) for field in ("failed", "exit_status")]
+        fields = [
+            re.search(rf"^{field} +(\d+)", account, re.MULTILINE).group(1)
+            for field in ("failed", "exit_status")
+        ]
         return (process.returncode, *told, *fields)
 
     def each(self, *words):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run is like a process of the node: its streams, numbers, names, account, signals, and what it knows of the node."""
+"""A run is like a process of the node.
+
+That is true of its streams, numbers, names, account and signals, and of what it knows of the node.
+"""
 
 import os
 import re
@@ -27,7 +30,7 @@ def run_guest(node, script, *options, **more):
     return result.stdout.decode()
 
 
-# --- Streams ------------------------------------------------------------------------------------------------
+# --- Streams --------------------------------------------------------------------------------------
 
 STREAMS = """
 echo a > /dev/stderr; echo b >> /dev/stderr; echo c | tee /dev/stderr > /dev/null
@@ -44,7 +47,11 @@ def test_standard_streams_can_be_opened_by_their_names(any_node, kind):
     given = {"pipe": b"input\nand more\n", "file": b"input\nand more\n"}.get(kind, b"")
     (any_node.job / "in").write_bytes(given)
     redirections = {"pipe": "cat in |", "file": "< in", "null": "< /dev/null", "closed": "<&-"}
-    wrap = ("bash", "-c", f'{redirections[kind]} "$@"' if kind == "pipe" else f'"$@" {redirections[kind]}', "-")
+    wrap = (
+        "bash", "-c",
+        f'{redirections[kind]} "$@"' if kind == "pipe" else f'"$@" {redirections[kind]}', "-",
+    )
+
     result = any_node.run("bash", "-c", STREAMS, wrap=wrap)
     assert (result.stdout, result.stderr) == (b"d\ne\n" + given + b"h\n", b"a\nb\nc\nf\ng\n")
 
@@ -57,7 +64,10 @@ def test_standard_streams_of_one_pipe_and_of_root_can_be_opened_too(any_node):
 
 
 def test_standard_streams_of_a_terminal_can_be_opened(any_node):
-    script = "echo a > /dev/tty; echo b > /dev/stderr; echo c >> /dev/stdout; tty < /dev/stdin; head -n 1 /dev/stdin"
+    script = (
+        "echo a > /dev/tty; echo b > /dev/stderr; echo c >> /dev/stdout; tty < /dev/stdin; "
+        "head -n 1 /dev/stdin"
+    )
     result = any_node.run("-t", "bash", "-c", script, input=b"typed\n")
     assert re.search(rb"a\r\nb\r\nc\r\n/dev/pts/\d+\r\n(.*\r\n)*typed\r\n", result.stdout), result
 
@@ -66,22 +76,27 @@ def test_a_stream_that_was_opened_again_ends_as_the_first_one_does(node):
     process = node.start_ready("exec 3> /dev/stdout; yes >&3")
     process.stdout.close()
     assert process.wait(DEADLINE_S) == 141
+
     writer = subprocess.Popen(["yes"], stdout=subprocess.PIPE)
     script = "exec 3< /dev/stdin; exec <&- 3<&-; until [ -e gone ]; do sleep 0.1; done; echo seen"
     process = node.start("bash", "-c", script, stdin=writer.stdout)
     writer.stdout.close()
     assert writer.wait(DEADLINE_S) == -signal.SIGPIPE
+
     (node.job / "gone").touch()
     assert node.finish(process) == (0, b"seen\n", b"")
 
 
-# --- Process numbers, scheduling, the process group ---------------------------------------------------------
+# --- Process numbers, scheduling, the process group -----------------------------------------------
 
 
 def test_process_numbers_differ_from_run_to_run(any_node):
-    numbers = [run_guest(any_node, 'echo $$; bash -c "echo \\$\\$; true"').split() for _ in range(3)]
+    numbers = [
+        run_guest(any_node, 'echo $$; bash -c "echo \\$\\$; true"').split() for _ in range(3)
+    ]
     assert len({first for first, _ in numbers}) == 3
-    assert len({second for _, second in numbers}) > 1      # the kernel of Debian begins at one of 256 places
+    # Debian's kernel begins at one of 256 places.
+    assert len({second for _, second in numbers}) > 1
 
 
 CLONES = """
@@ -118,32 +133,40 @@ def test_using_up_process_numbers_leaves_nothing(node):
 SCHEDULING = """
 import os
 agent = os.SCHED_BATCH | os.SCHED_RESET_ON_FORK
-assert [os.sched_getscheduler(pid) for pid in (0, os.getppid(), 1)] == [os.SCHED_OTHER, os.SCHED_OTHER, agent]
+policies = [os.sched_getscheduler(pid) for pid in (0, os.getppid(), 1)]
+assert policies == [os.SCHED_OTHER, os.SCHED_OTHER, agent]
 for policy in (None, os.SCHED_OTHER):
-    pid = os.posix_spawn('/bin/echo', ['echo', 'spawned'], {}, scheduler=(policy, os.sched_param(0)))
+    scheduler = (policy, os.sched_param(0))
+    pid = os.posix_spawn('/bin/echo', ['echo', 'spawned'], {}, scheduler=scheduler)
     assert os.waitpid(pid, 0)[1] == 0
 """
 
 
 def test_only_the_agent_is_scheduled_as_a_batch_process(any_node):
     for options in ((), ("-t",)):
-        result = any_node.run(*options, "bash", "-c", f"python3 -c {shlex.quote(SCHEDULING)}; exit $?")
+        result = any_node.run(
+            *options, "bash", "-c", f"python3 -c {shlex.quote(SCHEDULING)}; exit $?"
+        )
         assert result.returncode == 0 and result.stdout.split() == [b"spawned"] * 2, result
 
 
 def test_setsid_becomes_the_command_that_it_starts(any_node):
     result = any_node.run("setsid", "bash", "-c", "sleep 0.2; echo $PPID; echo err >&2; exit 7")
     assert (result.returncode, result.stdout, result.stderr) == (7, b"1\n", b"err\n")
+
     script = "trap 'echo told; exit 4' TERM; echo ready; while :; do sleep 0.1; done"
     process = any_node.start("setsid", "bash", "-c", script)
     assert process.stdout.readline() == b"ready\n"
+
     process.terminate()
     assert any_node.finish(process)[:2] == (4, b"told\n")
     assert any_node.run("setsid", "no-such-command").returncode == 127
 
 
 def test_the_command_leads_a_process_group_in_a_terminal_only(any_node):
-    script = "import os; print(os.getpid() == os.getpgrp(), os.getpgrp() == os.getsid(0), os.getppid())"
+    script = (
+        "import os; print(os.getpid() == os.getpgrp(), os.getpgrp() == os.getsid(0), os.getppid())"
+    )
     assert any_node.run("python3", "-c", script).stdout == b"False True 1\n"
     assert any_node.run("-t", "python3", "-c", script).stdout.startswith(b"True False ")
 
@@ -154,21 +177,24 @@ def test_a_command_that_ends_at_once_is_waited_for(any_node, end, status):
     assert any_node.run("sh", "-c", end).returncode == status
 
 
-# --- Signals ------------------------------------------------------------------------------------------------
+# --- Signals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ignored", ["PIPE", "PIPE XFSZ HUP", "USR1 WINCH CHLD RTMIN+3 ALRM", ""])
 def test_the_command_ignores_what_its_caller_ignores(any_node, ignored):
     """As the same shell's other child does."""
     script = f'trap "" {ignored or "0"}; grep SigIgn /proc/self/status; "$@"; exit $?'
-    process = any_node.start("grep", "SigIgn", "/proc/self/status", wrap=("bash", "-c", script, "-"))
+    process = any_node.start(
+        "grep", "SigIgn", "/proc/self/status", wrap=("bash", "-c", script, "-")
+    )
     status, stdout, stderr = any_node.finish(process)
+
     # 32 and 33 are the C library's own, which nobody can set: make's children ignore them.
     here, there = (int(line.split()[1], 16) & ~(3 << 31) for line in stdout.splitlines())
     assert (status, stderr, there) == (0, b"", here) and (here != 0) == bool(ignored)
 
 
-# --- Names --------------------------------------------------------------------------------------------------
+# --- Names ----------------------------------------------------------------------------------------
 
 NAMES = """
 hostname; hostname -f; getent hosts "$(hostname)"; sudo -n true; cat /proc/sys/kernel/hostname
@@ -189,22 +215,26 @@ def test_the_host_name_tells_the_run_and_resolves(any_node):
 @given(st.text(max_size=90), st.text(max_size=30), st.sampled_from(["", "example.org"]))
 def test_a_host_name_is_one_whatever_the_node_is_called(node, job_id, domain):
     told = apppot_start.name_guest(f"{node}.{domain}" if domain else node, job_id, "a1b2c3").split()
-    assert re.fullmatch("[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?-a1b2c3", told[-1]) and len(told[-1]) <= 63
+    assert (
+        re.fullmatch("[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?-a1b2c3", told[-1])
+        and len(told[-1]) <= 63
+    )
     assert told[-1] != node and len(told) <= 2
 
 
 @pytest.mark.parametrize(
     "node, job_id, expected",
     [
-        ("n7", "", "n7-x"), ("n7.a.example", "", "n7-x.a.example n7-x"), ("n7", "12[3].server", "n7-12-3-x"),
-        ("", "", "apppot-x"), ("(none)", "9", "none-9-x"), ("a_b", "", "a-b-x"), ("n" * 70, "", "n" * 61 + "-x"),
+        ("n7", "", "n7-x"), ("n7.a.example", "", "n7-x.a.example n7-x"),
+        ("n7", "12[3].server", "n7-12-3-x"), ("", "", "apppot-x"), ("(none)", "9", "none-9-x"),
+        ("a_b", "", "a-b-x"), ("n" * 70, "", "n" * 61 + "-x"),
     ],
-)  # fmt: skip
+)
 def test_a_host_name_has_the_node_s_and_the_job_s(node, job_id, expected):
     assert apppot_start.name_guest(node, job_id, "x") == expected
 
 
-# --- The node's files ---------------------------------------------------------------------------------------
+# --- The node's files -----------------------------------------------------------------------------
 
 HOSTS = f"""127.0.0.1 localhost
 127.0.1.1 node
@@ -213,7 +243,9 @@ HOSTS = f"""127.0.0.1 localhost
 10.9.9.9\tlicence-{NONCE} lic  # and why
   fd00::9 six-{NONCE}
 """
-RESOLVER = "# a comment\nnameserver 127.0.0.53\nsearch a.example b.example\noptions ndots:2 trust-ad\n"
+RESOLVER = (
+    "# a comment\nnameserver 127.0.0.53\nsearch a.example b.example\noptions ndots:2 trust-ad\n"
+)
 
 
 def node_with(node, hosts=HOSTS, resolver=RESOLVER, zone="Asia/Tokyo"):
@@ -221,7 +253,8 @@ def node_with(node, hosts=HOSTS, resolver=RESOLVER, zone="Asia/Tokyo"):
     (node.root / "hosts").write_text(hosts)
     (node.root / "resolver").write_text(resolver)
     return mounted(
-        f"mount --bind {node.root}/hosts /etc/hosts; mount --bind {node.root}/resolver /etc/resolv.conf; "
+        f"mount --bind {node.root}/hosts /etc/hosts; "
+        f"mount --bind {node.root}/resolver /etc/resolv.conf; "
         f"mount --bind /usr/share/zoneinfo/{zone} /etc/localtime"
     )
 
@@ -229,9 +262,13 @@ def node_with(node, hosts=HOSTS, resolver=RESOLVER, zone="Asia/Tokyo"):
 def test_of_the_node_s_files_goes_in_what_is_true_in_the_guest():
     lines = f"10.9.9.9\tlicence-{NONCE} lic\nfd00::9 six-{NONCE}\n".encode()
     assert apppot_start.select_hosts(HOSTS.encode()) == lines
+
     expected = b"search a.example b.example\noptions ndots:2 trust-ad\n"
     assert apppot_start.select_resolver(RESOLVER.encode(), "node.c.example") == expected
-    assert apppot_start.select_resolver(b"nameserver 1.2.3.4", "node.c.example") == b"search c.example\n"
+    assert (
+        apppot_start.select_resolver(b"nameserver 1.2.3.4", "node.c.example")
+        == b"search c.example\n"
+    )
     assert apppot_start.select_resolver(b"domain d\n", "node.c.example") == b"domain d\n"
     assert apppot_start.select_resolver(b"", "node") == b""
 
@@ -239,10 +276,17 @@ def test_of_the_node_s_files_goes_in_what_is_true_in_the_guest():
 def test_a_file_of_the_node_that_is_too_large_is_left_out_and_told(tmp_path):
     notes = []
     (tmp_path / "hosts").write_bytes(b"10.0.0.1 a\n" * 100000)
-    assert len(apppot_start.select_hosts(apppot_start.read_short(str(tmp_path / "hosts"), notes))) == 1100000
+    assert (
+        len(apppot_start.select_hosts(apppot_start.read_short(str(tmp_path / "hosts"), notes)))
+        == 1100000
+    )
+
     with open(tmp_path / "hosts", "ab") as file:
         file.truncate(5 << 20)
-    assert apppot_start.read_short(str(tmp_path / "hosts"), notes) == b"" and str(tmp_path / "hosts") in notes[0]
+    assert (
+        apppot_start.read_short(str(tmp_path / "hosts"), notes) == b""
+        and str(tmp_path / "hosts") in notes[0]
+    )
     assert apppot_start.read_short(str(tmp_path / "none"), notes) == b"" and len(notes) == 1
 
 
@@ -258,11 +302,17 @@ def test_the_guest_is_told_of_the_node_s_files_byte_by_byte(hosts, resolver, zon
 @needs_root
 @pytest.mark.parametrize("options", [(), ("--root", "--clean-env", "--net", "none")])
 def test_the_guest_has_the_node_s_zone_search_list_and_names(node, options):
-    script = "date +%Z; sudo -n date +%Z; readlink /etc/localtime; getent hosts lic; cat /etc/resolv.conf /etc/hosts"
+    script = (
+        "date +%Z; sudo -n date +%Z; readlink /etc/localtime; getent hosts lic; "
+        "cat /etc/resolv.conf /etc/hosts"
+    )
     lines = run_guest(node, script, *options, wrap=node_with(node)).splitlines()
+
     assert lines[:2] == ["JST", "JST"] and "zoneinfo/" in lines[2]
     assert lines[3].split() == ["10.9.9.9", f"licence-{NONCE}", "lic"]
-    assert lines[4:7] == ["nameserver 10.0.2.3", "search a.example b.example", "options ndots:2 trust-ad"]
+    assert lines[4:7] == [
+        "nameserver 10.0.2.3", "search a.example b.example", "options ndots:2 trust-ad",
+    ]
     assert "127.0.0.1 localhost apppot" in lines and not any("commented" in line for line in lines)
     assert "127.0.1.1 node" not in lines
 
@@ -280,10 +330,16 @@ def test_the_node_s_files_are_not_for_changes_files_but_an_edit_is(node, edit):
     script = f"apppot-snap changes -n | grep -E '/etc/(hosts|resolv|localtime)'; {edit}"
     wrap = node_with(node)
     assert run_guest(node, script, "--root", "--save-changes", str(changes), wrap=wrap) == ""
-    listed = subprocess.run(["tar", "tzf", changes], check=True, capture_output=True).stdout.decode().split()
+
+    listed = (
+        subprocess.run(["tar", "tzf", changes], check=True, capture_output=True)
+        .stdout.decode()
+        .split()
+    )
     assert [name for name in listed if name.startswith("etc/") and name != "etc/"] == (
         ["etc/hosts", "etc/resolv.conf"] if edit == EDIT else []
     )
+
     after = run_guest(node, SHOW, "--net", "none", "--changes", str(changes)).splitlines()
     added = [f"10.7.7.7 own-{NONCE}", "options rotate"] if edit == EDIT else []
     is_own = re.compile(r"127\.0\.1\.1 ").match  # which differs from run to run
@@ -298,23 +354,38 @@ def test_the_node_s_files_are_not_for_changes_files_but_an_edit_is(node, edit):
 def test_the_node_s_files_do_not_stay_in_an_image_but_an_edit_does(node, image, end):
     own = writable_copy(node, image)
     change_image(own, "rm /etc/localtime\nrm /etc/hosts\n")
-    script = f"date +%Z; getent hosts lic; {EDIT if end == 'exit' else 'sync'}; echo ready; read line; true"
+    script = (
+        f"date +%Z; getent hosts lic; {EDIT if end == 'exit' else 'sync'}; echo ready; read line; "
+        "true"
+    )
     wrap = node_with(node)
-    process = node.start("--write", "--root", "sh", "-c", script, image=own, stdin=subprocess.PIPE, wrap=wrap)
-    assert [process.stdout.readline().split()[0] for _ in range(3)] == [b"JST", b"10.9.9.9", b"ready"]
+
+    process = node.start(
+        "--write", "--root", "sh", "-c", script, image=own, stdin=subprocess.PIPE, wrap=wrap
+    )
+    assert [process.stdout.readline().split()[0] for _ in range(3)] == [
+        b"JST", b"10.9.9.9", b"ready",
+    ]
+
     if end == "kill":
         process.kill()
         node.wait_until_gone()
     assert (node.finish(process)[0] == 0) == (end == "exit")
+
     look = [subprocess.run(["/sbin/debugfs", "-R", f"cat /etc/{name}", own], capture_output=True).stdout
             for name in ("hosts", "resolv.conf", "localtime")]  # fmt: skip
+
     if end == "exit":
-        assert look == [f"10.7.7.7 own-{NONCE}\n".encode(), b"nameserver 10.0.2.3\noptions rotate\n", b""]
+        assert look == [
+            f"10.7.7.7 own-{NONCE}\n".encode(),
+            b"nameserver 10.0.2.3\noptions rotate\n",
+            b"",
+        ]
     else:
         assert look == [b"", b"nameserver 10.0.2.3\n", b""]
 
 
-# --- The account --------------------------------------------------------------------------------------------
+# --- The account ----------------------------------------------------------------------------------
 
 
 def passwd_node(kernel, image, name, uid):
@@ -324,28 +395,37 @@ def passwd_node(kernel, image, name, uid):
     entry = b"%s:x:%d:%d::/:/bin/sh\n" % (os.fsencode(name), uid, uid)
     (node.root / "passwd").write_bytes(b"root:x:0:0::/root:/bin/sh\n" + entry)
     drop = f'exec setpriv --reuid={uid} --regid={uid} --clear-groups "$@"'
-    return node, ("unshare", "-m", "sh", "-ec", f"mount --bind {node.root}/passwd /etc/passwd; {drop}", "-")
+    return node, (
+        "unshare", "-m", "sh", "-ec", f"mount --bind {node.root}/passwd /etc/passwd; {drop}", "-",
+    )
 
 
 CALLERS = [
-    ("daemon", 1, "daemon"), ("ann", 33, "ann"), ("www-data", 4242, "www-data"), ("root", 4242, "u4242"),
-    ("..", 4242, "u4242"), ("DOM\\a b@c.example", 4242, "DOM\\a b@c.example"), ("bin", 33, "bin"),
+    ("daemon", 1, "daemon"), ("ann", 33, "ann"), ("www-data", 4242, "www-data"),
+    ("root", 4242, "u4242"), ("..", 4242, "u4242"),
+    ("DOM\\a b@c.example", 4242, "DOM\\a b@c.example"), ("bin", 33, "bin"),
     (os.fsdecode(b"\xc3\xa9\xff$"), 4242, None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.own_kernel
 @needs_root
 @pytest.mark.parametrize("name, uid, shown", CALLERS)
-def test_any_caller_has_an_account_and_a_home_and_the_appliance_s_stay(kernel, image, name, uid, shown):
+def test_any_caller_has_an_account_and_a_home_and_the_appliance_s_stay(
+    kernel, image, name, uid, shown
+):
     node, wrap = passwd_node(kernel, image, name, uid)
     script = (
         'id -u; id -un; echo "$HOME"; touch ~/x ~/job/y && echo made; sudo -n id -un; '
-        "stat -c %u /usr/sbin /var/www /home /root / /bin 2> /dev/null | sort -u; wc -l < /etc/passwd; "
+        "stat -c %u /usr/sbin /var/www /home /root / /bin 2> /dev/null | sort -u; "
+        "wc -l < /etc/passwd; "
         "getent passwd | cut -d: -f1,3"
     )
+
     try:
-        plain = run_guest(node, "wc -l < /etc/passwd; getent passwd | cut -d: -f1,3", "--root", wrap=("env",))
+        plain = run_guest(
+            node, "wc -l < /etc/passwd; getent passwd | cut -d: -f1,3", "--root", wrap=("env",)
+        )
         result = node.run("bash", "-c", script, wrap=wrap)
         lines = os.fsdecode(result.stdout).splitlines()
         assert (result.returncode, result.stderr) == (0, b"")
@@ -361,13 +441,18 @@ def test_any_caller_has_an_account_and_a_home_and_the_appliance_s_stay(kernel, i
 
 @pytest.mark.own_kernel
 @needs_root
-@pytest.mark.parametrize("name, uid, added", [("daemon", 4242, []), ("ann", 33, []), ("ann", 4242, ["ann:4242"])])
+@pytest.mark.parametrize(
+    "name, uid, added", [("daemon", 4242, []), ("ann", 33, []), ("ann", 4242, ["ann:4242"])]
+)
 def test_with_root_the_accounts_of_the_appliance_stay_as_they_are(kernel, image, name, uid, added):
     node, wrap = passwd_node(kernel, image, name, uid)
     script = "getent passwd | cut -d: -f1,3; stat -c %u /usr/sbin"
+
     try:
         plain = run_guest(node, script, "--root", wrap=("env",)).splitlines()
-        assert run_guest(node, script, "--root", wrap=wrap).splitlines() == [*plain[:-1], *added, plain[-1]]
+        assert run_guest(node, script, "--root", wrap=wrap).splitlines() == [
+            *plain[:-1], *added, plain[-1],
+        ]
         node.assert_nothing_left()
     finally:
         node.close()
@@ -375,9 +460,11 @@ def test_with_root_the_accounts_of_the_appliance_stay_as_they_are(kernel, image,
 
 @pytest.mark.parametrize(
     "home, usable",
-    [("/home/ann", True), ("/home/team/ann", True), ("/home", False), ("/usr/sbin", False), ("/", False), (".", False),
-     ("/nonexistent", False)],
-)  # fmt: skip
+    [
+        ("/home/ann", True), ("/home/team/ann", True), ("/home", False), ("/usr/sbin", False),
+        ("/", False), (".", False), ("/nonexistent", False),
+    ],
+)
 def test_a_home_is_one_s_own_below_home_or_by_its_owner(tmp_path, home, usable):
     assert apppot_init.is_own_home(home.encode(), 4242) is usable
     assert apppot_init.is_own_home(os.fsencode(tmp_path), os.getuid())
@@ -385,13 +472,21 @@ def test_a_home_is_one_s_own_below_home_or_by_its_owner(tmp_path, home, usable):
 
 
 def test_configuration_of_the_host_s_clients_does_not_go_in_unless_it_is_named():
-    job = {b"SLURM_JOB_ID": b"1", b"SLURM_SUBMIT_DIR": b"/d", b"PBS_NODEFILE": b"/n", b"SLURM_CONFX": b""}
-    site = {b"SLURM_CONF": b"/etc/slurm.conf", b"PBS_CONF_FILE": b"/etc/pbs.conf", b"SGE_ROOT": b"/sge"}
+    job = {
+        b"SLURM_JOB_ID": b"1", b"SLURM_SUBMIT_DIR": b"/d", b"PBS_NODEFILE": b"/n",
+        b"SLURM_CONFX": b"",
+    }
+
+    site = {
+        b"SLURM_CONF": b"/etc/slurm.conf", b"PBS_CONF_FILE": b"/etc/pbs.conf", b"SGE_ROOT": b"/sge",
+    }
     assert apppot_start.select_environment({**job, **site}, [], False) == job
-    assert apppot_start.select_environment(site, ["SLURM_CONF"], True) == {b"SLURM_CONF": b"/etc/slurm.conf"}
+    assert apppot_start.select_environment(site, ["SLURM_CONF"], True) == {
+        b"SLURM_CONF": b"/etc/slurm.conf"
+    }
 
 
-# --- ~/job --------------------------------------------------------------------------------------------------
+# --- ~/job ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.own_kernel
@@ -405,12 +500,22 @@ def test_the_link_job_in_the_home_leads_to_a_job_directory_below_its_own_path(ke
         "linked": "mkdir -p /home/nobody /home/data/sub/dir; ln -s /home/data /home/nobody/job",
     }[kind]
     here = "/home/nobody/job" + ("" if kind == "itself" else "/sub/dir")
-    place = f"mount -t tmpfs -o mode=755 none /home; {prepare}; chown -R {node.uid}:{node.uid} /home; cd {here}"
+    place = (
+        f"mount -t tmpfs -o mode=755 none /home; {prepare}; chown -R {node.uid}:{node.uid} /home; "
+        f"cd {here}"
+    )
     look = '"$@"; status=$?; ls -A /home/*; ls -A; exit $status'
-    drop = f"exec setpriv --reuid={node.uid} --regid={node.uid} --clear-groups sh -c {shlex.quote(look)}"
+    drop = (
+        f"exec setpriv --reuid={node.uid} --regid={node.uid} --clear-groups sh -c "
+        f"{shlex.quote(look)}"
+    )
     wrap = ("unshare", "-m", "bash", "-ec", f'{place}; {drop} - "$@"', "-")
+
     try:
-        script = 'pwd; cd ~/job && touch in-it && cd - > /dev/null && ls; touch ~/own; [ -O ~/own ] && echo own; pwd'
+        script = (
+            "pwd; cd ~/job && touch in-it && cd - > /dev/null && ls; touch ~/own; "
+            "[ -O ~/own ] && echo own; pwd"
+        )
         status, stdout, stderr = node.finish(node.start("bash", "-c", script, wrap=wrap))
         names = ["/home/data:", "sub", "", "/home/nobody:", "job"] if kind == "linked" else ["job"]
         assert (status, stderr) == (0, b"")
@@ -424,4 +529,6 @@ def test_an_empty_number_of_threads_is_none_that_the_caller_set():
     one = {b"OMP_NUM_THREADS": b"1", b"OPENBLAS_NUM_THREADS": b"1", b"MKL_NUM_THREADS": b"1"}
     assert apppot_start.limit_threads({b"OMP_NUM_THREADS": b"", b"MKL_NUM_THREADS": b""}) == one
     assert apppot_start.limit_threads({b"OMP_NUM_THREADS": b"2", b"MKL_NUM_THREADS": b""}) == {}
-    assert b"MKL_NUM_THREADS" not in apppot_start.limit_threads({b"OMP_NUM_THREADS": b"", b"MKL_NUM_THREADS": b"2"})
+    assert b"MKL_NUM_THREADS" not in apppot_start.limit_threads(
+        {b"OMP_NUM_THREADS": b"", b"MKL_NUM_THREADS": b"2"}
+    )

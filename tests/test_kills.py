@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A campaign of kills: any process of a run, at any time, by any signal that kills.
 
-A few in each `make check`; for a longer campaign: APPPOT_TEST_KILLS=300 APPPOT_TEST_SEED=7 pytest tests/test_kills.py
+Each `make check` has a few. This is a longer campaign:
+APPPOT_TEST_KILLS=300 APPPOT_TEST_SEED=7 pytest tests/test_kills.py
 """
 
 import contextlib
@@ -23,7 +24,7 @@ def start(node, nonce):
     process = node.start("--net", "none", "sh", "-c", SCRIPT, "-", nonce, stdin=subprocess.PIPE)
     process.stdin.write(b"in\n")
     process.stdin.close()
-    process.stdin = None                           # communicate() would close it again
+    process.stdin = None  # communicate() would close it again
     return process
 
 
@@ -34,9 +35,13 @@ def is_leader(pid):
 
 
 def kill_some(chance, process):
-    """Kill one, several or all of the processes of a run; return which, how, and whether one is left to clean up."""
+    """Kill some processes of a run. Return which, how, and whether one is left to clean up."""
     parts = [process.pid, *list_descendants(process.pid)]
-    owners = [process.pid, *filter(is_leader, parts[1:2])]     # runner and, if there is one yet, supervisor
+    # The runner and, if there is one yet, its supervisor.
+    owners = [
+        process.pid,
+        *filter(is_leader, parts[1:2]),
+    ]
     count = chance.choice([1, 1, 1, 2, 3, len(parts)])
     victims = set(chance.sample(parts, min(count, len(parts))))
     if chance.random() < 0.2:
@@ -55,10 +60,10 @@ def test_whatever_is_killed_nothing_is_left_and_status_0_means_that_all_is_writt
     assert any_node.finish(process) == (0, OUTPUT + b"undisturbed\n", b"")
     duration = time.monotonic() - started
 
-    for number in range(KILLS // 2):               # the other half is for the other user
+    for number in range(KILLS // 2):  # the other half is for the other user
         before = set(os.listdir(any_node.scratch))  # left by a run that was killed as a whole
         process = start(any_node, f"nonce-{number}")
-        time.sleep(chance.random() * duration)     # any moment will do
+        time.sleep(chance.random() * duration)  # any moment will do
         victims, how, is_owned = kill_some(chance, process)
         status, stdout, stderr = any_node.finish(process)
         told = (SEED, number, how, victims, status, stderr)
@@ -73,4 +78,4 @@ def test_whatever_is_killed_nothing_is_left_and_status_0_means_that_all_is_writt
             assert time.monotonic() < deadline, told
             time.sleep(0.01)
 
-    assert any_node.run("true").returncode == 0    # removes what nobody was left to remove
+    assert any_node.run("true").returncode == 0  # removes what nobody was left to remove

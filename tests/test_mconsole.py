@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The management console, by the uml_mconsole that people have: where it finds a guest, and what its commands do."""
+"""The management console, by uml_mconsole: where it finds a guest, and what it does."""
 
 import os
 import subprocess
@@ -28,22 +28,29 @@ def test_v_tells_the_path_for_uml_mconsole(any_node, options, name):
     while b"uml_mconsole" not in line:
         line = process.stderr.readline()
     path = line.decode().split()[-1]
-    assert path.startswith(str(any_node.scratch)) and path.endswith(f"/{name}/mconsole") and os.path.exists(path)
+    assert (
+        path.startswith(str(any_node.scratch))
+        and path.endswith(f"/{name}/mconsole")
+        and os.path.exists(path)
+    )
     assert "OK Linux" in ask(any_node, name, "version")
     assert "HELP" in ask(any_node, name, "sysrq", "h")
+
     process.terminate()
     assert any_node.finish(process)[0] == 143
 
 
 def test_two_runs_may_have_the_same_name(any_node):
-    process = any_node.start_ready("read line; echo got $line", "--id", "frodo", stdin=subprocess.PIPE)
+    process = any_node.start_ready(
+        "read line; echo got $line", "--id", "frodo", stdin=subprocess.PIPE
+    )
     result = any_node.run("--id", "frodo", "echo", "here, too")
     assert (result.returncode, result.stdout, result.stderr) == (0, b"here, too\n", b"")
     process.stdin.write(b"it\n")
     assert any_node.finish(process) == (0, b"got it\n", b"")
 
 
-# --- Commands -----------------------------------------------------------------------------------------------
+# --- Commands -------------------------------------------------------------------------------------
 
 
 def test_cad_ends_the_command_as_sigterm_does(any_node):
@@ -63,7 +70,9 @@ def test_a_command_that_ignores_cad_is_killed_after_its_time(any_node):
     assert any_node.finish(process) == (137, b"", b"")
 
 
-@pytest.mark.parametrize("command, words", [("halt", "ended before the command"), ("reboot", "before the command")])
+@pytest.mark.parametrize(
+    "command, words", [("halt", "ended before the command"), ("reboot", "before the command")]
+)
 def test_a_guest_that_is_halted_is_a_failure(any_node, command, words):
     process = any_node.start_ready("sleep 100", "--id", "frodo")
     ask(any_node, "frodo", command)
@@ -73,8 +82,11 @@ def test_a_guest_that_is_halted_is_a_failure(any_node, command, words):
 
 
 def test_a_stopped_guest_goes_on(any_node):
-    process = any_node.start_ready("read line; echo got $line", "--id", "frodo", stdin=subprocess.PIPE)
+    process = any_node.start_ready(
+        "read line; echo got $line", "--id", "frodo", stdin=subprocess.PIPE
+    )
     assert "OK" in ask(any_node, "frodo", "stop")
+
     process.stdin.write(b"it\n")
     process.stdin.flush()
     assert "OK" in ask(any_node, "frodo", "go")

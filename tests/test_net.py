@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network: the way out by either helper, no way out, published ports, and a LAN between guests."""
+"""The network: a way out by either helper, none, published ports, a LAN between guests."""
 
 import contextlib
 import hashlib
@@ -53,15 +53,19 @@ NOWHERE = {"PATH": "/nonexistent"}  # without a helper
 def helper(request, kernel):
     """The name of a helper that this machine has and the kernel has a driver for."""
     programs = [name for name, kind in apppot_start.HELPERS.items() if kind == request.param]
-    require(any(map(shutil.which, programs)), f"no {request.param}: apt-get install {request.param}")
-    driver = {"slirp4netns": "CONFIG_UML_NET_VECTOR", "slirp": "CONFIG_UML_NET_SLIRP"}[request.param]
+    require(
+        any(map(shutil.which, programs)), f"no {request.param}: apt-get install {request.param}"
+    )
+    driver = {"slirp4netns": "CONFIG_UML_NET_VECTOR", "slirp": "CONFIG_UML_NET_SLIRP"}[
+        request.param
+    ]
     skip_unless(kernel_has(kernel, driver), f"this kernel has no driver for {request.param}")
     return request.param
 
 
 @pytest.fixture(scope="session")
 def web():
-    """A web server on the host's loopback: its port, what it serves, and the paths it was asked for."""
+    """A web server on the host's loopback: its port, what it serves, and what it was asked for."""
     content = os.urandom(1 << 20) * (SIZE >> 20)
     asked = []
 
@@ -109,12 +113,14 @@ def process_named(node, name):
     return found[0]
 
 
-# --- The way out --------------------------------------------------------------------------------------------
+# --- The way out ----------------------------------------------------------------------------------
 
 
 def test_64_mib_from_the_host_s_loopback_arrive_intact(any_node, helper, web):
     port, digest, _ = web
-    result = any_node.run("--net", helper, "sh", "-c", f"curl -sS http://10.0.2.2:{port}/ | sha256sum")
+    result = any_node.run(
+        "--net", helper, "sh", "-c", f"curl -sS http://10.0.2.2:{port}/ | sha256sum"
+    )
     assert (result.stdout.decode().split()[0], result.stderr) == (digest, b"")
 
 
@@ -150,10 +156,17 @@ class NameServer:
             while True:
                 query, client = self.socket.recvfrom(512)
                 question = query[12 : query.index(b"\0", 12) + 5]
-                known = question.startswith(bytes([len(NONCE)]) + NONCE.encode()) and question[-3] == 1
+                known = (
+                    question.startswith(bytes([len(NONCE)]) + NONCE.encode()) and question[-3] == 1
+                )
                 answer = b"\xc0\x0c\0\1\0\1\0\0\0\1\0\4" + bytes([192, 0, 2, 77]) if known else b""
                 self.socket.sendto(
-                    query[:2] + b"\x81\x80\0\1" + struct.pack(">HHH", known, 0, 0) + question + answer, client
+                    query[:2]
+                    + b"\x81\x80\0\1"
+                    + struct.pack(">HHH", known, 0, 0)
+                    + question
+                    + answer,
+                    client,
                 )
 
 
@@ -177,11 +190,14 @@ def test_the_image_s_resolv_conf_is_of_no_matter(node, image, kind):
     commands = {
         "file": "",
         "missing": "rm /etc/resolv.conf",
-        "link to nothing": "rm /etc/resolv.conf\nsymlink /etc/resolv.conf ../run/systemd/resolve/stub-resolv.conf",
+        "link to nothing": (
+            "rm /etc/resolv.conf\nsymlink /etc/resolv.conf ../run/systemd/resolve/stub-resolv.conf"
+        ),
         "link": "rm /etc/resolv.conf\nsymlink /etc/resolv.conf /etc/hostname",
     }
     change_image(own, commands[kind])
     expected = {"file": b"nameserver 192.0.2.1\n", "link": b"apppot\n"}
+
     show = ("cat", "/etc/resolv.conf")
     assert node.run("--net", "none", *show, image=own).stdout == expected.get(kind, b"")
     assert node.run(*show, image=own).stdout.startswith(b"nameserver 10.0.2.3\n")
@@ -189,7 +205,10 @@ def test_the_image_s_resolv_conf_is_of_no_matter(node, image, kind):
 
 def test_runs_at_once_have_networks_of_their_own(any_node, helper, web):
     port, digest, _ = web
-    command = ("--net", helper, "--mem", "256", "sh", "-c", f"curl -sS http://10.0.2.2:{port}/ | sha256sum")
+    command = (
+        "--net", helper, "--mem", "256", "sh", "-c",
+        f"curl -sS http://10.0.2.2:{port}/ | sha256sum",
+    )
     processes = [any_node.start(*command) for _ in range(6)]
     for process in processes:
         status, stdout, stderr = any_node.finish(process)
@@ -203,6 +222,7 @@ def test_a_suspended_run_goes_on_with_its_network(node, helper, web):
     wait_for_state([process.pid], "T")
     time.sleep(1)  # suspended for a while
     process.send_signal(signal.SIGCONT)
+
     status, stdout, _ = node.finish(process)
     assert (status, stdout.decode().split()[0]) == (0, digest)
 
@@ -213,8 +233,11 @@ def test_the_guest_has_slirp_run_no_program_of_the_host(node, kernel, helper):
     talk = """
 import socket
 for host, port, source, words in (
-    ("10.0.2.0", 7, 0, b"exec /usr/bin/id\\r\\n"), ("10.0.2.1", 23, 0, b"id\\r\\n"), ("10.0.2.1", 21, 0, b""),
-    ("10.0.2.7", 513, 800, b"\\0me\\0you\\0vt/9600\\0"), ("10.0.2.7", 514, 801, b"0\\0me\\0you\\0id\\0"),
+    ("10.0.2.0", 7, 0, b"exec /usr/bin/id\\r\\n"),
+    ("10.0.2.1", 23, 0, b"id\\r\\n"),
+    ("10.0.2.1", 21, 0, b""),
+    ("10.0.2.7", 513, 800, b"\\0me\\0you\\0vt/9600\\0"),
+    ("10.0.2.7", 514, 801, b"0\\0me\\0you\\0id\\0"),
 ):
     s = socket.socket()
     s.settimeout(3)
@@ -230,12 +253,16 @@ for host, port, source, words in (
     except OSError as error:
         print(error)
 """
+
     result = node.run("--net", "slirp", "--root", "python3", "-c", talk)
     assert result.returncode == 0 and b"uid=" not in result.stdout and b"ready" not in result.stdout
-    assert result.stdout.count(b"Permission denied") == 3 and b"execvp of rlogin failed" in result.stdout
+    assert (
+        result.stdout.count(b"Permission denied") == 3
+        and b"execvp of rlogin failed" in result.stdout
+    )
 
 
-# --- No way out ---------------------------------------------------------------------------------------------
+# --- No way out -----------------------------------------------------------------------------------
 
 LOOK = (
     "grep -c : /proc/net/dev; wc -l < /proc/net/route; "
@@ -248,7 +275,8 @@ def test_net_none_leaves_no_way_out_even_to_root(any_node, web):
     port, _, asked = web
     for options in ((), ("--root",)):
         result = any_node.run("--net", "none", *options, "sh", "-c", LOOK.format(port))
-        assert result.stdout == b"1\n1\nno\nno\nno\n", result  # one interface, no route, nothing reached
+        # There is one interface and no route, and nothing is reached.
+        assert result.stdout == b"1\n1\nno\nno\nno\n", result
     assert "/none" not in asked
 
 
@@ -260,26 +288,42 @@ def test_without_a_helper_the_run_has_no_network_and_v_says_so(any_node):
     assert b"no network: --net none" in any_node.run("-v", "--net", "none", *count).stderr
 
 
-# --- Which helper -------------------------------------------------------------------------------------------
+# --- Which helper ---------------------------------------------------------------------------------
 
 
-def test_a_helper_staged_in_beside_the_runner_comes_first_and_gets_its_execute_bit(any_node, helper, web):
+def test_a_helper_staged_in_beside_the_runner_comes_first_and_gets_its_execute_bit(
+    any_node, helper, web
+):
     port, digest, _ = web
-    program = next(filter(None, map(shutil.which, [n for n, k in apppot_start.HELPERS.items() if k == helper])))
+    program = next(
+        filter(None, map(shutil.which, [n for n, k in apppot_start.HELPERS.items() if k == helper]))
+    )
     staged = any_node.root / os.path.basename(program)
     shutil.copyfile(program, staged)
     os.chown(staged, any_node.uid, -1)
+
     result = any_node.run("-v", "sh", "-c", f"curl -sS http://10.0.2.2:{port}/ | sha256sum")
-    assert result.stdout.decode().split()[0] == digest and f"network by {staged}\n".encode() in result.stderr
+    assert (
+        result.stdout.decode().split()[0] == digest
+        and f"network by {staged}\n".encode() in result.stderr
+    )
 
 
 @pytest.mark.parametrize("by", ["option", "environment"])
 def test_a_helper_of_either_kind_is_known_by_what_it_says(node, helper, by):
-    program = next(filter(None, map(shutil.which, [n for n, k in apppot_start.HELPERS.items() if k == helper])))
+    program = next(
+        filter(None, map(shutil.which, [n for n, k in apppot_start.HELPERS.items() if k == helper]))
+    )
     link = node.root / "a, b 'c: d_e"
     link.symlink_to(program)
-    options, environment = (("--slirp", str(link)), {}) if by == "option" else ((), {"APPPOT_SLIRP": str(link)})
-    result = node.run(*options, "sh", "-c", "cut -d : -f 1 /proc/net/dev | tail -n 1", env={**NOWHERE, **environment})
+    options, environment = (
+        (("--slirp", str(link)), {}) if by == "option" else ((), {"APPPOT_SLIRP": str(link)})
+    )
+
+    result = node.run(
+        *options, "sh", "-c", "cut -d : -f 1 /proc/net/dev | tail -n 1",
+        env={**NOWHERE, **environment},
+    )
     assert result.stdout.strip() == (b"vec0" if helper == "slirp4netns" else b"eth0"), result.stderr
 
 
@@ -288,23 +332,37 @@ BAD_HELPERS = {
     "crash": "echo no more >&2; kill -SEGV $$",
     "other": "echo some other program",
     "old": "echo slirp4netns version 0.4.3",
-    "ends": 'if [ "$1" = --version ]; then echo slirp4netns version 1.2.0; else echo broken >&2; exit 3; fi',
-    "hangs": 'if [ "$1" = --version ]; then echo slirp4netns version 1.2.0; else echo stuck >&2; sleep 100; fi',
+    "ends": (
+        'if [ "$1" = --version ]; then echo slirp4netns version 1.2.0; else echo broken >&2; '
+        "exit 3; fi"
+    ),
+    "hangs": (
+        'if [ "$1" = --version ]; then echo slirp4netns version 1.2.0; else echo stuck >&2; '
+        "sleep 100; fi"
+    ),
 }
-COMPLAINTS = {"missing": "No such file", "crash": "signal 11", "other": "some other program", "old": "too old",
-              "ends": "broken", "hangs": "stuck"}  # fmt: skip
+COMPLAINTS = {
+    "missing": "No such file", "crash": "signal 11", "other": "some other program",
+    "old": "too old", "ends": "broken", "hangs": "stuck",
+}
 
 
 @pytest.mark.own_kernel
 @pytest.mark.parametrize("kind", BAD_HELPERS)
 def test_a_helper_asked_for_that_is_no_use_is_an_error(any_node, kind):
-    path = str(any_node.root / "none") if BAD_HELPERS[kind] is None else script(any_node, "help", BAD_HELPERS[kind])
+    path = (
+        str(any_node.root / "none")
+        if BAD_HELPERS[kind] is None
+        else script(any_node, "help", BAD_HELPERS[kind])
+    )
+
     result = any_node.run("--slirp", path, "echo", "up")
     assert (result.returncode, result.stdout) == (125, b"")
     assert_error(result, path, COMPLAINTS[kind])
 
 
-@pytest.mark.parametrize("helper", ["slirp4netns"], indirect=True)  # slirp is started when the guest is up
+# slirp starts only when the guest is up.
+@pytest.mark.parametrize("helper", ["slirp4netns"], indirect=True)
 def test_a_helper_that_dies_during_the_boot_is_an_error(node, helper):
     program = shutil.which("slirp4netns")
     die = f'[ "$1" = --version ] || exec timeout -s KILL 0.5 {program} "$@"; exec {program} "$@"'
@@ -318,7 +376,9 @@ def test_a_helper_not_asked_for_that_is_no_use_is_a_warning(node):
     path = script(node, "slirp4netns", "echo cannot load libslirp >&2; exit 127")
     result = node.run("sh", "-c", "grep -c : /proc/net/dev", env=NOWHERE)
     assert (result.returncode, result.stdout) == (0, b"1\n")
-    assert re.fullmatch(f"apppot: warning: no network: {path} .*cannot load libslirp\n", result.stderr.decode())
+    assert re.fullmatch(
+        f"apppot: warning: no network: {path} .*cannot load libslirp\n", result.stderr.decode()
+    )
 
 
 @pytest.mark.parametrize("name", ["slirp4netns", "slirp"])
@@ -336,10 +396,14 @@ def test_what_the_kernel_has_no_driver_for_is_an_error_when_asked_for(node, kern
     for name in (b"VECTOR", b"SLIRP", b"MCAST"):
         setting = b"CONFIG_UML_NET_" + name
         content = content.replace(setting + b"=y", setting + b"=n")
+
     (node.root / "linux").unlink()
     (node.root / "linux").write_bytes(content)
     (node.root / "linux").chmod(0o755)
-    for options in (("--net", "slirp"), ("--net", "slirp4netns"), ("--publish", "8080:80"), ("--lan",)):
+
+    for options in (
+        ("--net", "slirp"), ("--net", "slirp4netns"), ("--publish", "8080:80"), ("--lan",),
+    ):
         result = node.run(*options, "true")
         assert result.returncode == 125
         assert_error(result, "kernel has no", node.root / "linux")
@@ -348,31 +412,37 @@ def test_what_the_kernel_has_no_driver_for_is_an_error_when_asked_for(node, kern
 
 @pytest.mark.own_kernel
 def test_options_that_contradict_each_other_are_refused(node):
-    for options in (("--net", "none", "--slirp", "x"), ("--net", "none", "--publish", "8080:80"), ("--net", "x")):
+    for options in (
+        ("--net", "none", "--slirp", "x"),
+        ("--net", "none", "--publish", "8080:80"),
+        ("--net", "x"),
+    ):
         result = node.run(*options, "true")
         assert result.returncode == 125
         assert_error(result, "--net")
 
 
-# --- The helper's end ---------------------------------------------------------------------------------------
+# --- The helper's end -----------------------------------------------------------------------------
 
 
 def test_a_command_outlives_its_helper_without_a_network(node, helper, web):
     port = web[0]
     process = node.start_ready(
-        f"read line; curl -s -m 5 http://10.0.2.2:{port}/ || echo no; read line; echo end",
-        "--net", helper, stdin=subprocess.PIPE,
-    )  # fmt: skip
+        f"read line; curl -s -m 5 http://10.0.2.2:{port}/ || echo no; read line; echo end", "--net",
+        helper, stdin=subprocess.PIPE,
+    )
     os.kill(process_named(node, "slirp"), signal.SIGKILL)
     if helper == "slirp4netns":
         assert b"warning: network helper was killed" in process.stderr.readline()
     process.stdin.write(b"\n")
     process.stdin.flush()
     assert process.stdout.readline() == b"no\n"
+
     kernel = kernel_of(process.pid)
     used = read_cpu_time([kernel])
     time.sleep(1)
     assert read_cpu_time([kernel]) - used < 0.5, "the kernel is busy with the dead end"
+
     process.stdin.close()
     assert (process.stdout.read(), process.wait(DEADLINE_S)) == (b"end\n", 0)
 
@@ -386,12 +456,17 @@ def kernel_of(runner):
 def test_the_helper_ends_with_the_run_however_that_ends(any_node, helper, victim):
     process = any_node.start_ready("exec sleep 100", "--net", helper)
     supervisor = list_children(process.pid)[0]
-    victims = {"runner": [process.pid], "supervisor": [supervisor], "kernel": [kernel_of(process.pid)]}
+    victims = {
+        "runner": [process.pid], "supervisor": [supervisor], "kernel": [kernel_of(process.pid)],
+    }
     victims["all"] = sum(victims.values(), [])
     pid_of_helper = process_named(any_node, "slirp")
+
     if victim == "all":
-        for pid in victims[victim]:  # so that none has time to clean; one alone would be a suspended run
+        # None has time to clean up then. One that stops alone would be a suspended run.
+        for pid in victims[victim]:
             os.kill(pid, signal.SIGSTOP)
+
     for pid in victims[victim]:
         os.kill(pid, signal.SIGKILL)
     any_node.finish(process)
@@ -404,7 +479,7 @@ def test_the_helper_ends_with_the_run_however_that_ends(any_node, helper, victim
     wait_for(lambda: not os.listdir(any_node.scratch))
 
 
-# --- Published ports ----------------------------------------------------------------------------------------
+# --- Published ports ------------------------------------------------------------------------------
 
 SERVE = (
     "import socket; s = socket.socket(type=socket.{}); s.bind(('', {}))\n"
@@ -432,14 +507,17 @@ def test_a_published_port_of_the_guest_answers_on_the_host(any_node, kind, suffi
     code = SERVE.format(kind, 8000, NONCE, NONCE)
     process = any_node.start("--publish", f"{host}{port}:8000{suffix}", "python3", "-c", code)
     assert process.stdout.readline() == b"ready\n", process.stderr.read()
+
     with socket.socket(type=getattr(socket, kind)) as client:
         client.settimeout(DEADLINE_S)
         client.connect((host[:-1] if host.startswith("127") else "127.0.0.1", port))
         client.sendall(b" hello")
         assert client.recv(99) == NONCE.encode() + b" hello"
+
     if not host.startswith("0"):  # and nowhere else
         with socket.socket(type=getattr(socket, kind)) as other:
             other.bind(("127.0.0.2", port))
+
     process.terminate()
     any_node.finish(process)
 
@@ -448,18 +526,25 @@ def test_a_guest_s_web_server_is_published_beside_another_port(any_node):
     web, other = free_port(), free_port()
     (any_node.job / "index.html").write_text(NONCE)
     process = any_node.start(
-        "--publish", f"{web}:80", "--publish", f"{other}:81", "--root", "python3", "-um", "http.server", "80"
+        "--publish", f"{web}:80", "--publish", f"{other}:81", "--root", "python3", "-um",
+        "http.server", "80",
     )
     assert b"Serving HTTP" in process.stdout.readline()
-    fetched = subprocess.run(["curl", "-sS", f"http://127.0.0.1:{web}/"], capture_output=True, timeout=DEADLINE_S)
+
+    fetched = subprocess.run(
+        ["curl", "-sS", f"http://127.0.0.1:{web}/"], capture_output=True, timeout=DEADLINE_S
+    )
     assert fetched.stdout.decode() == NONCE, fetched.stderr
+
     process.terminate()
     assert any_node.finish(process)[0] == 143
 
 
 def test_a_port_that_cannot_be_had_is_refused_before_the_boot(kernel, image):
     require(shutil.which("slirp4netns"), "no slirp4netns")
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(type=socket.SOCK_DGRAM) as other:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(
+        type=socket.SOCK_DGRAM
+    ) as other:
         other.bind(("127.0.0.1", 0))
         taken, taken_udp, free = server.getsockname()[1], other.getsockname()[1], free_port()
         cases = [
@@ -472,7 +557,9 @@ def test_a_port_that_cannot_be_had_is_refused_before_the_boot(kernel, image):
         ]
         for node in make_node(kernel, image, UNPRIVILEGED if os.getuid() == 0 else os.getuid()):
             for publish, *words in cases:
-                result = node.run(*(word for text in publish for word in ("--publish", text)), "true")
+                result = node.run(
+                    *(word for text in publish for word in ("--publish", text)), "true"
+                )
                 assert result.returncode == 125 and result.stdout == b""
                 assert_error(result, *words)
 
@@ -490,24 +577,36 @@ def test_ports_are_not_published_without_slirp4netns(node, helper):
 @pytest.mark.parametrize(
     "text, port",
     [
-        ("8080:80", Port("tcp", "127.0.0.1", 8080, 80)), ("1:65535/udp", Port("udp", "127.0.0.1", 1, 65535)),
-        ("0.0.0.0:53:53/udp", Port("udp", "0.0.0.0", 53, 53)), ("10.1.2.3:9:9/tcp", Port("tcp", "10.1.2.3", 9, 9)),
+        ("8080:80", Port("tcp", "127.0.0.1", 8080, 80)),
+        ("1:65535/udp", Port("udp", "127.0.0.1", 1, 65535)),
+        ("0.0.0.0:53:53/udp", Port("udp", "0.0.0.0", 53, 53)),
+        ("10.1.2.3:9:9/tcp", Port("tcp", "10.1.2.3", 9, 9)),
     ],
-)  # fmt: skip
+)
 def test_ports_are_written_as_docker_s_users_know(text, port):
     assert parse_port(text) == port
 
 
-@given(st.one_of(st.text(), st.from_regex(r"([0-9.:\[\]a]{0,9}:)?[0-9]{0,6}:[0-9]{0,6}(/[a-z]*)?", fullmatch=True)))
+@given(
+    st.one_of(
+        st.text(),
+        st.from_regex(r"([0-9.:\[\]a]{0,9}:)?[0-9]{0,6}:[0-9]{0,6}(/[a-z]*)?", fullmatch=True),
+    )
+)
 def test_what_is_no_port_is_refused(text):
     try:
         port = parse_port(text)
     except Fatal:
         return
-    assert apppot_start.parse_ipv4(port.host) and 0 < port.host_port < 65536 and 0 < port.guest_port < 65536
+
+    assert (
+        apppot_start.parse_ipv4(port.host)
+        and 0 < port.host_port < 65536
+        and 0 < port.guest_port < 65536
+    )
 
 
-# --- A LAN between guests -----------------------------------------------------------------------------------
+# --- A LAN between guests -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -529,21 +628,31 @@ def lan_node(node, kernel):
 
 
 def group():
-    return "239.255.{}.{}:{}".format(*os.urandom(2), 1024 + int.from_bytes(os.urandom(2), "big") % 60000)
+    return "239.255.{}.{}:{}".format(
+        *os.urandom(2), 1024 + int.from_bytes(os.urandom(2), "big") % 60000
+    )
 
 
 @needs_root
 def test_two_guests_of_a_lan_reach_each_other_by_addresses_of_their_own(lan_node, lan):
-    serve = SERVE.format("SOCK_STREAM", 8000, NONCE, NONCE).replace("'ready'", "'$APPPOT_LAN_ADDRESS'")
+    serve = SERVE.format("SOCK_STREAM", 8000, NONCE, NONCE).replace(
+        "'ready'", "'$APPPOT_LAN_ADDRESS'"
+    )
     serve = f'python3 -c "{serve}"'
     job = {"SLURM_JOB_ID": NONCE}
     server = lan_node.start("--lan", "sh", "-c", serve, wrap=lan, env=job)
+
     address = server.stdout.readline().decode().strip()
     assert address.startswith("100.") and apppot_start.parse_ipv4(address)
-    talk = f"import socket; s = socket.create_connection(('{address}', 8000), 20); s.sendall(b'!'); print(s.recv(99))"
+
+    talk = (
+        f"import socket; s = socket.create_connection(('{address}', 8000), 20); s.sendall(b'!'); "
+        "print(s.recv(99))"
+    )
     look = f'hostname; echo "$APPPOT_LAN_ADDRESS"; sudo -n hostname; python3 -c "{talk}"'
     other = lan_node.start("--lan", "sh", "-c", look, wrap=lan, env=job)
     status, stdout, stderr = lan_node.finish(other)
+
     *names, said = stdout.decode().split()
     assert (status, stderr, said) == (0, b"", f"b'{NONCE}!'"), stdout
     assert len(set(names)) == 1 and apppot_start.parse_ipv4(names[0]) and names[0] != address
@@ -553,11 +662,17 @@ def test_two_guests_of_a_lan_reach_each_other_by_addresses_of_their_own(lan_node
 @needs_root
 def test_guests_of_other_groups_do_not_meet(lan_node, lan):
     serve = SERVE.format("SOCK_STREAM", 8000, NONCE, NONCE)
-    server = lan_node.start("--lan", group(), "--lan-address", "10.9.0.1", "python3", "-c", serve, wrap=lan)
+    server = lan_node.start(
+        "--lan", group(), "--lan-address", "10.9.0.1", "python3", "-c", serve, wrap=lan
+    )
     assert server.stdout.readline() == b"ready\n"
+
     talk = "curl -sS -m 3 http://10.9.0.1:8000/ || echo none"
-    other = lan_node.start("--lan=" + group(), "--lan-address", "10.9.0.2/24", "sh", "-c", talk, wrap=lan)
+    other = lan_node.start(
+        "--lan=" + group(), "--lan-address", "10.9.0.2/24", "sh", "-c", talk, wrap=lan
+    )
     assert lan_node.finish(other)[1] == b"none\n"
+
     server.terminate()
     assert lan_node.finish(server)[0] == 143
 
@@ -616,11 +731,14 @@ def test_a_real_mpi_program_runs_across_two_appliances(lan_node, lan, mpi_image)
     options = ("--net", "none", "--lan", group(), "--lan-address")
     member = lan_node.start(*options, "10.9.0.2", "./agent", wrap=lan, image=mpi_image)
     assert member.stdout.readline() == b"ready\n", member.stderr.read()
+
     command = (
-        "mpirun --allow-run-as-root --mca plm_rsh_agent $PWD/agent --host 10.9.0.1:1,10.9.0.2:1 -np 2 "
+        "mpirun --allow-run-as-root --mca plm_rsh_agent $PWD/agent --host 10.9.0.1:1,10.9.0.2:1 "
+        "-np 2 "
         "python3 program.py"
     )
     first = lan_node.start(*options, "10.9.0.1", "sh", "-c", command, wrap=lan, image=mpi_image)
+
     status, stdout, stderr = lan_node.finish(first)
     assert (status, stdout) == (0, b"3 10.9.0.1 10.9.0.2\n"), stderr
     assert lan_node.finish(member)[0] == 0
@@ -633,7 +751,9 @@ def test_lan_takes_a_group_and_no_command():
     assert split(["--lan=239.1.2.3:5000", "ls"]) == (["--lan=239.1.2.3:5000"], ("ls",))
     assert split(["--lan", "--mem", "1G", "ls"]) == (["--lan", "--mem", "1G"], ("ls",))
     assert split(["--lan"]) == (["--lan"], ())
-    assert apppot_start.build_parser().parse_args(["--lan", "239.1.2.3:5000"]).lan == "239.1.2.3:5000"
+    assert (
+        apppot_start.build_parser().parse_args(["--lan", "239.1.2.3:5000"]).lan == "239.1.2.3:5000"
+    )
 
 
 def test_the_lan_of_a_batch_job_is_its_own_and_addresses_are_unique():
@@ -647,10 +767,11 @@ def test_the_lan_of_a_batch_job_is_its_own_and_addresses_are_unique():
 @pytest.mark.parametrize(
     "where, address",
     [
-        ("10.1.2.3:5000", ""), ("239.1.2.3", ""), ("239.1.2.3:0", ""), ("239.1.2.3:70000", ""), ("239.1.2.300:5", ""),
-        ("x", ""), ("", "10.1.1"), ("", "fe80::1"), ("", "10.1.1.1/31"), ("", "10.1.1.1/"), ("", "10.1.1.1/x"),
+        ("10.1.2.3:5000", ""), ("239.1.2.3", ""), ("239.1.2.3:0", ""), ("239.1.2.3:70000", ""),
+        ("239.1.2.300:5", ""), ("x", ""), ("", "10.1.1"), ("", "fe80::1"), ("", "10.1.1.1/31"),
+        ("", "10.1.1.1/"), ("", "10.1.1.1/x"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_lan_is_refused(where, address):
     with pytest.raises(Fatal):
         parse_lan(where, address, "")
@@ -660,4 +781,6 @@ def test_what_is_no_lan_is_refused(where, address):
 def test_the_agent_reads_addresses_and_netmasks_as_the_runner_writes_them(address, prefix):
     interface = apppot_init.parse_interface(b"eth1", f"{address}/{prefix}".encode())
     assert interface.address == address.packed
-    assert format(int.from_bytes(interface.netmask, "big"), "032b") == "1" * prefix + "0" * (32 - prefix)
+    assert format(int.from_bytes(interface.netmask, "big"), "032b") == "1" * prefix + "0" * (
+        32 - prefix
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest on one CPU of the host, as long as that has nobody else and the guest needs no second one."""
+"""A guest stays on one CPU of the host while it has that CPU alone and needs no second one."""
 
 import contextlib
 import os
@@ -21,7 +21,9 @@ def guest_of(node):
         with contextlib.suppress(OSError):  # it ended meanwhile
             if os.readlink(f"/proc/{pid}/exe") == os.path.realpath(node.root / "linux"):
                 for thread in os.listdir(f"/proc/{pid}/task"):
-                    children = pathlib.Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
+                    children = (
+                        pathlib.Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
+                    )
                     tasks += [int(thread), *map(int, children)]
     return tasks
 
@@ -51,7 +53,9 @@ def test_all_of_a_guest_is_on_one_cpu_and_the_runner_is_not(any_node):
 
 def test_one_that_may_use_one_cpu_alone_stays_there(node):
     cpu = max(ALL)
-    process = node.start_ready("nproc; read line", stdin=subprocess.PIPE, wrap=("taskset", "-c", str(cpu)))
+    process = node.start_ready(
+        "nproc; read line", stdin=subprocess.PIPE, wrap=("taskset", "-c", str(cpu))
+    )
     assert process.stdout.readline() == b"1\n"
     assert places(node) == {frozenset([cpu])}
     assert process.communicate(b"\n") == (b"", b"")
@@ -60,25 +64,32 @@ def test_one_that_may_use_one_cpu_alone_stays_there(node):
 def test_a_guest_gets_a_second_cpu_when_it_computes_on_both(node, kernel):
     require(len(ALL) > 1, "takes two CPUs")
     skip_unless(kernel_has(kernel, "CONFIG_SMP"), "this kernel has one CPU")
-    script = "read line; (while :; do :; done) & (while :; do :; done) & read line; kill $(jobs -p); sleep 1000"
+    script = (
+        "read line; (while :; do :; done) & (while :; do :; done) & read line; kill $(jobs -p); "
+        "sleep 1000"
+    )
     process = node.start_ready(script, "--cpus", "2", stdin=subprocess.PIPE)
     wait_for(lambda: is_on_one(node))
+
     for is_so in (lambda: places(node) == {frozenset(ALL)}, lambda: is_on_one(node)):
         process.stdin.write(b"\n")
         process.stdin.flush()
         wait_for(is_so)
+
     process.kill()
     node.finish(process)
 
 
-# --- What is decided, of readings that no busy machine gives at will -----------------------------------------
+# --- What is decided, of readings that no busy machine gives at will ------------------------------
 
 
 def decide(placement, count, ran, waited):
     return {placement.decide(ran, waited) for _ in range(count)}
 
 
-@pytest.mark.parametrize("ran, waited", [(0, 0), (0.2, 0.1), (0.55, 0.25), (1, 0), (1, 0.45), (1, 0.7)])
+@pytest.mark.parametrize(
+    "ran, waited", [(0, 0), (0.2, 0.1), (0.55, 0.25), (1, 0), (1, 0.45), (1, 0.7)]
+)
 @pytest.mark.parametrize("ncpus", [1, 2])
 def test_a_guest_that_is_alone_stays(ncpus, ran, waited):
     assert decide(apppot_start.Placement(ncpus), 100, ran, waited) == {"stay"}

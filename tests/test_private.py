@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The private directories of runs: what is removed and what is not, and that nobody leads the runner out of them."""
+"""The private directories of runs: what is removed, what stays, and who may lead out of them."""
 
 import contextlib
 import os
@@ -23,7 +23,8 @@ DEEP = 20000
 # Runs its arguments where flock(2), number 73, fails with an errno: a file system without locks.
 WITHOUT_LOCKS = """
 import ctypes, os, struct, sys
-steps = (0x20, 0, 0, 0), (0x15, 0, 1, 73), (0x06, 0, 0, 0x00050000 + int(sys.argv[1])), (0x06, 0, 0, 0x7fff0000)
+fail = 0x00050000 + int(sys.argv[1])
+steps = (0x20, 0, 0, 0), (0x15, 0, 1, 73), (0x06, 0, 0, fail), (0x06, 0, 0, 0x7fff0000)
 code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
 libc = ctypes.CDLL(None, use_errno=True)
 assert libc.prctl(38, 1, 0, 0, 0) == 0
@@ -41,7 +42,8 @@ class Owner:
 
     def __init__(self, uid):
         self.uid = uid
-        shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a disk takes a minute for 100,000 files
+        # A disk would take a minute for 100,000 files.
+        shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self.place = pathlib.Path(tempfile.mkdtemp(prefix="apppot-test-", dir=shared))
         self.place.chmod(0o1777)
         self.outside = self.place / "outside"
@@ -51,6 +53,7 @@ class Owner:
         """Do it in a process of the owner; what that says on stderr has the words."""
         reader, writer = os.pipe()
         pid = os.fork()
+
         if pid == 0:
             try:
                 os.dup2(writer, 2)
@@ -64,6 +67,7 @@ class Owner:
                 os.write(2, traceback.format_exc().encode())
             finally:
                 os._exit(1)
+
         os.close(writer)
         with os.fdopen(reader) as file:
             said = file.read()
@@ -108,7 +112,7 @@ def root():
     owner.close()
 
 
-# --- What is removed ----------------------------------------------------------------------------------------
+# --- What is removed ------------------------------------------------------------------------------
 
 
 def make_levels():
@@ -193,7 +197,7 @@ def test_one_that_was_killed_before_it_had_a_mark_goes(owner):
     assert not path.exists()
 
 
-# --- What is not --------------------------------------------------------------------------------------------
+# --- What is not ----------------------------------------------------------------------------------
 
 
 def test_directories_of_the_user_s_own_stay(owner):
@@ -258,7 +262,9 @@ def test_a_mark_that_another_user_made_is_none(root):
 def test_a_directory_of_another_user_is_not_entered(root):
     path = root.leave(lambda: (os.makedirs("theirs/d"), os.makedirs("ours/d")))
     os.chown(path / "theirs", UNPRIVILEGED, -1)
-    root.remove(f"apppot: warning: directory of a run cannot be removed, Directory not empty: {path}\n")
+    root.remove(
+        f"apppot: warning: directory of a run cannot be removed, Directory not empty: {path}\n"
+    )
     assert (path / "theirs" / "d").is_dir() and not (path / "ours").exists()
 
 
@@ -267,14 +273,20 @@ def test_a_directory_of_another_user_is_not_entered(root):
 def test_what_is_mounted_there_stays(root, where, what):
     path = root.leave(lambda: (os.makedirs("d/e"), pathlib.Path("f").touch()))
     source = root.outside / "file" if where == "/f" else root.outside
-    mount = f"mount --bind {source} {path}{where}" if what == "bind" or where == "/f" else (
-        f"mount -t tmpfs none {path}{where} && cp -p {root.outside}/file {path}{where}")
+    mount = (
+        f"mount --bind {source} {path}{where}"
+        if what == "bind" or where == "/f"
+        else (f"mount -t tmpfs none {path}{where} && cp -p {root.outside}/file {path}{where}")
+    )
     look = f"cat {path}{where}{'' if where == '/f' else '/file'}"
     code = "import apppot_start, sys; apppot_start.remove_stale_directories(sys.argv[1])"
     argv = [*mounted(f'{mount}; {sys.executable} -c "{code}" {root.place}'), "sh", "-c", look]
+
     result = subprocess.run(argv, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert (result.returncode, result.stdout.decode()) == (0, NONCE), result.stderr
-    assert (str(path) in result.stderr.decode()) == bool(where)  # mounted over it is no directory of ours at all
+    # With a mount over it the directory is none of ours at all.
+    assert (str(path) in result.stderr.decode()) == bool(where)
+
     root.remove()
     assert root.list_private() == []
 
@@ -307,7 +319,8 @@ def test_what_others_move_meanwhile_leads_nowhere(owner, monkeypatch, change, wh
     is_missed = (change, when) == (move_away, "before")
     owner.remove("" if is_missed else str(path))
     monkeypatch.undo()
-    # What was moved away before it was opened is no longer a run's; what was open is emptied wherever it is.
+    # What was moved away before it was opened is no longer a run's; what was open is emptied
+    # wherever it is.
     moved = owner.outside / "moved"
     assert moved.exists() == (change == move_away)
     assert not moved.exists() or sorted(os.listdir(moved)) == (["c", "file"] if is_missed else [])
@@ -315,7 +328,7 @@ def test_what_others_move_meanwhile_leads_nowhere(owner, monkeypatch, change, wh
     assert owner.list_private() == []
 
 
-# --- Whose it is --------------------------------------------------------------------------------------------
+# --- Whose it is ----------------------------------------------------------------------------------
 
 HERE = apppot_start.find_own_identity(1)
 
@@ -335,7 +348,10 @@ HERE = apppot_start.find_own_identity(1)
 )
 def test_a_run_has_ended_if_this_node_can_tell(change, unlocked, locks_unknown):
     owner = HERE._replace(**change)
-    assert (apppot_start.has_ended(owner, True), apppot_start.has_ended(owner, False)) == (unlocked, locks_unknown)
+    assert (apppot_start.has_ended(owner, True), apppot_start.has_ended(owner, False)) == (
+        unlocked,
+        locks_unknown,
+    )
 
 
 def test_the_directory_of_a_run_on_another_node_stays(owner):
@@ -363,7 +379,9 @@ def test_a_directory_that_others_remove_again_and_again_is_given_up(owner, monke
 
 @pytest.mark.parametrize("number", [37, 38])  # ENOLCK, ENOSYS
 def test_a_file_system_without_locks_will_do(any_node, number):
-    other = any_node.start_ready("read line; echo still $line", wrap=without_locks(number), stdin=subprocess.PIPE)
+    other = any_node.start_ready(
+        "read line; echo still $line", wrap=without_locks(number), stdin=subprocess.PIPE
+    )
     result = any_node.run("--save-changes", "c.tar.gz", "true", wrap=without_locks(number))
     assert (result.returncode, result.stderr, os.listdir(any_node.job)) == (0, b"", ["c.tar.gz"])
     other.stdin.write(b"here\n")
@@ -376,6 +394,7 @@ def test_without_locks_what_a_killed_run_left_goes_too(any_node):
     any_node.kill_at_once()
     any_node.finish(process)
     any_node.wait_until_gone()
+
     assert os.listdir(any_node.scratch) and os.listdir(any_node.job)
     assert any_node.run("--save-changes", "d.tar.gz", "true", wrap=wrap).returncode == 0
     assert os.listdir(any_node.job) == ["d.tar.gz"]
@@ -387,7 +406,13 @@ def test_a_run_leaves_directories_of_the_user_s_own_alone(any_node):
         (any_node.job / name).mkdir()
         (any_node.job / name / "data").touch()
         os.chown(any_node.job / name, any_node.uid, -1)
-    assert any_node.run("--save-changes", "c.tar.gz", "true", env={"APPPOT_TMPDIR": str(any_node.job)}).returncode == 0
+
+    assert (
+        any_node.run(
+            "--save-changes", "c.tar.gz", "true", env={"APPPOT_TMPDIR": str(any_node.job)}
+        ).returncode
+        == 0
+    )
     assert set(os.listdir(any_node.job)) == names | {"c.tar.gz"}
     assert all((any_node.job / name / "data").exists() for name in names)
 
@@ -403,7 +428,7 @@ def test_a_probe_that_is_killed_leaves_nothing(owner, monkeypatch):
     assert os.listdir(owner.place) == ["outside"]
 
 
-# --- What the guest puts there ------------------------------------------------------------------------------
+# --- What the guest puts there --------------------------------------------------------------------
 
 PLANT = """
 import os
@@ -425,10 +450,16 @@ def test_what_root_of_the_guest_puts_into_the_spool_changes_nothing(any_node, ma
     victim = any_node.root / "victim"
     victim.write_text(NONCE)
     os.chown(victim, any_node.uid, -1)
-    (any_node.job / "plant").write_text(PLANT.format(make=make.format(victim=str(victim)), depth=depth))
+    (any_node.job / "plant").write_text(
+        PLANT.format(make=make.format(victim=str(victim)), depth=depth)
+    )
     content = os.urandom(5 << 19)
-    process = any_node.start_ready("python3 plant; echo planted; exec cat", "--root", stdin=subprocess.PIPE)
+
+    process = any_node.start_ready(
+        "python3 plant; echo planted; exec cat", "--root", stdin=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"planted\n"
+
     stdout, stderr = process.communicate(content, timeout=60)
     assert (process.returncode, stdout == content, stderr) == (0, True, b"")
     assert victim.read_text() == NONCE
@@ -437,7 +468,9 @@ def test_what_root_of_the_guest_puts_into_the_spool_changes_nothing(any_node, ma
 def test_an_ordinary_user_of_the_guest_does_not_reach_the_spool(kernel, image):
     uid = UNPRIVILEGED if os.getuid() == 0 else os.getuid()
     for node in make_node(kernel, image, uid):
-        result = node.run("sh", "-c", "ls /run/apppot; ls /run/apppot/spool; touch /run/apppot/spool/in1")
+        result = node.run(
+            "sh", "-c", "ls /run/apppot; ls /run/apppot/spool; touch /run/apppot/spool/in1"
+        )
         assert result.stdout == b"" and result.stderr.count(b"Permission denied") == 3
 
 
@@ -457,6 +490,7 @@ def test_what_root_of_the_guest_puts_beside_the_changes_file_changes_nothing(any
         mountpoint -q /mnt/x; cd /mnt/x
         ln -s /etc/passwd c.tar.gz; mkfifo apppot fifo; mkdir -p closed/in; chmod 0 closed
     """
+
     result = any_node.run("--root", "--save-changes", "c.tar.gz", "sh", "-ec", script)
     assert (result.returncode, result.stderr, os.listdir(any_node.job)) == (0, b"", ["c.tar.gz"])
     assert stat.S_ISREG((any_node.job / "c.tar.gz").lstat().st_mode)
@@ -466,10 +500,13 @@ def make_socket(path):
     socket.socket(socket.AF_UNIX).bind(str(path))
 
 
-@pytest.mark.parametrize("make", [
-    lambda path: path.symlink_to("/etc/passwd"), lambda path: path.symlink_to("nowhere"), os.mkfifo, make_socket,
-    lambda path: path.mkdir(),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.symlink_to("/etc/passwd"), lambda path: path.symlink_to("nowhere"),
+        os.mkfifo, make_socket, lambda path: path.mkdir(),
+    ],
+)
 def test_a_saved_file_that_is_none_is_refused(owner, make):
     def work():
         with apppot_start.private_directory(str(owner.place)) as save:
@@ -478,7 +515,10 @@ def test_a_saved_file_that_is_none_is_refused(owner, make):
             make(given / "name")
             with pytest.raises(apppot_start.Fatal) as caught:
                 apppot_start.place_changes(save, "name", str(owner.place / "c.tar.gz"))
-            assert "changes were not saved" in caught.value.message and "killed" not in caught.value.message
+            assert (
+                "changes were not saved" in caught.value.message
+                and "killed" not in caught.value.message
+            )
 
     owner.call(work)
     assert sorted(os.listdir(owner.place)) == ["outside"]
@@ -500,6 +540,7 @@ def test_a_console_that_is_a_link_is_not_written_to(tmp_path, link):
     (tmp_path / "run/guest").mkdir(parents=True)
     (tmp_path / "other").mkdir()
     place = tmp_path / ("other" if link else "run/guest")
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(str(place / "mconsole"))
         receiver.setblocking(False)
@@ -527,9 +568,11 @@ def test_what_the_guest_puts_in_the_place_of_the_files_of_empty_is_not_opened(tm
     for name in ("file", "link", "none"):
         with pytest.raises(OSError):
             apppot_start.open_fifo(name, os.O_RDONLY, directory)
+
     for name in ("fifo", "link", "pid", "none"):
         with pytest.raises(OSError):
             apppot_start.open_own(name, directory)
+
     os.close(apppot_start.open_fifo("fifo", os.O_RDONLY, directory))
     os.close(apppot_start.open_own("file", directory))
     os.close(directory)

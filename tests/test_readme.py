@@ -25,7 +25,7 @@ EXAMPLES = re.findall(r"^((?:    python3 .*\n)+)", README, re.MULTILINE)
 VERSION = "9.8.7"
 
 
-# --- What it names ----------------------------------------------------------------------------------------------
+# --- What it names --------------------------------------------------------------------------------
 
 
 def test_it_is_short_and_fits_the_window():
@@ -45,7 +45,8 @@ def list_options(parser):
 def test_each_option_in_it_is_one_of_the_programs():
     parsers = [apppot_start.build_parser(), changes.build_parser()]
     known = {option for parser in parsers for option in list_options(parser)}
-    text = re.sub(r"```sh\n.*?```", "", README, flags=re.DOTALL)  # the batch systems have options of their own
+    # The other words are options of batch systems.
+    text = re.sub(r"```sh\n.*?```", "", README, flags=re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
     assert len(named) > 25 and named - {"--sparse"} <= known  # that is one of cp
 
@@ -57,25 +58,41 @@ def test_each_variable_in_it_is_in_the_help_of_the_runner():
 
 
 def test_each_target_and_variable_of_make_in_it_is_in_the_help_of_make():
-    text = subprocess.run(["make", "-C", TOP, "help"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    text = subprocess.run(
+        ["make", "-C", TOP, "help"], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     targets = set(re.findall(r"\bmake ([a-z-]+)", " ".join(re.findall(r"`(make [^`]*)`", README))))
-    variables = set(re.findall(r"(?<=[` ])([A-Z_]+)=(?=[`\w\"])", README)) - {"APPPOT_CHANGES", "SLURM_MEM_PER_NODE"}
-    assert targets >= {"demo", "kernel", "stage"} and all(f"\n  make {target} " in text for target in targets)
+
+    variables = set(re.findall(r"(?<=[` ])([A-Z_]+)=(?=[`\w\"])", README)) - {
+        "APPPOT_CHANGES",
+        "SLURM_MEM_PER_NODE",
+    }
+    assert targets >= {"demo", "kernel", "stage"} and all(
+        f"\n  make {target} " in text for target in targets
+    )
     assert "PACKAGES" in variables and all(f"\n  {name} " in text for name in variables)
 
 
 def test_each_section_in_it_is_a_section_of_a_program():
     text = README.partition("## Where things are in the source\n")[2]
-    programs = {name: (TOP / name).read_text() for name in ("apppot_start.py", "apppot_init.py", "changes.py")}
+    programs = {
+        name: (TOP / name).read_text()
+        for name in ("apppot_start.py", "apppot_init.py", "changes.py")
+    }
     banners = re.findall(r"^# --- (.*?)(?: \(.*)? -+$", "\n".join(programs.values()), re.MULTILINE)
+
     named = set(re.findall(r'"([^"]+)"', text))
     assert len(named) > 5 and named <= set(banners)
+
     # A word of code there, other than the names of files.
     words = set(re.findall(r"`(\w+)`", text))
-    assert words and all(re.search(rf"^(class )?{word}\b", programs["apppot_start.py"], re.MULTILINE) for word in words)
+    assert words and all(
+        re.search(rf"^(class )?{word}\b", programs["apppot_start.py"], re.MULTILINE)
+        for word in words
+    )
 
 
-# --- What it runs -----------------------------------------------------------------------------------------------
+# --- What it runs ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -95,15 +112,20 @@ def clone(tmp_path, image, kernel):
 
 
 def environ(clone, **more):
-    return {"PATH": os.environ["PATH"], "APPPOT_TMPDIR": str(clone / "scratch"), "HOME": str(clone / "home"), **more}
+    return {
+        "PATH": os.environ["PATH"], "APPPOT_TMPDIR": str(clone / "scratch"),
+        "HOME": str(clone / "home"), **more,
+    }
 
 
 @pytest.mark.parametrize("transcript", TRANSCRIPTS, ids=range(len(TRANSCRIPTS)))
 def test_a_transcript_of_the_readme_is_what_a_reader_sees(transcript, clone):
     commands = [line[2:] for line in transcript.splitlines() if line.startswith("$ ")]
     script = "exec 2>&1\n" + "\n".join(
-        f"status=$?; printf '%s\\n' {shlex.quote('$ ' + command)}; (exit $status)\n{command}" for command in commands
+        f"status=$?; printf '%s\\n' {shlex.quote('$ ' + command)}; (exit $status)\n{command}"
+        for command in commands
     )
+
     shown = subprocess.run(
         ["bash", "-c", script],
         cwd=clone,
@@ -119,9 +141,9 @@ def test_a_transcript_of_the_readme_is_what_a_reader_sees(transcript, clone):
 def run_example(lines, clone, **more):
     script = "set -e\n" + lines.replace("/data/genomes", f"{clone}/data/genomes")
     result = subprocess.run(
-        ["bash", "-c", script], cwd=clone, env=environ(clone, **more), stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, timeout=DEADLINE_S,
-    )  # fmt: skip
+        ["bash", "-c", script], cwd=clone, env=environ(clone, **more), stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=DEADLINE_S,
+    )
     assert result.returncode == 0, (script, result.stdout, result.stderr)
     return result.stdout
 
@@ -133,12 +155,19 @@ def make_repository(clone):
     module.mkdir(parents=True)
     (module / "__init__.py").write_text(f"__version__ = '{VERSION}'\n")
     (package / "DEBIAN").mkdir()
-    control = f"Package: python3-numpy\nVersion: {VERSION}\nArchitecture: all\nMaintainer: a\nDescription: a\n"
+    control = (
+        f"Package: python3-numpy\nVersion: {VERSION}\nArchitecture: all\nMaintainer: "
+        "a\nDescription: a\n"
+    )
     (package / "DEBIAN/control").write_text(control)
     deb = clone / "a.deb"
-    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", package, deb], check=True, capture_output=True)
+    subprocess.run(
+        ["dpkg-deb", "--root-owner-group", "--build", package, deb], check=True, capture_output=True
+    )
     digest = hashlib.sha256(deb.read_bytes()).hexdigest()
-    (clone / "Packages").write_text(f"{control}Filename: ./a.deb\nSize: {deb.stat().st_size}\nSHA256: {digest}\n")
+    (clone / "Packages").write_text(
+        f"{control}Filename: ./a.deb\nSize: {deb.stat().st_size}\nSHA256: {digest}\n"
+    )
     script = """
         mkdir -p /opt/lists/partial
         install -D -t /opt/repository -m 644 a.deb Packages
@@ -158,6 +187,7 @@ def test_an_example_of_the_readme_works_after_make_demo(lines, clone):
     # What the examples take for granted: data, settings, a program in the job directory.
     for directory in ("data/genomes", "home/settings"):
         (clone / directory).mkdir(parents=True)
+
     (clone / "data/genomes/one").write_text("gattaca\n")
     (clone / "home/settings/colour").write_text("blue\n")
     (clone / "analyse").write_text(f"#!/bin/sh\ncat {clone}/data/genomes/one /etc/mytool/colour\n")
@@ -175,11 +205,13 @@ def test_without_a_command_a_reader_has_a_shell(clone):
     if pid == 0:
         os.chdir(clone)
         os.execvpe("python3", ["python3", "apppot_start.py"], environ(clone, TERM="dumb"))
+
     seen = b""
     for expected, keys in ((rb"[$#] $", b"echo $((6*7)); exit 5\n"), (rb"\n42\r", b"")):
         while not re.search(expected, seen):
             assert select.select([terminal], [], [], DEADLINE_S)[0], seen
             seen += os.read(terminal, 4096)
         os.write(terminal, keys)
+
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
     os.close(terminal)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Makefile: what it builds with and what it says, how it ends, and that it needs nothing but what README says."""
+"""The Makefile: what it builds with, what it says, how it ends, and what it needs: see README."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,7 @@ from nodes import DEADLINE_S, TOP, UNPRIVILEGED, find_processes, mounted, needs_
 
 
 class Checkout:
-    """A clone that belongs to an ordinary user, with a cache of its own, and what make leaves of processes."""
+    """A clone of an ordinary user, with its own cache, and the processes that make leaves."""
 
     def __init__(self):
         self.place = pathlib.Path(tempfile.mkdtemp(prefix="apppot-test-"))
@@ -45,13 +45,24 @@ class Checkout:
             os.setuid(self.uid)
 
     def start(self, *words, wrap=()):
-        """Popen of make in a session of its own, as the ordinary user where the wrap does not see to that."""
-        environment = {"PATH": f"{self.place}/bin:/usr/bin:/bin", "HOME": str(self.place), "APPPOT_TEST": self.mark}
+        """Popen of make in a session of its own. A wrap becomes the ordinary user itself."""
+        environment = {
+            "PATH": f"{self.place}/bin:/usr/bin:/bin",
+            "HOME": str(self.place),
+            "APPPOT_TEST": self.mark,
+        }
+
         process = subprocess.Popen(
-            [*wrap, "make", f"CACHE={self.cache}", *words], cwd=self.place, env=environment, start_new_session=True,
-            preexec_fn=None if wrap else self.become, text=True,  # noqa: PLW1509
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            [*wrap, "make", f"CACHE={self.cache}", *words],
+            cwd=self.place,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=None if wrap else self.become,  # noqa: PLW1509
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         self.started.append(process)
         return process
 
@@ -84,9 +95,10 @@ def checkout():
     checkout.close()
 
 
-# --- What cannot be built -----------------------------------------------------------------------------------
+# --- What cannot be built -------------------------------------------------------------------------
 
-# Run as root by Python: a command of an ordinary user who has subordinate ids, and no user namespace to use them in.
+# Run as root by Python: a command of an ordinary user who has subordinate ids, and no user
+# namespace to use them in.
 REFUSED = f"""
 import ctypes, os, sys
 told, go = os.pipe(), os.pipe()
@@ -123,6 +135,7 @@ def test_where_user_namespaces_are_refused_make_says_so_each_time(checkout, how)
     if not wrap:
         # As the one of util-linux 2.38: its child waits for ever for what has failed.
         checkout.stand_in("unshare", "sleep 1000 & exit 1")
+
     for _ in range(2):
         status, stderr = checkout.run("image", wrap=wrap)
         assert (status, stderr.count("make: error: ")) == (2, 1)
@@ -148,7 +161,7 @@ def test_a_variable_that_cannot_be_is_named_before_anything_is_built(checkout, v
     assert not (checkout.place / "built").exists()
 
 
-# --- Ends ---------------------------------------------------------------------------------------------------
+# --- Ends -----------------------------------------------------------------------------------------
 
 
 def start_to_build(checkout):
@@ -173,9 +186,14 @@ def building(checkout):
 
 @pytest.mark.parametrize(
     "send, number",
-    [(os.kill, signal.SIGTERM), (os.kill, signal.SIGKILL), (os.killpg, signal.SIGINT), (os.killpg, signal.SIGHUP)],
-)  # fmt: skip
-def test_however_make_is_ended_nothing_of_it_is_left_and_the_next_one_works(checkout, building, send, number):
+    [
+        (os.kill, signal.SIGTERM), (os.kill, signal.SIGKILL), (os.killpg, signal.SIGINT),
+        (os.killpg, signal.SIGHUP),
+    ],
+)
+def test_however_make_is_ended_nothing_of_it_is_left_and_the_next_one_works(
+    checkout, building, send, number
+):
     send(building.pid, number)
     building.communicate(timeout=DEADLINE_S)
     assert building.returncode != 0
@@ -192,15 +210,17 @@ def test_one_that_waits_for_another_make_can_be_ended_and_goes_on_when_that_has(
     os.kill(waiting[0].pid, signal.SIGTERM)
     waiting[0].communicate(timeout=DEADLINE_S)
     assert building.poll() is None
+
     os.kill(building.pid, signal.SIGTERM)
     wait_until_building(checkout)
     os.kill(waiting[1].pid, signal.SIGTERM)
     checkout.assert_nothing_left()
 
 
-# --- Machines with nothing on them --------------------------------------------------------------------------
+# --- Machines with nothing on them ----------------------------------------------------------------
 
-# Runs a command in the machine at $1 with the network of this one; when it ends, so does all that it started.
+# Runs a command in the machine at $1 with the network of this one; when it ends, so does all that
+# it started.
 ENTER = """
     root=$1
     shift
@@ -221,8 +241,12 @@ ENTER = """
     exec chroot $root env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin APPPOT_REQUIRE_BOOT=1 "$@"
 """
 COMMANDS = re.findall(r"^    (make \w+) +#", (TOP / "README.md").read_text(), re.MULTILINE)
-# Of every kind one that needs little time: values, the bundle, chroots, real boots with either kernel.
-SOME_TESTS = "in_the_order_that_the_help_gives or bundle_is_three_files or newer_debian or a_reader_sees or umoci"
+# Of every kind one that needs little time: values, the bundle, chroots, real boots with either
+# kernel.
+SOME_TESTS = (
+    "in_the_order_that_the_help_gives or bundle_is_three_files or newer_debian or a_reader_sees "
+    "or umoci"
+)
 
 
 class Machine:
@@ -237,13 +261,18 @@ class Machine:
         self.packages = self.cache / f"packages-{tree.stem}"
         self.packages.mkdir(exist_ok=True)
         self.archives = self.root / "var/cache/apt/archives"
+
         for path in self.packages.glob("*.deb"):
-            with contextlib.suppress(FileNotFoundError):   # of a version that is no longer there, see below
+            # keep_packages() of another test may remove an old version meanwhile.
+            with contextlib.suppress(FileNotFoundError):
                 shutil.copy(path, self.archives)
+
         (self.root / "etc/dpkg/dpkg.cfg.d/fast").write_text("force-unsafe-io\n")
-        # The network is this machine's: its name servers, and whom it trusts, among them perhaps a proxy.
+        # The network is this machine's: its name servers, and whom it trusts, among them perhaps a
+        # proxy.
         for name in ("resolv.conf", "ssl/certs/ca-certificates.crt"):
             shutil.copy(f"/etc/{name}", self.root / "etc" / name)
+
         self.clone = self.root / "home/clone"
         shutil.copytree(TOP, self.clone, ignore=shutil.ignore_patterns("build", ".git"))
         subprocess.run(["chown", "-R", "1000:1000", self.clone], check=True)
@@ -251,16 +280,21 @@ class Machine:
     def command(self, *words, user=0):
         become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
         # With this process, as that ends, everything in the machine ends.
-        unshare = ["setpriv", "--pdeathsig=KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts"]
-        inside = [*become, "env", "-C", "/home/clone", f"HOME={'/tmp' if user else '/root'}", *words]
+        unshare = [
+            "setpriv", "--pdeathsig=KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount",
+            "--uts",
+        ]
+        inside = [
+            *become, "env", "-C", "/home/clone", f"HOME={'/tmp' if user else '/root'}", *words,
+        ]
         return [*unshare, "--propagation=private", "sh", "-euc", ENTER, "-", self.root, *inside]
 
     def run(self, *words, user=0):
         """Exit status and what was written."""
         result = subprocess.run(
-            self.command(*words, user=user), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
-        )  # fmt: skip
+            self.command(*words, user=user), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
         return result.returncode, result.stdout
 
     def check(self, *words):
@@ -290,10 +324,12 @@ class Machine:
         """The cache gets those that this Debian still has."""
         self.check("apt-get", "autoclean")
         kept = {path.name for path in self.archives.glob("*.deb")}
+
         for name in kept - set(os.listdir(self.packages)):
             new = self.packages / f"{name}.{os.getpid()}"
             shutil.copy(self.archives / name, new)
             new.rename(self.packages / name)
+
         for path in self.packages.glob("*.deb"):
             if path.name not in kept:
                 path.unlink(missing_ok=True)
@@ -306,10 +342,15 @@ def machine(request, chroot):
 
 
 def install_what_make_tells(machine):
-    """As an ordinary user make tells what to install; with that it goes on to the right to build."""
+    """An ordinary user is told what to install. After that only the right to build is missing."""
     status, shown = machine.run("make", "demo", user=1000)
-    command = re.search(r"^make: hint: (sudo apt-get update; sudo apt-get install .*)$", shown, re.MULTILINE).group(1)
-    assert status == 2 and all(name in command for name in ("mmdebstrap", "mount", "uidmap", "user-mode-linux"))
+    command = re.search(
+        r"^make: hint: (sudo apt-get update; sudo apt-get install .*)$", shown, re.MULTILINE
+    ).group(1)
+    assert status == 2 and all(
+        name in command for name in ("mmdebstrap", "mount", "uidmap", "user-mode-linux")
+    )
+
     machine.check("sh", "-ec", command.replace("sudo ", "DEBIAN_FRONTEND=noninteractive "))
     _, shown = machine.run("make", "demo", user=1000)
     assert "not installed" not in shown and "no user namespace to build in" in shown
@@ -318,32 +359,48 @@ def install_what_make_tells(machine):
 @pytest.mark.grid
 @needs_root
 @pytest.mark.parametrize(
-    "machine, packages", [("debian-12", ""), ("debian-13", "systemd-resolved")], indirect=["machine"]
+    "machine, packages",
+    [("debian-12", ""), ("debian-13", "systemd-resolved")],
+    indirect=["machine"],
 )
 def test_the_commands_of_the_readme_work_on_a_bare_machine(machine, packages):
-    """To the point where only time is left: the kernel of this machine is taken for that which it would build."""
+    """Only time is left out: the kernel of this machine replaces the one that make would build."""
     demo, check = COMMANDS
     if packages:
         install_what_make_tells(machine)
     else:
         machine.give("rootfs-*")
-    assert "Debian GNU/Linux" in machine.check(*demo.split(), f"PACKAGES={packages}").splitlines()[-1]
+    assert (
+        "Debian GNU/Linux" in machine.check(*demo.split(), f"PACKAGES={packages}").splitlines()[-1]
+    )
     # systemd-resolved makes the one a link; the other is where Java's packages have links made.
-    look = "test -f /etc/resolv.conf -a ! -L /etc/resolv.conf -a -d /usr/share/man/man1 && echo right"
+    look = (
+        "test -f /etc/resolv.conf -a ! -L /etc/resolv.conf -a -d /usr/share/man/man1 && echo right"
+    )
     assert machine.check("python3", "apppot_start.py", "sh", "-c", look) == "right\n"
 
-    status, shown = machine.run("make", "image", "IMAGE=build/other.img", "PACKAGES=gcc no-such-package,nor-this")
-    assert status == 2 and "make: error: no package no-such-package nor-this in Debian stable\nmake: hint: " in shown
+    status, shown = machine.run(
+        "make", "image", "IMAGE=build/other.img", "PACKAGES=gcc no-such-package,nor-this"
+    )
+    assert (
+        status == 2
+        and "make: error: no package no-such-package nor-this in Debian stable\nmake: hint: "
+        in shown
+    )
 
     machine.check("make", "deps-check")
     machine.keep_packages()
     machine.give("lint-*")
     machine.check("make", "lint")
     machine.keep("lint-*")
-    machine.check("sh", "-ec", "echo 'int main(void) { return 0; }' > a.c; gcc -static a.c; ./a.out")
+    machine.check(
+        "sh", "-ec", "echo 'int main(void) { return 0; }' > a.c; gcc -static a.c; ./a.out"
+    )
     for name in ("linux", "linux.key"):
         shutil.copy(TOP / "build" / name, machine.clone / "build")
     machine.give("rootfs-*", "chroot-debian-*")
-    shown = machine.check(*check.split(), "-o", "build/linux", "JOBS=2", f"PYTESTARGS=-k '{SOME_TESTS}'")
+    shown = machine.check(
+        *check.split(), "-o", "build/linux", "JOBS=2", f"PYTESTARGS=-k '{SOME_TESTS}'"
+    )
     passed = re.findall(r"^=+ [1-9]\d* passed, \d+ deselected", shown, re.MULTILINE)
     assert len(passed) == 4, "two parts with each kernel: " + shown[-20000:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stage-in bundle: three files that run where nothing else is, and the disk that grows when they do."""
+"""The bundle for stage-in: three files that run on a bare node, and a disk that grows there."""
 
 import glob
 import hashlib
@@ -56,9 +56,11 @@ def staged_node(node, bundle):
 def test_the_bundle_is_three_files_with_their_checksums_and_a_tar_that_keeps_their_holes(bundle):
     assert sorted(os.listdir(STAGE)) == sorted([*FILES, "SHA256SUMS", "apppot-stage.tar"])
     assert sorted(os.listdir(bundle)) == sorted([*FILES, "SHA256SUMS"])
+
     for line in (bundle / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split()
         assert hashlib.sha256((bundle / name).read_bytes()).hexdigest() == digest
+
     image, tar = (bundle / "apppot.img").stat(), (STAGE / "apppot-stage.tar").stat()
     assert image.st_blocks * 512 < image.st_size < apppot_start.DISK_MIB << 20
     assert tar.st_size < image.st_blocks * 512 + (bundle / "linux").stat().st_size + (2 << 20)
@@ -70,12 +72,15 @@ def test_the_kernel_is_static_and_was_built_nowhere_in_particular(bundle):
     assert b"(apppot@apppot)" in (bundle / "linux").read_bytes()
 
 
-# --- Nodes with nothing on them -----------------------------------------------------------------------------
+# --- Nodes with nothing on them -------------------------------------------------------------------
 
 
 def copy_with_libraries(program, root):
     """A program or shared object and what the dynamic loader would load for it."""
-    listed = subprocess.run(["ldd", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode()
+    listed = subprocess.run(
+        ["ldd", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ).stdout.decode()
+
     for path in [str(program), *re.findall(r"(/\S+)", listed)]:
         target = root / os.path.realpath(os.path.dirname(path)).lstrip("/") / os.path.basename(path)
         if not target.exists():
@@ -90,10 +95,13 @@ def install_python(python, root):
     program, module = map(pathlib.Path, said.split())
     library = module.parent
     copy_with_libraries(program, root)
-    shutil.copytree(library, root / str(library).lstrip("/"), symlinks=True, ignore=shutil.ignore_patterns(
-        "test", "site-packages", "dist-packages", "__pycache__", "idlelib", "tkinter", "config-*"))  # fmt: skip
+    needless = shutil.ignore_patterns(
+        "test", "site-packages", "dist-packages", "__pycache__", "idlelib", "tkinter", "config-*"
+    )
+    shutil.copytree(library, root / str(library).lstrip("/"), symlinks=True, ignore=needless)
     for extension in (library / "lib-dynload").glob("*.so"):
         copy_with_libraries(extension, root)
+
     for loader in glob.glob("/lib*/ld-linux*"):
         target = root / loader.lstrip("/")
         target.parent.mkdir(exist_ok=True)
@@ -102,7 +110,7 @@ def install_python(python, root):
 
 
 def choose_pythons():
-    """The oldest and the newest here, and the one that runs the tests. test_end.py boots with each."""
+    """The oldest, the newest and this one. test_end.py boots with every Python."""
     by_age = sorted(pythons().items(), key=lambda item: int(item[0].partition(".")[2]))
     return {"oldest": by_age[0][1], "newest": by_age[-1][1], "this": sys.executable}
 
@@ -121,12 +129,20 @@ def test_the_bundle_runs_in_a_root_directory_with_a_python_alone(tmp_path_factor
     script = f"""
         mount -t proc proc {root}/proc; mount --rbind /dev {root}/dev
         exec env -i unshare --root={root} --wd=/job --setgid={UNPRIVILEGED} --setuid={UNPRIVILEGED} "$@" """
-    command = [program, "apppot_start.py", "sh", "-c", "echo $((6*7)); id -u; touch x 2> /dev/null; df -m / | tail -1"]
-    result = subprocess.run(["unshare", "-m", "sh", "-ec", script, "-", *command], capture_output=True)
+    command = [
+        program, "apppot_start.py", "sh", "-c",
+        "echo $((6*7)); id -u; touch x 2> /dev/null; df -m / | tail -1",
+    ]
+
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-ec", script, "-", *command], capture_output=True
+    )
     assert result.returncode == 0, result.stderr
+
     lines = result.stdout.decode().splitlines()
     assert lines[:2] == ["42", str(UNPRIVILEGED)] and not (root / "job" / "x").exists()
     assert int(lines[2].split()[3]) > 1000, "free MiB of the root file system"
+
     wait_for(lambda: not os.listdir(root / "tmp"))
     shutil.rmtree(root)
 
@@ -141,26 +157,41 @@ def test_the_bundle_runs_on_an_older_and_a_newer_debian(tmp_path, bundle, chroot
         mount -t proc proc {tmp_path}/proc; mount --rbind /dev {tmp_path}/dev
         exec chroot {tmp_path} env -i python3 /root/apppot_start.py "$@" """
     command = ["sh", "-c", "echo $((6*7)); grep VERSION_ID /etc/os-release"]
-    result = subprocess.run(["unshare", "-m", "sh", "-ec", script, "-", *command], capture_output=True)
-    assert (result.returncode, result.stderr) == (0, b"") and result.stdout.startswith(b"42\n"), result
+
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-ec", script, "-", *command], capture_output=True
+    )
+    assert (result.returncode, result.stderr) == (0, b"") and result.stdout.startswith(b"42\n"), (
+        result
+    )
 
 
-# --- The disk -----------------------------------------------------------------------------------------------
+# --- The disk -------------------------------------------------------------------------------------
 
 
 @caller_is_root
 def test_a_shrunk_image_has_room_in_a_run_and_nothing_counts_as_changed(staged_node):
-    before = staged_node.image.read_bytes()[:1 << 20], staged_node.image.stat().st_mtime_ns
-    result = staged_node.run("--root", "sh", "-ec", "df -m / | tail -1; cd /; apppot-snap changes -n")
+    before = staged_node.image.read_bytes()[: 1 << 20], staged_node.image.stat().st_mtime_ns
+    result = staged_node.run(
+        "--root", "sh", "-ec", "df -m / | tail -1; cd /; apppot-snap changes -n"
+    )
     line, *listing = result.stdout.decode().splitlines()
     assert int(line.split()[1]) > 1900 and int(line.split()[3]) > 1000
-    changed = [entry for entry in listing[:-1] if not entry.endswith((" /", " /root"))]   # the job directory's
+
+    # The job directory is mounted in these.
+    changed = [entry for entry in listing[:-1] if not entry.endswith((" /", " /root"))]
     assert (result.returncode, changed) == (0, [])
-    assert (staged_node.image.read_bytes()[:1 << 20], staged_node.image.stat().st_mtime_ns) == before
+    assert (
+        staged_node.image.read_bytes()[: 1 << 20],
+        staged_node.image.stat().st_mtime_ns,
+    ) == before
 
 
 def test_disk_makes_the_root_file_system_larger(staged_node):
-    script = "df -m / | tail -1; dd if=/dev/zero of=/big bs=1M count=1 seek=30000 status=none; tail -c 1 /big"
+    script = (
+        "df -m / | tail -1; dd if=/dev/zero of=/big bs=1M count=1 seek=30000 status=none; "
+        "tail -c 1 /big"
+    )
     result = staged_node.run("--root", "--disk", "40G", "sh", "-ec", script)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[1]) > 39000
@@ -169,15 +200,21 @@ def test_disk_makes_the_root_file_system_larger(staged_node):
 def test_disk_with_write_makes_the_image_itself_larger(staged_node):
     own = writable_copy(staged_node, staged_node.image)
     result = staged_node.run("--root", "--write", "--disk", "3G", "df", "-m", "/", image=own)
-    assert result.returncode == 0 and int(result.stdout.splitlines()[1].split()[1]) > 2900, result.stderr
+    assert result.returncode == 0 and int(result.stdout.splitlines()[1].split()[1]) > 2900, (
+        result.stderr
+    )
     assert own.stat().st_size == 3 << 30
     subprocess.run(["/sbin/e2fsck", "-fn", own], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("options, said", [
-    (("--disk", "10M"), "less than the image has"), (("--disk", "much"), "not a size"),
-    (("--disk", "4G", "--image", "{cow}:{image}"), "with a COW file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--disk", "10M"), "less than the image has"),
+        (("--disk", "much"), "not a size"),
+        (("--disk", "4G", "--image", "{cow}:{image}"), "with a COW file"),
+    ],
+)
 def test_a_disk_that_cannot_be_is_refused(staged_node, options, said):
     places = {"cow": staged_node.job / "cow", "image": staged_node.image}
     result = staged_node.run(*(option.format(**places) for option in options), "true")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command's terminal, seen from the caller's: a pseudo-terminal with a shell of the host in it."""
+"""The command's terminal, seen from the caller's: a pseudo-terminal and a shell of the host."""
 
 import fcntl
 import hashlib
@@ -21,7 +21,7 @@ NONCE = os.urandom(8).hex()
 
 
 class Screen:
-    """A terminal, the program that leads its session, and what appeared on it and was not looked at yet."""
+    """A terminal, the leader of its session, and what appeared on it and was not read yet."""
 
     def __init__(self, node, *leader):
         self.node = node
@@ -48,6 +48,7 @@ class Screen:
     def type(self, text):
         rest = text if isinstance(text, bytes) else text.encode()
         deadline = time.monotonic() + DEADLINE_S
+
         while rest:
             assert time.monotonic() < deadline, self.seen
             readable, writable, _ = select.select([self.keyboard], [self.keyboard], [], 1)
@@ -64,7 +65,9 @@ class Screen:
             if match:
                 self.seen = self.seen[match.end() :]
                 return match
-            assert select.select([self.keyboard], [], [], max(0, deadline - time.monotonic()))[0], self.seen
+            assert select.select([self.keyboard], [], [], max(0, deadline - time.monotonic()))[0], (
+                self.seen
+            )
             self.seen += os.read(self.keyboard, 65536)
 
     def stty(self):
@@ -95,11 +98,15 @@ def shell(any_node):
 
 @pytest.fixture
 def screen(node):
-    """start(WORDS): the command on a terminal, without a shell that would set the terminal right."""
+    """start(WORDS): the command on a terminal, without a shell that sets its modes right."""
     screens = []
 
     def start(*words):
-        screens.append(Screen(node, "sh", "-c", '"$@"; echo "ended with $?"; read line', "-", *node.argv(*words)))
+        screens.append(
+            Screen(
+                node, "sh", "-c", '"$@"; echo "ended with $?"; read line', "-", *node.argv(*words)
+            )
+        )
         return screens[-1]
 
     yield start
@@ -108,16 +115,18 @@ def screen(node):
         screen.process.wait(DEADLINE_S)
 
 
-# --- What a user does ---------------------------------------------------------------------------------------
+# --- What a user does -----------------------------------------------------------------------------
 
 
 def test_a_login_shell_has_the_terminal_and_its_status_comes_back(shell):
     before = shell.stty()
     shell.type(command_line(shell.node) + "\n")
     shell.expect(r"\w@[\w-]+:.*[$#] ")
+
     shell.type("tty; stty size; shopt login_shell; exit 7\n")
     shell.expect(r"/dev/pts/\d+\r\n24 80\r\nlogin_shell\s+on\r\n")
     shell.expect("host> ")
+
     shell.type("echo status=$?\n")
     shell.expect("status=7\r\n")
     shell.expect("host> ")
@@ -125,24 +134,33 @@ def test_a_login_shell_has_the_terminal_and_its_status_comes_back(shell):
 
 
 def test_job_control_in_the_guest(shell):
-    shell.type(command_line(shell.node, "--env", "PS1=guest> ", "bash", "--norc", "--noprofile") + "\n")
+    shell.type(
+        command_line(shell.node, "--env", "PS1=guest> ", "bash", "--norc", "--noprofile") + "\n"
+    )
     shell.expect("guest> ")
+
     job = "sh -c 'trap \"echo back\" CONT; echo up; read line; read line'\n"
     shell.type(job)
     shell.expect(r"up\r\n")
+
     shell.type("\x03")
     shell.expect(r"\^C\r\n")
     shell.expect("guest> ")
+
     shell.type(job)
     shell.expect(r"up\r\n")
+
     shell.type("\x1a")
     shell.expect("Stopped")
     shell.expect("guest> ")
+
     shell.type("fg\n")
     shell.expect(r"back\r\n")
+
     shell.type("\x1c")
     shell.expect("Quit")
     shell.expect("guest> ")
+
     shell.type("exit\n")
     shell.expect("host> ")
 
@@ -151,27 +169,35 @@ def test_ctrl_z_stops_the_run_and_fg_continues_it(shell):
     before = shell.stty()
     shell.type(command_line(shell.node, "bash", "-c", "echo up; read line; echo got $line") + "\n")
     shell.expect(r"up\r\n")
+
     shell.type("\x1a")
     shell.expect("Stopped")
     shell.expect("host> ")
     assert shell.stty() == before
+
     shell.type("fg\n")
     shell.expect("echo got ")
+
     shell.type(f"{NONCE}\n")
     shell.expect(f"got {NONCE}\r\n")
     shell.expect("host> ")
 
 
 def test_a_background_run_that_reads_waits_for_the_foreground(shell):
-    command = command_line(shell.node, "bash", "-c", "echo up; read line; echo got $line; tty; exit 3")
+    command = command_line(
+        shell.node, "bash", "-c", "echo up; read line; echo got $line; tty; exit 3"
+    )
     shell.type(command + " &\n")
     shell.expect(r"up\r\n")
     shell.expect("Stopped")
+
     shell.type("fg\n")
     shell.expect("exit 3'\r\n")
+
     shell.type(f"{NONCE}\n")
     shell.expect(f"got {NONCE}\r\n/dev/pts/")
     shell.expect("host> ")
+
     shell.type("echo status=$?\n")
     shell.expect("status=3\r\n")
 
@@ -180,15 +206,21 @@ def test_bg_lets_a_stopped_run_go_on_without_the_terminal(shell):
     script = "echo up; until [ -e go ]; do sleep 0.1; done; echo done; read line; echo got $line"
     shell.type(command_line(shell.node, "bash", "-c", script) + "\n")
     shell.expect(r"up\r\n")
+
     shell.type("\x1a")
     shell.expect("Stopped")
+
     shell.type("bg\n")
     shell.expect("&\r\n")
+
     shell.type("touch go\n")
     shell.expect("done\r\n")
-    shell.expect("Stopped")  # it wants the terminal; a shell that has not seen that yet has nothing for fg to continue
+    # The run wants the terminal. Until the shell has seen that, fg has nothing to continue.
+    shell.expect("Stopped")
+
     shell.type("fg\n")
     shell.expect("got \\$line'\r\n")
+
     shell.type(f"{NONCE}\n")
     shell.expect(f"got {NONCE}\r\n")
 
@@ -205,13 +237,17 @@ def test_ctrl_c_reaches_the_command(shell):
 def test_an_editor_and_a_pager_work(shell):
     shell.type(command_line(shell.node, "vi", "file") + "\n")
     shell.expect('"file"')
+
     shell.type(f"i{NONCE}\x1b:wq\n")
     shell.expect("host> ")
     assert (shell.node.job / "file").read_text() == NONCE + "\n"
+
     shell.type("seq 1000 | " + command_line(shell.node, "less") + "\n")
     shell.expect(r"\b20\r\n")
+
     shell.type("G")
     shell.expect(r"\b1000\r\n")
+
     shell.type("q")
     shell.expect("host> ")
 
@@ -235,7 +271,7 @@ def test_a_paste_of_100_kb_arrives(shell, modes):
     shell.expect("host> ")
 
 
-# --- Which descriptors are a terminal -----------------------------------------------------------------------
+# --- Which descriptors are a terminal -------------------------------------------------------------
 
 REDIRECTIONS = [
     "",
@@ -253,29 +289,47 @@ REDIRECTIONS = [
 @pytest.mark.parametrize("redirection", REDIRECTIONS)
 def test_what_is_redirected_is_no_terminal_and_the_rest_is(shell, redirection):
     (shell.node.job / "in").write_text("input\n")
-    script = "for n in 0 1 2; do [ -t $n ] && echo yes $n >> {0}; done; : < /dev/tty && echo tty >> {0}"
+    script = (
+        "for n in 0 1 2; do [ -t $n ] && echo yes $n >> {0}; done; : < /dev/tty && echo tty >> {0}"
+    )
+
     for place, words in (("here", ["sh"]), ("guest", None)):
         text = script.format(place)
-        line = shlex.join([*words, "-c", text]) if words else command_line(shell.node, "sh", "-c", text)
+        line = (
+            shlex.join([*words, "-c", text])
+            if words
+            else command_line(shell.node, "sh", "-c", text)
+        )
         shell.type(f"{line} {redirection}\n")
         shell.expect("host> ")
+
     seen = [(shell.node.job / place).read_text() for place in ("here", "guest")]
     assert seen[0] == seen[1] and "tty" in seen[0]
 
 
 def test_a_command_in_a_pipeline_gets_the_keyboard_when_it_reads_it(shell):
-    shell.type(command_line(shell.node, "sh", "-c", "echo up >&2; read line; echo got $line") + " | tr a-z A-Z\n")
+    shell.type(
+        command_line(shell.node, "sh", "-c", "echo up >&2; read line; echo got $line")
+        + " | tr a-z A-Z\n"
+    )
     shell.expect(r"up\r\n")
     shell.type("word\n")
     shell.expect("GOT WORD\r\n")
 
 
 def test_a_command_in_a_pipeline_leaves_the_keyboard_to_others(shell):
-    reader = "cat; echo up; stty -echo -icanon < /dev/tty; head -c 1 < /dev/tty | od -c; stty sane < /dev/tty"
+    reader = (
+        "cat; echo up; stty -echo -icanon < /dev/tty; head -c 1 < /dev/tty | od -c; "
+        "stty sane < /dev/tty"
+    )
     shell.type(
-        command_line(shell.node, "sh", "-c", f"echo {NONCE}; sleep 0.2") + " | sh -c " + shlex.quote(reader) + "\n"
+        command_line(shell.node, "sh", "-c", f"echo {NONCE}; sleep 0.2")
+        + " | sh -c "
+        + shlex.quote(reader)
+        + "\n"
     )
     shell.expect(NONCE + "\r\nup\r\n")
+
     shell.type("k")
     shell.expect("0000000   k")
 
@@ -283,11 +337,17 @@ def test_a_command_in_a_pipeline_leaves_the_keyboard_to_others(shell):
 def test_t_and_big_t_force_it(any_node):
     result = any_node.run("-t", "sh", input=b"tty; stty size; exit 3\n")
     assert result.returncode == 3 and re.search(rb"/dev/pts/\d+\r\n24 80\r\n", result.stdout)
-    assert any_node.run("-t", "cat", "-", input=b"a line\n").stdout.count(b"a line\r\n") == 2  # with its echo
+    # The line comes back, and so does its echo.
+    assert any_node.run("-t", "cat", "-", input=b"a line\n").stdout.count(b"a line\r\n") == 2
+
     screen = Screen(
-        any_node, *any_node.argv("-T", "sh", "-c", "[ -t 0 ] || [ -t 1 ] || echo none; read line; echo $line")
+        any_node,
+        *any_node.argv(
+            "-T", "sh", "-c", "[ -t 0 ] || [ -t 1 ] || echo none; read line; echo $line"
+        ),
     )
     screen.expect("none\r\n")
+
     screen.type(f"{NONCE}\n")
     screen.expect(f"{NONCE}\r\n{NONCE}\r\n")
     assert screen.process.wait(DEADLINE_S) == 0
@@ -300,7 +360,7 @@ def test_sudo_asks_for_no_password(any_node):
     assert any_node.run("--root", "sh", "-c", "id -u; echo $HOME").stdout == b"0\n/root\n"
 
 
-# --- The caller's terminal afterwards -----------------------------------------------------------------------
+# --- The caller's terminal afterwards -------------------------------------------------------------
 
 
 def run_processes(node):
@@ -310,26 +370,36 @@ def run_processes(node):
         process = pathlib.Path("/proc", str(pid))
         parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
         found[pid] = ((process / "cmdline").read_bytes().split(b"\0"), parent)
+
     runners = [pid for pid, (words, _) in found.items() if b"apppot_start.py" in words[1]]
     supervisor = next(pid for pid in runners if found[pid][1] in runners)
-    kernel = next(pid for pid, (words, parent) in found.items() if parent == supervisor and b"mem=" in b" ".join(words))
+    kernel = next(
+        pid
+        for pid, (words, parent) in found.items()
+        if parent == supervisor and b"mem=" in b" ".join(words)
+    )
     return {"runner": found[supervisor][1], "supervisor": supervisor, "kernel": kernel}
 
 
 @pytest.mark.parametrize("end", ["exit", "TERM", "runner", "supervisor", "kernel", "panic"])
 def test_the_terminal_is_as_before(screen, end):
-    there = screen("--root", "sh", "-c", "stty raw -echo; echo up; read line; echo c > /proc/sysrq-trigger")
+    there = screen(
+        "--root", "sh", "-c", "stty raw -echo; echo up; read line; echo c > /proc/sysrq-trigger"
+    )
     before = there.modes()
     there.expect(r"up\n")
     assert there.modes() != before
+
     if end == "exit":
         there.type("\x03\x04")
+
     if end in ("exit", "panic"):
         there.type("\n")
     elif end == "TERM":
         os.kill(run_processes(there.node)["runner"], signal.SIGTERM)
     else:
         os.kill(run_processes(there.node)[end], signal.SIGKILL)
+
     there.expect(r"ended with \d+\r?\n")
     wait_for(lambda: there.modes() == before)
 
@@ -347,16 +417,24 @@ def test_v_writes_whole_lines_on_a_raw_terminal(screen):
     assert b"up\r\n" in match.string and not re.search(rb"(?<!\r)\n", match.string[: match.end()])
 
 
-# --- What stays and what goes -------------------------------------------------------------------------------
+# --- What stays and what goes ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("words", [[], ["bash", "--norc", "--rcfile", "/dev/null", "-o", "vi"]])
 def test_an_interactive_shell_says_what_stays_and_what_goes(shell, words):
     job = re.escape(str(shell.node.job))
     shell.type(command_line(shell.node, "--net", "none", *words) + "\n")
-    begin = shell.expect(rf"apppot: what you write in {job} stays; all else, in HOME too, is gone at the end [^\n]*\n")
-    assert b"--bind" in begin.group() and begin.group().endswith(b"\r\n") and b"\n" not in begin.group()[:-1]
+
+    begin = shell.expect(
+        rf"apppot: what you write in {job} stays; all else, in HOME too, is gone at the end [^\n]*\n"
+    )
+    assert (
+        b"--bind" in begin.group()
+        and begin.group().endswith(b"\r\n")
+        and b"\n" not in begin.group()[:-1]
+    )
     shell.expect(r"[$#] ")
+
     shell.type("exit\n")
     shell.expect(rf"\napppot: what you wrote outside of {job} is gone\r\n")
     shell.expect("host> ")
@@ -383,9 +461,14 @@ def test_what_is_no_interactive_shell_says_nothing(shell, options, end):
 
 def test_a_shell_says_that_its_home_stays_with_bind(shell):
     home = shell.node.job
-    line = shlex.join(["env", f"HOME={home}", *shell.node.argv("--net", "none", "--bind", str(home), "sh")])
+    line = shlex.join(
+        ["env", f"HOME={home}", *shell.node.argv("--net", "none", "--bind", str(home), "sh")]
+    )
     shell.type(line + "\n")
-    shell.expect(rf"apppot: what you write in {re.escape(str(home))} stays; all else is gone at the end ")
+    shell.expect(
+        rf"apppot: what you write in {re.escape(str(home))} stays; all else is gone at the end "
+    )
     shell.expect(r"[$#] ")
+
     shell.type("exit\n")
     shell.expect("host> ")
