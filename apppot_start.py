@@ -1807,19 +1807,20 @@ HOST_NAME_MAX, JOB_ID_MAX = 63, 20   # the former of RFC 1123
 HOST_LINE = re.compile(
     br"^[ \t]*(?!127\.|::1[ \t])([0-9a-fA-F:][^\s#\0]*[ \t]+[^\n#\0]+)", re.MULTILINE)
 RESOLVER_LINE = re.compile(br"^(?:search|domain|options)[ \t][^\n\0]+", re.MULTILINE)
-NODE_FILE_MAX = 4 << 20              # of a larger one nothing is passed on
+NODE_FILE_MAX = 4 << 20              # a larger file is not passed on
 ZONES = "zoneinfo/"                  # after this a path names a time zone
-# Not those that lead a client of the batch system to its configuration: that is no file of the guest.
-BATCH_VARIABLES = re.compile(
-    br"(?!(?:SLURM_CONF|PBS_CONF_FILE|SGE_ROOT)\Z)"
-    br"(?:(SLURM_|SLURMD_|PBS_|SGE_|JOB_|_CONDOR_|OMP_|LSB_|LC_).*|"
-    br"NSLOTS|NHOSTS|NQUEUES|PE|QUEUE|RESTARTED|OPENBLAS_NUM_THREADS|MKL_NUM_THREADS|TERM|LANG|LANGUAGE|TZ)")
+BATCH_PREFIXES = (
+    b"SLURM_", b"SLURMD_", b"PBS_", b"SGE_", b"JOB_", b"_CONDOR_", b"OMP_", b"LSB_", b"LC_")
 # The libraries ask their own variable first, and then the first of these, which most others ask, too.
 THREAD_VARIABLES = (b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREADS")
+BATCH_VARIABLES = THREAD_VARIABLES + (
+    b"NSLOTS", b"NHOSTS", b"NQUEUES", b"PE", b"QUEUE", b"RESTARTED", b"TERM", b"LANG", b"LANGUAGE", b"TZ")
+# They lead a client of the batch system to its configuration, which is no file of the guest.
+NODE_VARIABLES = (b"SLURM_CONF", b"PBS_CONF_FILE", b"SGE_ROOT")
 
 
 class NodeView(NamedTuple):
-    """What the guest says where a program asks it about the node."""
+    """What the guest answers if a program asks about the node."""
     host_names: bytes = b"apppot"    # its own, the last without a domain
     hosts: bytes = b""               # lines of /etc/hosts
     resolver: bytes = b""            # of resolv.conf
@@ -1831,8 +1832,8 @@ def scratch_candidates(tmpdir: Optional[str]) -> List[str]:
     given = find_given(tmpdir, "tmpdir")
     if given:
         return [given.text]
-    named = [os.environ.get(name) for name in ("_CONDOR_SCRATCH_DIR", "SLURM_TMPDIR", "PBS_JOBFS", "TMPDIR")]
-    return [path for path in named if path] + ["/tmp", "/var/tmp"]
+    names = ("_CONDOR_SCRATCH_DIR", "SLURM_TMPDIR", "PBS_JOBFS", "TMPDIR")
+    return [os.environ[name] for name in names if os.environ.get(name)] + ["/tmp", "/var/tmp"]
 
 
 def choose_scratch(candidates: Sequence[str]) -> str:
@@ -1856,24 +1857,33 @@ def read_max_areas() -> int:
 
 
 def check_processes() -> None:
-    """The limits count threads, too; the guest has a process of the host for each of its own."""
+    """The limits count threads, too. Each process of the guest is one of the host."""
     for room in read_process_room(read_node_file):
         if room.value < PROCESSES_MIN:
-            raise Fatal("limit of processes ({}) leaves room for {}, {} are needed".format(
-                room.source, max(0, room.value), PROCESSES_MIN), "raise the limit, or end other processes of the job")
+            what = "limit of processes ({}) leaves room for {}, {} are needed"
+            raise Fatal(what.format(room.source, max(0, room.value), PROCESSES_MIN),
+                        "raise the limit, or end other processes of the job")
+
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-    if hard != resource.RLIM_INFINITY and os.getuid() != 0 and hard < count_own_threads() + PROCESSES_MIN:
-        raise Fatal("limit of processes (ulimit -u) is {}, {} are needed beside those that you have".format(
-            hard, PROCESSES_MIN), "raise the limit, or end some of your processes")
+    is_limited = hard != resource.RLIM_INFINITY and os.getuid() != 0
+    if is_limited and hard < count_own_threads() + PROCESSES_MIN:
+        what = "limit of processes (ulimit -u) is {}, {} are needed beside those that you have"
+        raise Fatal(what.format(hard, PROCESSES_MIN), "raise the limit, or end some of your processes")
+
+
+def is_passed(name: bytes) -> bool:
+    """Whether a variable of the caller goes into the guest though nobody asks for it."""
+    return name in BATCH_VARIABLES or name.startswith(BATCH_PREFIXES) and name not in NODE_VARIABLES
 
 
 def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: bool) -> Dict[bytes, bytes]:
-    """What of the caller's environment goes into the guest: the batch system's variables and what --env names."""
-    chosen = {} if clean else {name: value for name, value in caller.items() if BATCH_VARIABLES.fullmatch(name)}
+    """The variables for the guest: the batch system's, unless `clean`, and those of --env."""
+    chosen = {name: value for name, value in caller.items() if is_passed(name) and not clean}
     for text in asked:
         name, equals, value = os.fsencode(text).partition(b"=")
         if not name:
-            raise Fatal("--env without a name: {!r}".format(text), "write --env NAME or --env NAME=VALUE")
+            hint = "write --env NAME or --env NAME=VALUE"
+            raise Fatal("--env without a name: {!r}".format(text), hint)
         if equals:
             chosen[name] = value
         elif name in caller:
@@ -1882,10 +1892,11 @@ def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: 
 
 
 def limit_threads(environment: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
-    """Variables for one thread in each process: threads do not run in parallel here, and those of OpenBLAS spin.
+    """Variables for one thread in each process: threads do not run in parallel, and those of OpenBLAS spin.
 
     Whoever has set the first variable means all libraries.
-    An empty one is not set, as for the libraries: $SLURM_CPUS_PER_TASK, often, in a job that did not ask for any.
+    An empty one counts as not set, as it does for the libraries: scripts give them $SLURM_CPUS_PER_TASK,
+    which is empty in a job that did not ask for CPUs.
     """
     if environment.get(THREAD_VARIABLES[0]):
         return {}
@@ -1905,7 +1916,8 @@ def read_short(path: str, notes: List[str]) -> bytes:
     except OSError:
         return b""
     if len(content) > NODE_FILE_MAX:
-        notes.append("{} has more than {} MiB, the guest does without it".format(path, NODE_FILE_MAX >> 20))
+        note = "{} has more than {} MiB, the guest does without it"
+        notes.append(note.format(path, NODE_FILE_MAX >> 20))
         return b""
     return content
 
@@ -1916,7 +1928,7 @@ def select_hosts(text: bytes) -> bytes:
 
 
 def select_resolver(text: bytes, host: str) -> bytes:
-    """What resolv.conf says besides name servers. Without a search list the host's domain is that."""
+    """What resolv.conf says besides name servers. The host's domain is the search list if there is none."""
     lines = [line.strip() for line in RESOLVER_LINE.findall(text)]
     domain = host.partition(".")[2]
     if domain and not any(line.startswith((b"search", b"domain")) for line in lines):
@@ -1952,13 +1964,14 @@ def view_node(notes: List[str]) -> NodeView:
 
 
 # --- Private directories ------------------------------------------------------------------------------------
-# A run makes them where others may, too, in scratch above all. Their names are apppot-UID-RANDOM; a file in each, the
-# mark, says by its name whose it is. Nothing is removed but what has both, and only by descriptors: whoever may
-# rename a directory on the way, or the guest that fills one, leads no further than to what lies in it.
+# A run makes them in places where others can make directories, too, above all in scratch. Their names are
+# apppot-UID-RANDOM. A file in each, the mark, says by its name which process made the directory. Only a directory
+# with both is removed, and only by descriptors: somebody who renames a directory on the way, or a guest that fills
+# one, makes nothing else disappear.
 
 RUN_PREFIX = "apppot-"
 MARK = re.compile(r"of-\d+-\d+-\d+-[01]-[0-9a-f]*-[\w.-]*", re.ASCII)
-RECORD = ".made"                     # ends the name of the list of mount points that a run has made on the host
+RECORD = ".made"                     # ends the name of a run's list of mount points that it made on the host
 PRIVATE_TRIES = 20                   # another run may take a new directory for one that was left
 
 
@@ -1979,7 +1992,7 @@ class Owner(NamedTuple):
 
 
 class Realm(NamedTuple):
-    """What all directories of one tree have in common: who owns them, and the mount that they are in."""
+    """What all directories of one tree have in common: their owner and the mount that they are in."""
     uid: int
     device: int
     mount: bytes                     # its number; bind mounts have one of their own, too
@@ -2001,9 +2014,10 @@ def find_own_identity(has_lock: int) -> Owner:
 
 
 def mark_directory(directory: int, has_lock: bool) -> None:
-    """A file is the only thing that is complete as soon as it is there, on every file system: its name says all."""
+    """Make the mark. Its name says all: on every file system a file has its name as soon as it exists."""
     mark = "of-{}-{}-{}-{}-{}-{}".format(*find_own_identity(int(has_lock)))
-    os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    os.close(os.open(mark, flags, 0o600, dir_fd=directory))
 
 
 def list_marks(directory: int) -> List[str]:
@@ -2027,7 +2041,7 @@ def read_mark(directory: int) -> Optional[Owner]:
 def has_ended(owner: Owner, was_unlocked: bool) -> bool:
     """Whether a run is over; False where this node cannot tell.
 
-    Most network file systems do not tell other nodes of a lock on a directory, so that it counts on its node only.
+    On most network file systems other nodes do not see the lock of a directory, so it counts on its node only.
     """
     here = find_own_identity(0)
     if owner.boot != here.boot:
@@ -2041,12 +2055,12 @@ def has_ended(owner: Owner, was_unlocked: bool) -> bool:
 def find_realm(directory: int) -> Realm:
     status = os.fstat(directory)
     with open("/proc/self/fdinfo/{}".format(directory), "rb", 0) as file:
-        mount = file.read(1024).partition(b"mnt_id:")[2].split(b"\n")[0]     # empty before Linux 3.15
+        mount = file.read(1024).partition(b"mnt_id:")[2].split(b"\n")[0]    # empty before Linux 3.15
     return Realm(status.st_uid, status.st_dev, mount)
 
 
 def open_directory(name: str, above: int, realm: Realm) -> int:
-    """Open a directory of this realm, and give its owner all rights to it; OSError if it is none."""
+    """Open a directory and give its owner all rights to it; OSError if it is not of this realm."""
     place = os.open(name, os.O_PATH | DIRECTORY, dir_fd=above)
     try:
         if find_realm(place) != realm:
@@ -2059,14 +2073,15 @@ def open_directory(name: str, above: int, realm: Realm) -> int:
 
 
 def empty_directory(directory: int, marks: Sequence[str]) -> None:
-    """Remove all that is in a directory but its marks; what cannot be removed stays.
+    """Remove all that is in a directory but its marks. What cannot be removed stays.
 
-    It takes one descriptor and no path, however deep the tree is, and stays in its realm. Up it goes by "..", and no
-    further if that leads elsewhere, as somebody has moved the directory.
+    This takes one descriptor and no path, however deep the tree is, and does not leave the realm. The way up is
+    "..". If that leads to another directory, somebody has moved this one, and the rest stays.
     """
     realm = find_realm(directory)
     here = os.open(".", DIRECTORY, dir_fd=directory)
-    levels = [Level("", os.fstat(here).st_ino, [name for name in os.listdir(here) if name not in marks])]
+    names = [name for name in os.listdir(here) if name not in marks]
+    levels = [Level("", os.fstat(here).st_ino, names)]
     try:
         while True:
             level = levels[-1]
@@ -2107,6 +2122,7 @@ def remove_mount_points(record: str, directory: int, uid: int) -> None:
             words = file.read().split(b"\0")[:-1]
     except OSError:                               # most runs have none
         return
+
     # Of one that was killed after it had made the last its inode may be missing.
     inodes = words[1::2] + [b""] * (len(words) % 2)
     for path, inode in reversed(list(zip(words[::2], inodes))):
@@ -2132,7 +2148,7 @@ def remove_mount_point(path: bytes, inode: bytes) -> None:
 
 
 def remove_private(directory: PrivateDirectory) -> None:
-    """Remove a private directory and all in it, the mark last: another run goes on if this is killed.
+    """Remove a private directory and all in it, the mark last: if this is killed, another run goes on.
 
     If something stays, say so.
     """
@@ -2169,6 +2185,7 @@ def remove_if_stale(path: str, above: int) -> None:
     realm = find_realm(above)._replace(uid=os.getuid())
     mode = os.stat(name, dir_fd=above, follow_symlinks=False).st_mode
     directory = open_directory(name, above, realm)
+
     try:
         unlocked = lock_directory(directory)
         owner = None if unlocked is False else read_mark(directory)
@@ -2176,8 +2193,8 @@ def remove_if_stale(path: str, above: int) -> None:
             remove_private(PrivateDirectory(path, directory))
         elif not owner:
             os.fchmod(directory, stat.S_IMODE(mode))
-            if unlocked is not False:             # killed before it had a mark; rmdir() takes an empty one only
-                os.rmdir(name, dir_fd=above)
+            if unlocked is not False:             # its run was killed before it made the mark
+                os.rmdir(name, dir_fd=above)      # this takes an empty directory only
     finally:
         os.close(directory)
 
@@ -2187,13 +2204,14 @@ def remove_stale_directories(parent: str) -> None:
     own_name = re.compile("{}{}-[0-9a-f]{{12}}".format(RUN_PREFIX, os.getuid()))
     try:
         above = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:                       # writable but not readable: nothing to find, then
+    except PermissionError:                       # writable but not readable: then there is nothing to find
         return
+
     try:
         for name in filter(own_name.fullmatch, os.listdir(above)):
             try:
                 remove_if_stale(os.path.join(parent, name), above)
-            except OSError:                       # another user's, no directory, not AppPot's, or gone
+            except OSError:                       # another user's, not AppPot's, no directory, or gone
                 pass
     finally:
         os.close(above)
@@ -2207,6 +2225,7 @@ def make_private_directory(parent: str) -> PrivateDirectory:
             directory = PrivateDirectory(path, os.open(path, DIRECTORY))
         except FileNotFoundError:                 # another run took it for one that was left
             continue
+
         try:
             has_lock = lock_directory(directory.fd)
             if has_lock is not False:
