@@ -2805,6 +2805,13 @@ class End(NamedTuple):
     hint: str = ""                   # of ERROR
 
 
+class Finding(NamedTuple):
+    """What the doctor says of one thing that a run needs; a Fatal says that a run fails."""
+    verdict: str                     # ok, warn or fail
+    what: str
+    advice: str = ""
+
+
 class Console:
     """What the guest's kernel prints, and what that tells of the run."""
 
@@ -3887,6 +3894,42 @@ class Uml(Vmm):
 
     def resume(self, guest: Guest, directory: int, supervisor: int) -> None:
         resume_guest(supervisor, directory, guest.name)
+
+
+# --- User-Mode Linux: what the doctor says -------------------------------------------------------------------
+
+def examine_kernel(vmm: Uml) -> Finding:
+    kernel = vmm.program
+    version = read_kernel_version(kernel)
+    names = [name for name, _ in FEATURE_SETTINGS] + ["seccomp mode"]
+    has = [name for name, is_there in zip(names, vmm.features) if is_there]
+    lacks = [name for name in names if name not in has]
+    if not vmm.features.hostfs:
+        raise Fatal("kernel has no hostfs: " + kernel, "build it with CONFIG_HOSTFS=y")
+
+    linking = "with its shared libraries" if read_loader(kernel) else "static"
+    return Finding("ok", "{} {}, {}, has {}; no {}".format(
+        kernel, version, linking, ", ".join(has), ", ".join(lacks) or "lack"))
+
+
+def examine_ptrace(vmm: Optional[Uml]) -> Finding:
+    mode = vmm.mode if vmm else None
+    fatal = explain_ptrace(mode)
+    if fatal:
+        raise fatal
+    if mode in SECCOMP_MODES:
+        return Finding("ok", "not needed in the kernel's seccomp mode")
+    return Finding("ok", "processes can be traced")
+
+
+def examine_seccomp(vmm: Optional[Uml]) -> Finding:
+    fault = try_in_child(try_seccomp)
+    if not fault:
+        return Finding("ok", "filters can be installed")
+    what = "filters cannot be installed: " + fault
+    if vmm and not vmm.features.seccomp_mode:
+        return Finding("ok", what + "; this kernel needs none")
+    return Finding("warn", what, "do not use --extra seccomp=on")
 
 
 # --- Carriers -----------------------------------------------------------------------------------------------
@@ -5971,13 +6014,7 @@ def run(spec: RunSpec, started: float) -> Result:
 
 
 # --- The doctor ---------------------------------------------------------------------------------------------
-# Each check returns what it found, or raises the Fatal that a run would end with: both take the same steps.
-
-class Finding(NamedTuple):
-    verdict: str                     # ok, warn; a Fatal is fail
-    what: str
-    advice: str = ""
-
+# Each check takes steps of a run. It returns what it found, or raises the Fatal with which the run ends.
 
 class Basis(NamedTuple):
     """What several checks look at."""
@@ -5989,7 +6026,7 @@ class Basis(NamedTuple):
 def find_basis(options: argparse.Namespace) -> Basis:
     try:
         vmm: Optional[Uml] = find_vmm(options)
-    except Fatal:                                 # check_kernel_features() tells
+    except Fatal:                                 # check_vmm() tells
         vmm = None
     return Basis(options, find_own_grants(), vmm)
 
@@ -5999,51 +6036,25 @@ def check_python(basis: Basis) -> Finding:
     try:
         import ctypes  # noqa: F401
     except ImportError:
-        return Finding("warn", what + " without ctypes: a killed run may leave processes", "use a complete Python")
+        what += " without ctypes: a killed run may leave processes"
+        return Finding("warn", what, "use a complete Python")
     return Finding("ok", what)
 
 
-def check_kernel_features(basis: Basis) -> Finding:
-    vmm = basis.vmm or find_vmm(basis.options)
-    kernel = vmm.program
-    features = vmm.features
-    version = read_kernel_version(kernel)
-    names = [name for name, _ in FEATURE_SETTINGS] + ["seccomp mode"]
-    has = dict(zip(names, features))
-    what = "{} {}, {}, has {}; no {}".format(
-        kernel, version, "with its shared libraries" if read_loader(kernel) else "static",
-        ", ".join(name for name in has if has[name]) or "nothing",
-        ", ".join(name for name in has if not has[name]) or "lack")
-    if not features.hostfs:
-        raise Fatal("kernel has no hostfs: " + kernel, "build it with CONFIG_HOSTFS=y")
-    return Finding("ok", what)
-
-
-def check_ptrace(basis: Basis) -> Finding:
-    mode = basis.vmm.mode if basis.vmm else None
-    fatal = explain_ptrace(mode)
-    if fatal:
-        raise fatal
-    in_seccomp_mode = mode in SECCOMP_MODES
-    return Finding("ok", "not needed in the kernel's seccomp mode" if in_seccomp_mode else "processes can be traced")
-
-
-def check_seccomp(basis: Basis) -> Finding:
-    fault = try_in_child(try_seccomp)
-    if not fault:
-        return Finding("ok", "filters can be installed")
-    if basis.vmm and not basis.vmm.features.seccomp_mode:
-        return Finding("ok", "filters cannot be installed ({}); this kernel needs none".format(fault))
-    return Finding("warn", "filters cannot be installed: " + fault, "do not use --extra seccomp=on")
+def check_vmm(basis: Basis) -> Finding:
+    return examine_kernel(find_vmm(basis.options))
 
 
 def check_ram(basis: Basis) -> Finding:
     mem, floors = choose_memory(basis.options.mem, basis.grants)
     mem, directory = place_memory(mem, floors, scratch_candidates(basis.options.tmpdir))
-    what = "{}; {} free there".format(describe_memory(mem, directory), format_mib(free_mib(directory)))
+    free = format_mib(free_mib(directory))
+    what = "{}; {} free there".format(describe_memory(mem, directory), free)
     if directory == SHARED_MEMORY:
         return Finding("ok", what)
-    return Finding("warn", "{}; {} {}".format(what, SHARED_MEMORY, find_fault_for_ram(SHARED_MEMORY, mem.value)),
+
+    fault = find_fault_for_ram(SHARED_MEMORY, mem.value)
+    return Finding("warn", "{}; {} {}".format(what, SHARED_MEMORY, fault),
                    "a file on a disk is slow: ask for a {} with room".format(SHARED_MEMORY))
 
 
@@ -6051,7 +6062,8 @@ def check_cpus(basis: Basis) -> Finding:
     reason = basis.vmm.explain_one_cpu() if basis.vmm else None
     cpus, note = decide_cpus(basis.options.cpus, basis.grants, reason)
     if note:
-        return Finding("warn", note, "run several appliances at once, or use a kernel with CONFIG_SMP")
+        hint = "run several appliances at once, or use a kernel with CONFIG_SMP"
+        return Finding("warn", note, hint)
     return Finding("ok", describe_cpus(cpus))
 
 
@@ -6063,17 +6075,22 @@ def check_scratch(basis: Basis) -> Finding:
 def check_image(basis: Basis) -> Finding:
     image, cow, root = choose_image(basis.options)
     kind = "partition {} of a disk".format(root.partition) if root.partition else "a file system"
-    return Finding("ok", "{}, {}, base id {}{}".format(image, kind, root.base_id, ", COW file " + cow if cow else ""))
+    what = "{}, {}, base id {}".format(image, kind, root.base_id)
+    return Finding("ok", what + (", COW file " + cow if cow else ""))
 
 
 def check_agent(basis: Basis) -> Finding:
     image, cow = find_image(basis.options)
+    root = find_root_device(image)
     try:
-        missing = find_missing_agent(image, find_root_device(image).start)
+        missing = find_missing_agent(image, root.start)
     except ValueError as error:
-        return Finding("warn", "cannot be seen from outside ({})".format(error), "--doctor --boot looks inside")
+        what = "cannot be seen from outside ({})".format(error)
+        return Finding("warn", what, "--doctor --boot looks inside")
+
     if missing and cow:
-        return Finding("warn", "{} is not in the base image; in the COW file?".format(missing), "--doctor --boot tells")
+        what = "{} is not in the base image; in the COW file?".format(missing)
+        return Finding("warn", what, "--doctor --boot tells")
     if missing:
         raise no_agent(missing, image)
     return Finding("ok", AGENT + " is in the image")
@@ -6105,23 +6122,31 @@ def check_node_limits(basis: Basis) -> Finding:
     mem = choose_memory(basis.options.mem, basis.grants)[0]
     check_limits(mem.value, disk_bytes, choose_cpus(basis.options.cpus, basis.grants).value)
 
-    limits = [(what, resource.getrlimit(which)[1]) for what, which in (
-        ("open files", resource.RLIMIT_NOFILE), ("processes", resource.RLIMIT_NPROC),
-        ("pending signals", resource.RLIMIT_SIGPENDING))]
-    found = ["{} {}".format("any number of" if hard == resource.RLIM_INFINITY else hard, what)
-             for what, hard in limits]
+    found = []
+    for which, what in (
+            (resource.RLIMIT_NOFILE, "open files"), (resource.RLIMIT_NPROC, "processes"),
+            (resource.RLIMIT_SIGPENDING, "pending signals")):
+        hard = resource.getrlimit(which)[1]
+        number = "any number of" if hard == resource.RLIM_INFINITY else str(hard)
+        found.append(number + " " + what)
     found.append("{} memory areas of a process (vm.max_map_count)".format(read_max_areas()))
-    found += ["room for {} more by {}".format(room.value, room.source) for room in read_process_room(read_node_file)]
+    for room in read_process_room(read_node_file):
+        found.append("room for {} more by {}".format(room.value, room.source))
     return Finding("ok", ", ".join(found))
 
 
 def check_batch(basis: Basis) -> Finding:
     grants = basis.grants
-    amounts = ["{} ({})".format(format_mib(mem.value), mem.source) for mem in grants.mem + grants.mem_limits]
-    amounts += ["{} CPUs ({})".format(cpus.value, cpus.source) for cpus in grants.cpus + grants.cpu_limits]
-    what = "{}; limits: {}".format(" and ".join(grants.systems) or "no job of a batch system", ", ".join(amounts))
+    limits = ["{} ({})".format(format_mib(mem.value), mem.source)
+              for mem in grants.mem + grants.mem_limits]
+    limits += ["{} CPUs ({})".format(cpus.value, cpus.source)
+               for cpus in grants.cpus + grants.cpu_limits]
+    systems = " and ".join(grants.systems) or "no job of a batch system"
+    what = "{}; limits: {}".format(systems, ", ".join(limits))
+
     if grants.notes:
-        return Finding("warn", "; ".join((what,) + grants.notes), "correct these variables, or give --mem and --cpus")
+        hint = "correct these variables, or give --mem and --cpus"
+        return Finding("warn", "; ".join((what, *grants.notes)), hint)
     return Finding("ok", what)
 
 
@@ -6131,36 +6156,56 @@ def check_boot(basis: Basis) -> Finding:
     os.dup2(null, 0)                              # the caller's input is none of ours
     result = run(build_spec(basis.options, ("true",)), started)
     if result.status:
-        raise Fatal("`true` in the appliance ended with status {}".format(result.status), "is the image damaged?")
-    return Finding("ok", "ran `true` in the appliance, {:.1f} s from start to end".format(time.time() - started))
+        what = "`true` in the appliance ended with status {}".format(result.status)
+        raise Fatal(what, "is the image damaged?")
+    took_s = time.time() - started
+    return Finding("ok", "ran `true` in the appliance, {:.1f} s from start to end".format(took_s))
 
 
-CHECKS = (
-    ("python", check_python), ("kernel", check_kernel_features), ("ptrace", check_ptrace), ("seccomp", check_seccomp),
-    ("memory", check_ram), ("cpus", check_cpus), ("scratch", check_scratch), ("image", check_image),
-    ("agent", check_agent), ("hostfs", check_hostfs), ("network", check_network), ("empty", check_empty),
-    ("limits", check_node_limits), ("batch", check_batch))
+CHECKS: Tuple[Tuple[str, Callable[[Basis], Finding]], ...] = (
+    ("python", check_python),
+    ("kernel", check_vmm),
+    ("ptrace", lambda basis: examine_ptrace(basis.vmm)),
+    ("seccomp", lambda basis: examine_seccomp(basis.vmm)),
+    ("memory", check_ram),
+    ("cpus", check_cpus),
+    ("scratch", check_scratch),
+    ("image", check_image),
+    ("agent", check_agent),
+    ("hostfs", check_hostfs),
+    ("network", check_network),
+    ("empty", check_empty),
+    ("limits", check_node_limits),
+    ("batch", check_batch))
+
+
+def run_check(check: Callable[[Basis], Finding], basis: Basis) -> Finding:
+    try:
+        return check(basis)
+    except Fatal as fatal:
+        return Finding("fail", fatal.message, fatal.hint)
+    except (OSError, struct.error) as error:
+        return Finding("fail", str(error), "look at that file or directory")
 
 
 def examine(options: argparse.Namespace, command: Tuple[str, ...]) -> int:
     """Print a line for each check; 0 if none failed."""
-    if not options.doctor or command:
-        raise Fatal("--doctor and --boot run no command: {}".format(" ".join(command)) if command else
-                    "--boot without --doctor", "`--doctor` looks at this node, `--doctor --boot` boots once, too")
+    hint = "`--doctor` looks at this node, `--doctor --boot` boots once, too"
+    if command:
+        raise Fatal("--doctor and --boot run no command: " + " ".join(command), hint)
+    if not options.doctor:
+        raise Fatal("--boot without --doctor", hint)
+
     take_limits()                                 # as a run does
     basis = find_basis(options)
     status = 0
     for name, check in CHECKS + ((("boot", check_boot),) if options.boot else ()):
-        try:
-            finding = check(basis)
-        except Fatal as fatal:
-            finding = Finding("fail", fatal.message, fatal.hint)
-        except (OSError, struct.error) as error:
-            finding = Finding("fail", str(error), "look at that file or directory")
+        finding = run_check(check, basis)
         advice = "; do: " + finding.advice if finding.advice else ""
         line = "{:5} {:8} {}{}".format(finding.verdict, name, finding.what, advice)
         write_stdout(one_line(line).decode() + "\n")
-        status = EXIT_FAILED if finding.verdict == "fail" else status
+        if finding.verdict == "fail":
+            status = EXIT_FAILED
     return status
 
 
