@@ -2256,12 +2256,13 @@ def private_directory(parent: str) -> Iterator[PrivateDirectory]:
 
 # --- The network --------------------------------------------------------------------------------------------
 
-# The network. Addresses are those of slirp and of libslirp, on which slirp4netns is built.
-SLIRP4NETNS, SLIRP, LAN = "slirp4netns", "slirp", "lan"        # kinds of network that a VMM may have
-HELPERS = {"slirp4netns": SLIRP4NETNS, "slirp-fullbolt": SLIRP, "slirp": SLIRP}     # by name, the best first
+SLIRP4NETNS, SLIRP, LAN = "slirp4netns", "slirp", "lan"    # kinds of network that a VMM may have
+HELPERS = {"slirp4netns": SLIRP4NETNS, "slirp-fullbolt": SLIRP, "slirp": SLIRP}    # by name, the best first
+# The addresses of slirp and of libslirp, which slirp4netns uses.
 GUEST_ADDRESS, GATEWAY, NAMESERVER = "10.0.2.15", "10.0.2.2", "10.0.2.3"
 SLIRP4NETNS_MIN = (1, 2)             # the first with --target-type=bess
-LAN_NET = (100 << 24 | 64 << 16, 10)  # 100.64.0.0/10 (RFC 6598): clusters use 10/8 and 172.16/12, which stay reachable
+# 100.64.0.0/10 (RFC 6598). Clusters use 10/8 and 172.16/12, which stay reachable.
+LAN_NET = (100 << 24 | 64 << 16, 10)
 LAN_GROUP = r"([0-9.]+):([0-9]{1,5})"
 
 
@@ -2314,43 +2315,53 @@ def parse_port(text: str) -> Port:
     host = "127.0.0.1" if match.group(1) is None else match.group(1)
     if not parse_ipv4(host):
         raise Fatal("--publish for what is no IPv4 address: {!r}".format(host),
-                    "no helper forwards IPv6; give an IPv4 address of this host, or 0.0.0.0 for all of them")
+                    "no helper forwards IPv6; give an IPv4 address of this host, or 0.0.0.0 for all")
     return Port(match.group(4) or "tcp", host, int(match.group(2)), int(match.group(3)))
 
 
-def parse_lan(group: str, address: str, job_id: str) -> Lan:
-    """From GROUP:PORT, or "" for the batch job's own, and ADDRESS[/PREFIX], or "" for one that nobody else has."""
-    if group:
-        match = re.fullmatch(LAN_GROUP, group)
-        where = match.group(1) if match else ""
-        port = int(match.group(2)) if match else 0
-        packed = parse_ipv4(where)
-        if not packed or not 224 <= packed[0] < 240 or not 0 < port < 65536:
-            raise Fatal("--lan is not a multicast group and port: {!r}".format(group), "such as --lan 239.255.7.7:5000")
-    else:
-        number = binascii.crc32(job_id.encode("utf-8", "surrogateescape"))
-        where = "239.255.{}.{}".format(number >> 24, number >> 16 & 255)
-        port = 20000 + number % (1 << 13)
+def parse_group(text: str) -> Tuple[str, int]:
+    """GROUP:PORT of a multicast group"""
+    match = re.fullmatch(LAN_GROUP, text)
+    address = parse_ipv4(match.group(1)) if match else b""
+    port = int(match.group(2)) if match else 0
+    if not match or not address or not 224 <= address[0] < 240 or not 0 < port < 65536:
+        hint = "such as --lan 239.255.7.7:5000"
+        raise Fatal("--lan is not a multicast group and port: {!r}".format(text), hint)
+    return match.group(1), port
 
+
+def choose_group(job_id: str) -> Tuple[str, int]:
+    """The multicast group of a batch job and its port."""
+    number = binascii.crc32(job_id.encode("utf-8", "surrogateescape"))
+    group = "239.255.{}.{}".format(number >> 24, number >> 16 & 255)
+    return group, 20000 + number % (1 << 13)
+
+
+def parse_lan(group: str, address: str, job_id: str) -> Lan:
+    """From GROUP:PORT, or "" for the batch job's group, and ADDRESS[/PREFIX], or "" for a random address."""
+    where, port = parse_group(group) if group else choose_group(job_id)
     if not address:
         net, prefix = LAN_NET
         host = 1 + int.from_bytes(os.urandom(8), "big") % ((1 << 32 - prefix) - 2)
         return Lan("{}.{}.{}.{}".format(*struct.pack(">I", net + host)), prefix, where, port)
 
     own, slash, prefix_text = address.partition("/")
-    if not parse_ipv4(own) or slash and not re.match(r"([89]|[12]\d|30)$", prefix_text, re.ASCII):
-        raise Fatal("--lan-address is not an IPv4 address: {!r}".format(address), "such as 10.9.0.1 or 10.9.0.1/24")
+    is_prefix_right = not slash or re.match(r"([89]|[12]\d|30)$", prefix_text, re.ASCII)
+    if not parse_ipv4(own) or not is_prefix_right:
+        hint = "such as 10.9.0.1 or 10.9.0.1/24"
+        raise Fatal("--lan-address is not an IPv4 address: {!r}".format(address), hint)
     return Lan(own, int(prefix_text or 16), where, port)
 
 
 def describe(network: Network) -> str:
-    lan = ", LAN {} in {}:{}".format(network.lan.address, network.lan.group, network.lan.port) if network.lan else ""
-    way_out = "network by " + network.helper.program if network.helper else network.note
-    return "{}{}".format(way_out, lan)
+    words = "network by " + network.helper.program if network.helper else str(network.note)
+    if network.lan:
+        words += ", LAN {} in {}:{}".format(network.lan.address, network.lan.group, network.lan.port)
+    return words
 
 
 def ask_helper(path: str) -> Tuple[str, str]:
-    """What a network helper says it is, SLIRP4NETNS or SLIRP, and why it cannot be used; "" if it can."""
+    """The kind of a network helper, SLIRP4NETNS or SLIRP, and why it cannot be used; "" if it can."""
     try:
         kind = name_kind(path)
     except OSError as error:
@@ -2359,42 +2370,49 @@ def ask_helper(path: str) -> Tuple[str, str]:
         return "", "is " + kind
     if not make_executable(path):
         return "", "is not executable"
+
     status, said = ask_program([os.path.abspath(path), "--version"])
     version = re.search(br"slirp4netns version (\d+)\.(\d+)", said)
     if version:
-        too_old = (int(version.group(1)), int(version.group(2))) < SLIRP4NETNS_MIN
-        return SLIRP4NETNS, "is too old, {}.{} is needed".format(*SLIRP4NETNS_MIN) if too_old else ""
+        is_new = (int(version.group(1)), int(version.group(2))) >= SLIRP4NETNS_MIN
+        return SLIRP4NETNS, "" if is_new else "is too old, {}.{} is needed".format(*SLIRP4NETNS_MIN)
     if b"Slirp v" in said:
         return SLIRP, ""
-    how = "signal {}".format(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else "status {}".format(status >> 8)
-    return "", "is neither slirp4netns nor slirp: --version ended with {}, {}".format(how, last_line(said))
+
+    how = "status {}".format(status >> 8)
+    if os.WIFSIGNALED(status):
+        how = "signal {}".format(os.WTERMSIG(status))
+    fault = "is neither slirp4netns nor slirp: --version ended with {}, {}"
+    return "", fault.format(how, last_line(said))
 
 
 def check_ports(ports: Sequence[Port]) -> None:
-    """Refuse ports that cannot be had, before the boot. All at once: one may be asked for twice."""
+    """Refuse ports that are in use, before the boot. All are bound at once, as one may be asked for twice."""
     if not ports:
         return
     import socket
 
     with ExitStack() as stack:
         for port in ports:
-            probe = stack.enter_context(socket.socket(
-                socket.AF_INET, socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM))
+            is_tcp = port.protocol == "tcp"
+            kind = socket.SOCK_STREAM if is_tcp else socket.SOCK_DGRAM
+            probe = stack.enter_context(socket.socket(socket.AF_INET, kind))
             try:
-                if port.protocol == "tcp":
+                if is_tcp:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((port.host, port.host_port))
-                if port.protocol == "tcp":
+                if is_tcp:
                     probe.listen(1)
             except OSError as error:
-                raise Fatal("port cannot be published, {}: {}:{}/{}".format(
-                    error.strerror, port.host, port.host_port, port.protocol),
-                    "choose another HOSTPORT, above 1023, and an address of this host")
+                what = "port cannot be published, {}: {}:{}/{}"
+                raise Fatal(what.format(error.strerror, port.host, port.host_port, port.protocol),
+                            "choose another HOSTPORT, above 1023, and an address of this host")
 
 
 def choose_lan(options: argparse.Namespace, kernel: str, has_lan: bool) -> Optional[Lan]:
     if options.lan is None and not options.lan_address:
         return None
+
     job_id = "/".join([str(os.getuid())] + [os.environ.get(name, "") for name in JOB_IDS])
     lan = parse_lan(options.lan or "", options.lan_address or "", job_id)
     if not has_lan:
@@ -2402,59 +2420,77 @@ def choose_lan(options: argparse.Namespace, kernel: str, has_lan: bool) -> Optio
                     "Debian 12's has it; Debian 13's and all from 6.16 on have none")
     import socket
 
+    member = parse_ipv4(lan.group) + bytes(4)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, parse_ipv4(lan.group) + bytes(4))
+            probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
         except OSError as error:
             raise Fatal("host has no network for --lan, {}: {}".format(error.strerror, lan.group),
                         "it needs a route for multicast, such as: ip route add 224.0.0.0/4 dev lo")
     return lan
 
 
+def find_helper_fault(kind: str, wanted: Sequence[str], driven: Sequence[str], publishes: bool) -> str:
+    """Why a network helper of this kind is of no use; empty if it is."""
+    if kind not in wanted:
+        return "is {}, and --net {} is asked for".format(kind, " or ".join(wanted))
+    if kind not in driven:
+        return "is {}, and the kernel has no driver for it".format(kind)
+    if publishes and kind == SLIRP:
+        return "is slirp, which would publish ports on every address of the host"
+    return ""
+
+
 def choose_network(options: argparse.Namespace, kernel: str, kinds: Container[str]) -> Network:
-    """Which helper connects the guest: by what is asked for, what the kernel can do, and what is here."""
+    """Choose the helper that connects the guest: by what the user wants, the kernel can do, and is here."""
     published = tuple(parse_port(text) for text in options.publish)
     lan = choose_lan(options, kernel, LAN in kinds)
     if options.net == "none":
         if options.slirp or published:
-            raise Fatal("--net none with {}".format("--slirp" if options.slirp else "--publish"),
-                        "leave out one of the two")
+            other = "--slirp" if options.slirp else "--publish"
+            raise Fatal("--net none with " + other, "leave out one of the two")
         return Network(lan=lan, note="no network: --net none")
+
     given = find_given(options.slirp, "slirp")
-    asked = given or published or options.net != "auto"
+    is_asked = given or published or options.net != "auto"
     wanted = [kind for kind in (SLIRP4NETNS, SLIRP) if options.net in ("auto", kind)]
     driven = [kind for kind in wanted if kind in kinds]
-    if asked and not driven:
+    if is_asked and not driven:
         raise Fatal("kernel has no driver for {}: {}".format(" or ".join(wanted), kernel),
                     "kernels from 6.16 on have none for slirp, those before 5.1 none for slirp4netns")
-    names = [name for name, kind in HELPERS.items() if kind in driven and not (published and kind == SLIRP)]
+
+    usable = [kind for kind in driven if not find_helper_fault(kind, wanted, driven, bool(published))]
+    names = [name for name, kind in HELPERS.items() if kind in usable]
     faults = []
     for path in [given.text] if given else list_candidates(names, True):
         kind, fault = ask_helper(path)
-        if not fault and kind not in driven:
-            fault = "is {}, and {}".format(kind, "the kernel has no driver for it" if kind in wanted else
-                                           "--net {} is asked for".format(options.net))
-        if not fault and published and kind == SLIRP:
-            fault = "is slirp, which would publish ports on every address of the host"
+        fault = fault or find_helper_fault(kind, wanted, driven, bool(published))
         if not fault:
             check_ports(published)
             return Network(NetworkHelper(kind, os.path.abspath(path)), published, lan)
         faults.append("{} {}".format(path, fault))
-    if asked:
-        raise Fatal("network helper cannot be used: " + "; ".join(faults) if faults else "no network helper found",
-                    "install slirp4netns, put it beside {}, or name it with --slirp or APPPOT_SLIRP".format(
-                        os.path.basename(__file__)))
+
+    if is_asked:
+        raise explain_no_helper(faults)
     if faults:
         warn("no network: " + "; ".join(faults))
-    return Network(lan=lan, note="no network: no {} found".format(" or ".join(names) or "driver in the kernel"))
+    missing = " or ".join(names) or "driver in the kernel"
+    return Network(lan=lan, note="no network: no {} found".format(missing))
+
+
+def explain_no_helper(faults: Sequence[str]) -> Fatal:
+    what = "network helper cannot be used: " + "; ".join(faults) if faults else "no network helper found"
+    hint = "install slirp4netns, put it beside {}, or name it with --slirp or APPPOT_SLIRP"
+    return Fatal(what, hint.format(os.path.basename(__file__)))
 
 
 def await_words(source: int, words: bytes, lifeline: int) -> None:
-    """Read until the words come; OSError with the last line of one that ends, or hangs, instead."""
+    """Read until the words come; OSError with the last line if the program ends or hangs."""
     said = b""
     deadline = time.monotonic() + HELPER_ANSWER_S
     while words not in said:
-        ready = select.select([source, lifeline], [], [], max(0, deadline - time.monotonic()))[0]
+        left_s = max(0, deadline - time.monotonic())
+        ready = select.select([source, lifeline], [], [], left_s)[0]
         piece = os.read(source, 4096) if source in ready and lifeline not in ready else b""
         if not piece:
             raise OSError(0, last_line(said))
@@ -2471,13 +2507,14 @@ def publish(port: Port) -> None:
         client.connect("net-api")
         client.sendall(request.encode())
         if b'"return"' not in client.recv(4096):
-            raise OSError(0, "port cannot be published: {}:{}/{}".format(port.host, port.host_port, port.protocol))
+            what = "port cannot be published: {}:{}/{}"
+            raise OSError(0, what.format(port.host, port.host_port, port.protocol))
 
 
 def start_slirp4netns(program: str, published: Sequence[Port], lifeline: int) -> Tuple[int, int]:
-    """Start it in the current directory, in the supervisor; return its pid and the socket that is the guest's end.
+    """Start it in the supervisor's directory; return its pid and the socket that is the guest's end.
 
-    It is connected here and not by the kernel, as it answers, and publishes ports, from then on only.
+    The supervisor connects it, and not the kernel: it answers, and publishes ports, only when it is connected.
     """
     import socket
 
@@ -2505,7 +2542,7 @@ def start_slirp4netns(program: str, published: Sequence[Port], lifeline: int) ->
     except OSError as error:
         raise Fatal("network helper failed, {}: {}".format(error.strerror or error, program),
                     "--net none runs without a network")
-    os.close(messages)                            # it ignores SIGPIPE, and would block on a full pipe
+    os.close(messages)                            # it ignores SIGPIPE, and it blocks on a full pipe
     return pid, guest.detach()
 
 
