@@ -305,7 +305,10 @@ def parse_size_mib(text: str, what: str) -> int:
 
 
 def parse_seconds(text: str, what: str, has_none: bool = False) -> float:
-    """Seconds in "90", "1.5", "10m", "2h" or "1d", as timeout(1) takes them. With `has_none` 0 is allowed."""
+    """Seconds in "90", "1.5", "10m", "2h" or "1d", as timeout(1) takes them.
+
+    With `has_none` 0 is allowed.
+    """
     match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)$", text.strip(), re.ASCII)
     if not match:
         hint = "give seconds, or a number with s, m, h or d"
@@ -340,14 +343,15 @@ FORWARDED_SIGNALS = tuple(getattr(signal, name) for name in (
 IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 # Programs that leave SIGPIPE to their children as they have it themselves; from /proc/PID/status.
 SHELLS = re.compile(r"Name:\t(?:[a-z]*sh\d*|busybox|timeout|time|strace|make|xargs|perl)\n")
-# A batch system may signal every process of a job. The kernel would die of these signals, and a guest process that
-# gets one makes its tracer panic: SIGCONT, too, is reported to a tracer. So they are blocked before exec.
+# A batch system may signal every process of a job. The kernel would die of these signals, and a
+# guest process that gets one makes its tracer panic: SIGCONT, too, is reported to a tracer. So they
+# are blocked before exec.
 KEPT_FROM_KERNEL = (*FORWARDED_SIGNALS, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT, signal.SIGXFSZ)
 LOOK_FOR_KILLER = "find out what killed it (the batch system's log, dmesg), then run the job again"
 PROCESSES_HINT = "raise the limit of processes (ulimit -u, or pids.max of the cgroup), or of memory"
 MORE_CPU_TIME = "ask the batch system for more CPU time, or raise the limit"
-# What a process of the guest has as one of the host would. Not the numbers of processes and of signals: the host counts
-# all of the caller's.
+# What a process of the guest has as one of the host would. Not the numbers of processes and of
+# signals: the host counts all of the caller's.
 PASSED_LIMITS = tuple(getattr(resource, "RLIMIT_" + name) for name in (
     "CPU", "FSIZE", "DATA", "STACK", "CORE", "NOFILE", "MEMLOCK", "AS"))
 RAISED_LIMITS = tuple(getattr(resource, "RLIMIT_" + name) for name in (
@@ -494,7 +498,7 @@ def ask_program(argv: Sequence[str], **more_environment: str) -> Tuple[int, byte
         said += piece
 
     os.close(reader)
-    os.kill(pid, signal.SIGKILL)                  # it has said all, or it hangs, or it does not stop
+    os.kill(pid, signal.SIGKILL)  # it has said all, or it hangs, or it does not stop
     return os.waitpid(pid, 0)[1], said
 
 
@@ -511,7 +515,7 @@ def list_children(pid: int, thread: int = 0) -> List[int]:
     try:
         with open("/proc/{}/task/{}/children".format(pid, thread or pid)) as file:
             return [int(word) for word in file.read().split()]
-    except OSError:                               # a kernel without CONFIG_PROC_CHILDREN, or it has ended
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN, or it has ended
         every = [int(name) for name in os.listdir("/proc") if name.isdigit()]
         return [child for child in every if read_stat(child).parent == pid]
 
@@ -590,7 +594,10 @@ def list_tasks(kernel: int) -> Iterator[int]:
 
 
 def kill_children(spared: Optional[int] = None) -> None:
-    """Kill and reap all children but one. We are the subreaper, so their orphans become our children in turn."""
+    """Kill and reap all children but one.
+
+    We are the subreaper, so their orphans become our children in turn.
+    """
     pids = [0]
     while pids:
         pids = [pid for pid in list_children(os.getpid()) if pid != spared]
@@ -603,9 +610,9 @@ def kill_children(spared: Optional[int] = None) -> None:
 def tie_to_us(leash: int, owner: int) -> None:
     """Make the host's kernel kill a process, or the process group -owner, when we are gone.
 
-    PR_SET_PDEATHSIG does not reach grandchildren, such as the guest's processes, which go on to compute when
-    nobody traces them any more. `leash` is the read end of a pipe: they hold it open, too, and we alone have
-    the write end.
+    PR_SET_PDEATHSIG does not reach grandchildren, such as the guest's processes, which go on to
+    compute when nobody traces them any more. `leash` is the read end of a pipe: they hold it open,
+    too, and we alone have the write end.
     """
     fcntl.fcntl(leash, fcntl.F_SETOWN, owner)
     fcntl.fcntl(leash, fcntl.F_SETSIG, signal.SIGKILL)
@@ -633,13 +640,14 @@ def widen_pipe(descriptor: int) -> None:
     try:
         fcntl.fcntl(descriptor, F_SETPIPE_SZ, PIPE_SIZE)
     except OSError:
-        pass                                      # the user's pipe pages are used up: this is slower
+        pass  # the user's pipe pages are used up: this is slower
 
 
 def take_limits() -> Tuple[Limit, ...]:
     """Return the caller's limits, which are for the command, and raise the soft ones for AppPot itself.
 
-    UML would die of some. The last second of CPU time is kept, so that SIGXCPU tells the runner what comes.
+    UML would die of some. The last second of CPU time is kept, so that SIGXCPU tells the runner
+    what comes.
     """
     limits = tuple(Limit(number, *resource.getrlimit(number)) for number in PASSED_LIMITS)
 
@@ -663,7 +671,9 @@ def count_own_threads() -> int:
 
 
 def blame_cpu_limit(pid: int, who: str) -> Optional[Fatal]:
-    """What to say if a process has come near its limit of CPU time. One that is dead but not reaped still tells.
+    """What to say if a process has come near its limit of CPU time.
+
+    One that is dead but not reaped still tells.
 
     Linux ends a process for the ticks that it has met; on a busy machine it has used far less time.
     """
@@ -679,7 +689,8 @@ def blame_cpu_limit(pid: int, who: str) -> Optional[Fatal]:
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 PROBE_BYTES = 1 << 20                # to see whether a directory has room
-# include/uapi/asm-generic/fcntl.h: struct flock; its pid is 0 for a lock of an open file description.
+# include/uapi/asm-generic/fcntl.h: struct flock; its pid is 0 for a lock of an open file
+# description.
 F_OFD_SETLK, FLOCK = 37, struct.Struct("@hhqqi4x")
 SCRATCH_HINT = "is the directory of --tmpdir full or gone?"
 PT_INTERP = 3                                                  # include/uapi/linux/elf.h
@@ -805,7 +816,10 @@ def go_below(name: bytes, place: int) -> int:
 
 
 def spool(directory: int, content: bytes) -> bytes:
-    """Write a file for the guest. The guest can write that directory, so nobody can foresee the file's name."""
+    """Write a file for the guest.
+
+    The guest can write that directory, so nobody can foresee the file's name.
+    """
     name = os.urandom(8).hex()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(name, flags, 0o600, dir_fd=directory), "wb", buffering=0) as file:
@@ -867,7 +881,10 @@ def explain_full_scratch(directory: str) -> Optional[Fatal]:
 
 
 def open_nameless(directory: str) -> int:
-    """A new file without a name. A kill leaves nothing of it, if the file system can make such files."""
+    """A new file without a name.
+
+    A kill leaves nothing of it, if the file system can make such files.
+    """
     try:
         return os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -882,15 +899,15 @@ def open_nameless(directory: str) -> int:
 def lock_file(descriptor: int, exclusive: bool, what: str, path: str) -> None:
     """Lock a file against runs that write it, or against all others.
 
-    An open file description lock: an exclusive one wants write permission. With flock(2) anybody who can read
-    an image could keep everybody from running it.
+    An open file description lock: an exclusive one wants write permission. With flock(2) anybody
+    who can read an image could keep everybody from running it.
     """
     kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
     try:
         fcntl.fcntl(descriptor, F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
-            return                                # the file system has no locks: there is no promise
+            return  # the file system has no locks: there is no promise
         holder = find_lock_holder(os.fstat(descriptor))
         os.close(descriptor)
         raise Fatal("{} is in use by {}: {}".format(what, holder, path),
@@ -901,7 +918,8 @@ def lock_file(descriptor: int, exclusive: bool, what: str, path: str) -> None:
 def find_lock_holder(locked: os.stat_result) -> str:
     """Who holds a lock, by /proc/PID/fdinfo, which only the same user can read. /proc/locks names no process.
 
-    All processes of a run hold the lock. The one that started first is the runner, whatever its number is.
+    All processes of a run hold the lock. The one that started first is the runner, whatever its
+    number is.
     """
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
     for pid in sorted(pids, key=read_start):
@@ -919,7 +937,7 @@ def find_lock_holder(locked: os.stat_result) -> str:
 def user_name(uid: int) -> bytes:
     try:
         return os.fsencode(pwd.getpwuid(uid).pw_name)
-    except KeyError:                              # batch systems run jobs of accounts that the node lacks
+    except KeyError:  # batch systems run jobs of accounts that the node lacks
         return b"u%d" % uid
 
 
@@ -966,11 +984,11 @@ def list_candidates(names: Sequence[str], on_path: bool) -> Iterator[str]:
 # include/uapi/linux/landlock.h; the numbers of the system calls are the same on every machine.
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 LANDLOCK_CREATE_RULESET_VERSION, LANDLOCK_RULE_PATH_BENEATH = 1, 1
-LANDLOCK_ABI_MIN, LANDLOCK_ABI_TRUNCATE = 2, 3       # ABI 1 forbids every rename to another directory
+LANDLOCK_ABI_MIN, LANDLOCK_ABI_TRUNCATE = 2, 3  # ABI 1 forbids every rename to another directory
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
 READ_ONLY, READ_WRITE = READ_FILE | READ_DIR, (1 << 15) - 1 - EXECUTE
 Rule = Tuple[AnyPath, int]           # a file or a directory with all below it, and the rights to it
-OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE    # the rights that a rule for a file can have
+OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE  # the rights that a rule for a file can have
 
 
 def find_landlock() -> int:
@@ -984,7 +1002,10 @@ def find_landlock() -> int:
 
 
 def is_confined(empty: Optional[str]) -> bool:
-    """Whether Landlock confines the kernel. If `empty` is a script, its interpreter opens files of any place."""
+    """Whether Landlock confines the kernel.
+
+    If `empty` is a script, its interpreter opens files of any place.
+    """
     if empty:
         with open(empty, "rb") as file:
             if file.read(4) != b"\x7fELF":
@@ -1266,7 +1287,10 @@ def read_gpt(file: BinaryIO) -> Iterator[Tuple[int, bool, int, int]]:
 
 
 def read_mbr(file: BinaryIO) -> Iterator[Tuple[int, bool, int, int]]:
-    """The same from an MBR. Logical partitions, from number 5 on, are in a chain of extended ones."""
+    """The same from an MBR.
+
+    Logical partitions, from number 5 on, are in a chain of extended ones.
+    """
     base = table_at = 0
     number = 5
     for _ in range(64):                           # a damaged chain may be a circle
@@ -1335,7 +1359,8 @@ def explain_no_root(file: BinaryIO, path: str, has_partitions: bool) -> Fatal:
 class ExtReader:
     """Reads files of an ext2, 3 or 4 file system without mounting it; ValueError if it cannot tell.
 
-    Layout: Documentation/filesystems/ext4. A journal that was not replayed can hold newer directories.
+    Layout: Documentation/filesystems/ext4. A journal that was not replayed can hold newer
+    directories.
     """
 
     def __init__(self, file: BinaryIO, offset: int) -> None:
@@ -1439,7 +1464,10 @@ class ExtReader:
 
 
 def find_missing_agent(path: str, offset: int) -> str:
-    """The file of the agent that an image lacks; empty if none. ValueError if that cannot be seen from outside."""
+    """The file of the agent that an image lacks; empty if none.
+
+    ValueError if that cannot be seen from outside.
+    """
     with open_regular(path, "image", IMAGE_HINT) as file:
         try:
             image = ExtReader(file, offset)
@@ -1509,7 +1537,10 @@ class Statements:
         self._owner = owner
 
     def read(self, name: str, parse: Callable[[str], int]) -> Amounts:
-        """The amount that a value states, as a list of one. A value that is no amount is ignored, with a note."""
+        """The amount that a value states, as a list of one.
+
+        A value that is no amount is ignored, with a note.
+        """
         text = self.values.get(name, "").strip()
         if not text:
             return []
@@ -1561,7 +1592,8 @@ def multiply(amounts: Amounts, factors: Amounts) -> Amounts:
 def read_slurm(job: Statements, read: Reader) -> Tuple[Amounts, Amounts]:
     """Memory and CPUs by the OUTPUT ENVIRONMENT VARIABLES of sbatch(1) and srun(1).
 
-    The tasks of one step share what the step has on the node. A batch script has all of it for itself.
+    The tasks of one step share what the step has on the node. A batch script has all of it for
+    itself.
     """
     number = job.values.get("SLURM_NODEID", "")
     node = int(number) if re.match(r"\d{1,6}$", number, re.ASCII) else 0
@@ -1587,7 +1619,10 @@ def read_pbs(job: Statements, read: Reader) -> Tuple[Amounts, Amounts]:
 
 
 def read_grid_engine(job: Statements, read: Reader) -> Tuple[Amounts, Amounts]:
-    """NSLOTS counts the slots of all hosts. Few sites export the memory, h_vmem and m_mem_free, which is per slot."""
+    """NSLOTS counts the slots of all hosts.
+
+    Few sites export the memory, h_vmem and m_mem_free, which is per slot.
+    """
     cpus = divide(job.read("NSLOTS", int), job.read("NHOSTS", int))
     mem = job.read("SGE_HGR_m_mem_free", parse_bytes) or job.read("SGE_HGR_h_vmem", parse_bytes)
     return multiply(mem, cpus), cpus
@@ -1639,7 +1674,10 @@ def list_cgroups(membership: str, mounts: str, controller: str) -> List[str]:
 
 def read_cgroup_limits(read: Reader, names: Sequence[Tuple[str, str]],
                        parse: Callable[[str, str], int]) -> Amounts:
-    """The limits of this cgroup and of all above it. For a file without one `parse` raises ValueError."""
+    """The limits of this cgroup and of all above it.
+
+    For a file without one `parse` raises ValueError.
+    """
     membership = read("/proc/self/cgroup")
     mounts = read("/proc/self/mountinfo")
     amounts = []
@@ -1709,7 +1747,10 @@ def find_grants(environment: Mapping[str, str], read: Reader, machine_mib: int) 
 
 
 def find_own_grants() -> Grants:
-    """What this process was granted. Its affinity shows a cpuset; `ulimit -v` is how batch systems limit memory."""
+    """What this process was granted.
+
+    Its affinity shows a cpuset; `ulimit -v` is how batch systems limit memory.
+    """
     grants = find_grants(os.environ, read_node_file, total_memory_mib())
     affinity = Amount(len(os.sched_getaffinity(0)), "CPU affinity")
     space = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -1811,7 +1852,8 @@ NODE_FILE_MAX = 4 << 20              # a larger file is not passed on
 ZONES = "zoneinfo/"                  # after this a path names a time zone
 BATCH_PREFIXES = (
     b"SLURM_", b"SLURMD_", b"PBS_", b"SGE_", b"JOB_", b"_CONDOR_", b"OMP_", b"LSB_", b"LC_")
-# The libraries ask their own variable first, and then the first of these, which most others ask, too.
+# The libraries ask their own variable first, and then the first of these, which most others ask,
+# too.
 THREAD_VARIABLES = (b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREADS")
 BATCH_VARIABLES = THREAD_VARIABLES + (
     b"NSLOTS", b"NHOSTS", b"NQUEUES", b"PE", b"QUEUE", b"RESTARTED", b"TERM", b"LANG", b"LANGUAGE", b"TZ")
@@ -1894,9 +1936,9 @@ def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: 
 def limit_threads(environment: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
     """Variables for one thread in each process: threads do not run in parallel, and those of OpenBLAS spin.
 
-    Whoever has set the first variable means all libraries.
-    An empty one counts as not set, as it does for the libraries: scripts give them $SLURM_CPUS_PER_TASK,
-    which is empty in a job that did not ask for CPUs.
+    Whoever has set the first variable means all libraries. An empty one counts as not set, as it
+    does for the libraries: scripts give them $SLURM_CPUS_PER_TASK, which is empty in a job that did
+    not ask for CPUs.
     """
     if environment.get(THREAD_VARIABLES[0]):
         return {}
@@ -1928,7 +1970,10 @@ def select_hosts(text: bytes) -> bytes:
 
 
 def select_resolver(text: bytes, host: str) -> bytes:
-    """What resolv.conf says besides name servers. The host's domain is the search list if there is none."""
+    """What resolv.conf says besides name servers.
+
+    The host's domain is the search list if there is none.
+    """
     lines = [line.strip() for line in RESOLVER_LINE.findall(text)]
     domain = host.partition(".")[2]
     if domain and not any(line.startswith((b"search", b"domain")) for line in lines):
@@ -1964,14 +2009,14 @@ def view_node(notes: List[str]) -> NodeView:
 
 
 # --- Private directories ------------------------------------------------------------------------------------
-# A run makes them in places where others can make directories, too, above all in scratch. Their names are
-# apppot-UID-RANDOM. A file in each, the mark, says by its name which process made the directory. Only a directory
-# with both is removed, and only by descriptors: somebody who renames a directory on the way, or a guest that fills
-# one, makes nothing else disappear.
+# A run makes them in places where others can make directories, too, above all in scratch. Their
+# names are apppot-UID-RANDOM. A file in each, the mark, says by its name which process made the
+# directory. Only a directory with both is removed, and only by descriptors: somebody who renames a
+# directory on the way, or a guest that fills one, makes nothing else disappear.
 
 RUN_PREFIX = "apppot-"
 MARK = re.compile(r"of-\d+-\d+-\d+-[01]-[0-9a-f]*-[\w.-]*", re.ASCII)
-RECORD = ".made"                     # ends the name of a run's list of mount points that it made on the host
+RECORD = ".made"  # ends the name of a run's list of mount points that it made on the host
 PRIVATE_TRIES = 20                   # another run may take a new directory for one that was left
 
 
@@ -2014,7 +2059,10 @@ def find_own_identity(has_lock: int) -> Owner:
 
 
 def mark_directory(directory: int, has_lock: bool) -> None:
-    """Make the mark. Its name says all: on every file system a file has its name as soon as it exists."""
+    """Make the mark.
+
+    Its name says all: on every file system a file has its name as soon as it exists.
+    """
     mark = "of-{}-{}-{}-{}-{}-{}".format(*find_own_identity(int(has_lock)))
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     os.close(os.open(mark, flags, 0o600, dir_fd=directory))
@@ -2041,7 +2089,8 @@ def read_mark(directory: int) -> Optional[Owner]:
 def has_ended(owner: Owner, was_unlocked: bool) -> bool:
     """Whether a run is over; False where this node cannot tell.
 
-    On most network file systems other nodes do not see the lock of a directory, so it counts on its node only.
+    On most network file systems other nodes do not see the lock of a directory, so it counts on its
+    node only.
     """
     here = find_own_identity(0)
     if owner.boot != here.boot:
@@ -2055,7 +2104,7 @@ def has_ended(owner: Owner, was_unlocked: bool) -> bool:
 def find_realm(directory: int) -> Realm:
     status = os.fstat(directory)
     with open("/proc/self/fdinfo/{}".format(directory), "rb", 0) as file:
-        mount = file.read(1024).partition(b"mnt_id:")[2].split(b"\n")[0]    # empty before Linux 3.15
+        mount = file.read(1024).partition(b"mnt_id:")[2].split(b"\n")[0]  # empty before Linux 3.15
     return Realm(status.st_uid, status.st_dev, mount)
 
 
@@ -2075,8 +2124,9 @@ def open_directory(name: str, above: int, realm: Realm) -> int:
 def empty_directory(directory: int, marks: Sequence[str]) -> None:
     """Remove all that is in a directory but its marks. What cannot be removed stays.
 
-    This takes one descriptor and no path, however deep the tree is, and does not leave the realm. The way up is
-    "..". If that leads to another directory, somebody has moved this one, and the rest stays.
+    This takes one descriptor and no path, however deep the tree is, and does not leave the realm.
+    The way up is "..". If that leads to another directory, somebody has moved this one, and the
+    rest stays.
     """
     realm = find_realm(directory)
     here = os.open(".", DIRECTORY, dir_fd=directory)
@@ -2204,14 +2254,14 @@ def remove_stale_directories(parent: str) -> None:
     own_name = re.compile("{}{}-[0-9a-f]{{12}}".format(RUN_PREFIX, os.getuid()))
     try:
         above = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:                       # writable but not readable: then there is nothing to find
+    except PermissionError:  # writable but not readable: then there is nothing to find
         return
 
     try:
         for name in filter(own_name.fullmatch, os.listdir(above)):
             try:
                 remove_if_stale(os.path.join(parent, name), above)
-            except OSError:                       # another user's, not AppPot's, no directory, or gone
+            except OSError:  # another user's, not AppPot's, no directory, or gone
                 pass
     finally:
         os.close(above)
@@ -2387,7 +2437,10 @@ def ask_helper(path: str) -> Tuple[str, str]:
 
 
 def check_ports(ports: Sequence[Port]) -> None:
-    """Refuse ports that are in use, before the boot. All are bound at once, as one may be asked for twice."""
+    """Refuse ports that are in use, before the boot.
+
+    All are bound at once, as one may be asked for twice.
+    """
     if not ports:
         return
     import socket
@@ -2514,7 +2567,8 @@ def publish(port: Port) -> None:
 def start_slirp4netns(program: str, published: Sequence[Port], lifeline: int) -> Tuple[int, int]:
     """Start it in the supervisor's directory; return its pid and the socket that is the guest's end.
 
-    The supervisor connects it, and not the kernel: it answers, and publishes ports, only when it is connected.
+    The supervisor connects it, and not the kernel: it answers, and publishes ports, only when it is
+    connected.
     """
     import socket
 
@@ -6051,7 +6105,8 @@ def run(spec: RunSpec, started: float) -> Result:
 
 
 # --- The doctor ---------------------------------------------------------------------------------------------
-# Each check takes steps of a run. It returns what it found, or raises the Fatal with which the run ends.
+# Each check takes steps of a run. It returns what it found, or raises the Fatal with which the run
+# ends.
 
 class Basis(NamedTuple):
     """What several checks look at."""
