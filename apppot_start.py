@@ -646,7 +646,7 @@ def widen_pipe(descriptor: int) -> None:
 def take_limits() -> Tuple[Limit, ...]:
     """Return the caller's limits, which are for the command, and raise the soft ones for AppPot itself.
 
-    UML would die of some. The last second of CPU time is kept, so that SIGXCPU tells the runner
+    The kernel would die of some. The last second of CPU time is kept, so that SIGXCPU tells the runner
     what comes.
     """
     limits = tuple(Limit(number, *resource.getrlimit(number)) for number in PASSED_LIMITS)
@@ -1501,7 +1501,7 @@ def open_image(path: str, exclusive: bool) -> int:
 
 DEFAULT_MEM_MIB, SMALL_MEM_MIB = 1024, 256
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
-ADDRESS_SPACE_EXTRA_MIB = 256        # what UML maps beside the guest's memory
+ADDRESS_SPACE_EXTRA_MIB = 256        # what the kernel maps beside the guest's memory
 OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32     # the guest gets 64 MiB and a 32nd less; 40 MiB and a 100th are used
 SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
 JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "JOB_ID", "LSB_JOBID")
@@ -2601,8 +2601,8 @@ def start_slirp4netns(program: str, published: Sequence[Port], lifeline: int) ->
 
 
 # --- Shares -------------------------------------------------------------------------------------------------
-# A share is what the guest sees of the host. The VMM offers all shares of a run, the kernel may open what is in them,
-# and the agent mounts each by its tag.
+# A share is what the guest sees of the host. The VMM offers all shares of a run and may open the
+# files in them, and the agent mounts each by its tag.
 
 class Share(NamedTuple):
     """A directory of the host, or one file in it."""
@@ -2613,7 +2613,9 @@ class Share(NamedTuple):
 
     @property
     def path(self) -> bytes:
-        return self.directory if self.only_file is None else os.path.join(self.directory, self.only_file)
+        if self.only_file is None:
+            return self.directory
+        return os.path.join(self.directory, self.only_file)
 
 
 class Bind(NamedTuple):
@@ -2623,7 +2625,8 @@ class Bind(NamedTuple):
 
 
 def describe_share(share: Share) -> str:
-    return "share {} is {}{}".format(share.tag, os.fsdecode(share.path), ", read-only" if share.read_only else "")
+    mode = ", read-only" if share.read_only else ""
+    return "share {} is {}{}".format(share.tag, os.fsdecode(share.path), mode)
 
 
 def make_share(tag: str, path: bytes, read_only: bool) -> Share:
@@ -2634,15 +2637,17 @@ def make_share(tag: str, path: bytes, read_only: bool) -> Share:
 
 
 def find_job_directory() -> Tuple[bytes, bytes]:
-    """The current directory, links resolved, and as $PWD names it: scripts use the name that the user knows."""
+    """The current directory, links resolved, and its name in $PWD, which the user and scripts know."""
     hint = "cd to another one, or run without a job directory: --no-job-dir"
     with blaming("current directory cannot be used as job directory", ".", hint):
         directory = os.getcwdb()
     if not is_current(directory):                 # the guest opens it by its path
-        parents = [directory[:index] or b"/" for index, byte in enumerate(directory) if byte == ord("/")]
-        closed = next((os.fsdecode(path) for path in parents if not os.access(path, os.X_OK)), "")
+        slashes = [index for index, byte in enumerate(directory) if byte == ord("/")]
+        parents = [os.fsdecode(directory[:index] or b"/") for index in slashes]
+        closed = [path for path in parents if not os.access(path, os.X_OK)]
+        why = ", {} cannot be searched".format(closed[0]) if closed else ""
         raise Fatal("current directory cannot be reached by its path{}: {}".format(
-            ", {} cannot be searched".format(closed) if closed else "", os.fsdecode(directory)), hint)
+            why, os.fsdecode(directory)), hint)
 
     alias = os.environb.get(b"PWD", b"")
     known = alias.startswith(b"/") and b".." not in alias.split(b"/") and is_current(alias)
@@ -2703,10 +2708,11 @@ def find_home(home: str, binds: Iterable[Bind]) -> Optional[bytes]:
 
 
 class MountPoints:
-    """Makes on the host what the guest mounts on where that is the host's: in the job directory or another bind.
+    """Makes mount points of the guest that are in a share, and therefore on the host.
 
-    Only the guest knows where its links lead, so it asks. What is made is removed at the end, by whoever lives, from a
-    list. This lies beside the run directory, in which the guest could change it.
+    Only the guest knows where its links lead, so the agent asks. A list names what is made. The last
+    process that lives removes all of it. The list lies beside the run directory, in which the guest
+    could change it.
     """
 
     def __init__(self, shares: Iterable[Share], umask: int, run: PrivateDirectory) -> None:
@@ -2767,7 +2773,9 @@ class MountPoints:
                 made = os.open(name, DIRECTORY, dir_fd=place)
             else:
                 mode &= 0o666
-                made = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, dir_fd=place)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                made = os.open(name, flags, dir_fd=place)
+
             inode = os.fstat(made).st_ino
             os.fchmod(made, mode)                 # not less the runner's own umask
             os.close(made)
@@ -2795,7 +2803,7 @@ class Disk(NamedTuple):
     cow: Optional[str]               # of COW:BASE; None: a private one for this run
     write: bool                      # into the image itself
     root: RootDevice
-    size: Optional[int]              # bytes that the root file system gets; None: as many as it has in the image
+    size: Optional[int]              # bytes of the root file system; None: as many as in the image
 
     @property
     def is_persistent(self) -> bool:
@@ -2803,7 +2811,7 @@ class Disk(NamedTuple):
 
     @property
     def written_file(self) -> Optional[str]:
-        """What of the host is written when the guest writes its disk; None: files of this run in scratch."""
+        """The file of the host that takes the guest's writes; None: a file of this run in scratch."""
         return self.image if self.write else self.cow
 
 
@@ -2828,23 +2836,25 @@ class Guest(NamedTuple):
 
 class Directories(NamedTuple):
     """The private ones of a run."""
-    run: PrivateDirectory            # with the COW file, the hostfs root and the mconsole
+    run: PrivateDirectory            # with the files of the VMM
     ram: PrivateDirectory            # for the file that is the guest's memory; may be the same
-    save: PrivateDirectory           # beside the changes file that is to be, until it is complete; may be the same
-    saved_name: Optional[str] = None  # of the changes file in save/GIVEN: one that no program of the guest foresees
+    save: PrivateDirectory           # for the changes file until it is complete; may be the same
+    saved_name: Optional[str] = None  # of the changes file in save/GIVEN; no guest can foresee it
 
     def list_distinct(self) -> List[PrivateDirectory]:
-        return list({directory.fd: directory for directory in (self.run, self.ram, self.save)}.values())
+        every = (self.run, self.ram, self.save)
+        return list({directory.fd: directory for directory in every}.values())
 
     def list_shares(self) -> List[Share]:
-        shares = [Share("spool", os.fsencode(os.path.join(self.run.path, SPOOL)), None, False)]
+        """The shares that every run has, and the one for --save-changes."""
+        places = [("spool", os.path.join(self.run.path, SPOOL))]
         if self.saved_name:
-            shares.append(Share("save", os.fsencode(os.path.join(self.save.path, GIVEN)), None, False))
-        return shares
+            places.append(("save", os.path.join(self.save.path, GIVEN)))
+        return [Share(tag, os.fsencode(path), None, False) for tag, path in places]
 
 
 def find_room(guest: Guest) -> int:
-    """Bytes that the guest's disk can take at most: what is free beside its file, and what that has already."""
+    """Bytes that the guest's disk can take: what is free beside its file and what the file has."""
     status = os.statvfs(guest.disk_directory)
     room = status.f_bavail * status.f_frsize
     written = guest.disk.written_file
@@ -2852,40 +2862,50 @@ def find_room(guest: Guest) -> int:
 
 
 def explain_disk_failure(guest: Guest, said: bytes) -> Fatal:
-    """Why the guest's disk cannot be written or read, as far as the host sees it; its kernel said that it cannot."""
+    """Why the guest's disk fails, as far as the host can see it; `said` is what the guest's kernel printed."""
     disk = guest.disk
     written = disk.written_file
     if written is None:
         full = explain_full_scratch(guest.scratch)
     else:
-        full = explain_full("directory of the " + ("image" if disk.write else "COW file"), guest.disk_directory,
-                            "free some; {} is as after a power failure and can be used again".format(written))
+        what = "directory of the " + ("image" if disk.write else "COW file")
+        hint = "free some; {} is as after a power failure and can be used again".format(written)
+        full = explain_full(what, guest.disk_directory, hint)
     if full:
         return full
 
     if said.startswith(b"EXT4"):
         return Fatal("root file system is damaged: " + (written or disk.image),
                      "run with -v to see the guest's console; `e2fsck -fn` looks at an image")
-    return Fatal("disk of the guest had an I/O error, and its files are these: {}, {}".format(
-        disk.image, written or guest.scratch), "was one of them out of room, or its disk or server at fault?")
+    message = "disk of the guest had an I/O error, and its files are these: {}, {}"
+    return Fatal(message.format(disk.image, written or guest.scratch),
+                 "was one of them out of room, or its disk or server at fault?")
 
 
 # --- The VMM ------------------------------------------------------------------------------------------------
-# The seam: the rest of AppPot knows a VMM by these classes only. User-Mode Linux follows in the next sections. A second
-# VMM is a second class like Uml in sections of its own, and find_vmm() chooses between the two.
+# The seam: the rest of AppPot knows a VMM by these classes only. User-Mode Linux follows in the next
+# sections. A second VMM is a class like Uml in sections of its own; find_vmm() chooses one of the two.
 
-INPUT_FD, OUTPUT_FD, CONSOLE_FD, NETWORK_FD = 3, 4, 5, 30      # of the VMM's process; the first two are the channel
+# Descriptors of the VMM's process. The first two are the channel.
+INPUT_FD = 3
+OUTPUT_FD = 4
+CONSOLE_FD = 5
+NETWORK_FD = 30
 LEASH_FDS = 28, 29                   # spawn() uses the numbers from 32 on
-CONSOLE_TAIL = 64 << 10              # bytes of the guest's console that are kept to explain a failure
-# block/blk-core.c, fs/buffer.c, fs/ext4/super.c and fs/jbd2/journal.c, of the disks {} that are ours.
+CONSOLE_TAIL = 64 << 10              # bytes of the console that are kept to explain a failure
+# block/blk-core.c, fs/buffer.c, fs/ext4/super.c and fs/jbd2/journal.c; {} are the disks of the run.
 DISK_FAILURE = (r"(?:critical space allocation|I/O) error(?:,| on) dev (?:{0})|"
                 r"EXT4-fs error \(device (?:{0})|Aborting journal on device (?:{0})")
 OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
 WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped
 
-# What ended a guest: its kernel itself, the end of a helper process of the kernel or of the carrier, the end of the
-# runner, an error or a bug of the supervisor.
-KERNEL, HELPER, CARRIER, RUNNER, ERROR, BUG = "kernel", "helper", "carrier", "runner", "error", "bug"
+# What ends a guest.
+KERNEL = "kernel"                    # its kernel has ended
+HELPER = "helper"                    # a helper process of the kernel was killed
+CARRIER = "carrier"                  # the carrier was killed, or does not start the kernel
+RUNNER = "runner"                    # the runner has ended
+ERROR = "error"                      # the supervisor has met an error
+BUG = "bug"                          # the supervisor has a bug
 
 
 class End(NamedTuple):
@@ -2917,17 +2937,23 @@ class Console:
         self.tail = (self.tail + content)[-CONSOLE_TAIL:]
         news = self.tail[max(0, len(self.tail) - len(content) - 200):]
         disk_failure = re.search(self._disk_failure, news)
-        return explain_disk_failure(self._guest, disk_failure.group()) if disk_failure else self.find_fault()
+        if disk_failure:
+            return explain_disk_failure(self._guest, disk_failure.group())
+        return self.find_fault()
 
     @property
     def is_out_of_memory(self) -> bool:
         return OUT_OF_MEMORY in self.tail
 
     def suspect_limit(self) -> str:
-        """Whether the host may have killed a process for its CPU time: it is reaped already, and nobody can ask."""
+        """The words on CPU time if the host may have killed a process for that.
+
+        The process is reaped already, so its CPU time is not known.
+        """
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
         is_possible = 0 <= hard <= time.monotonic() - self._started
-        return ", perhaps for its CPU time: the limit (ulimit -t) is {} s".format(hard) if is_possible else ""
+        words = ", perhaps for its CPU time: the limit (ulimit -t) is {} s"
+        return words.format(hard) if is_possible else ""
 
     # A VMM has its own of these.
 
@@ -2950,7 +2976,7 @@ class Watch:
     interval_s = WATCH_INTERVAL_S    # between two reviews
 
     def review(self, is_suspended: bool) -> Optional[End]:
-        """What has ended the guest without the end of its kernel; Fatal if the guest cannot go on."""
+        """Return an End if the guest is dead though its kernel lives; Fatal if it cannot go on."""
         raise NotImplementedError
 
 
@@ -2958,7 +2984,7 @@ class Vmm:
     """What runs a guest. One value describes the VMM of one run, and nothing changes it."""
 
     program: str                     # absolute path
-    interfaces: Dict[str, str]       # the guest's name of the interface, for each kind of network that there is
+    interfaces: Dict[str, str]       # each kind of network that a guest can have, and its interface
     line_window: int                 # bytes that may be on their way to the agent
     can_enlarge_disk: bool           # beyond the size of its image
 
@@ -2968,7 +2994,8 @@ class Vmm:
         """Why a guest cannot have a second CPU; None if it can."""
         raise NotImplementedError
 
-    def place_memory(self, mem: Amount, floors: Sequence[int], candidates: Sequence[str]) -> Tuple[Amount, str]:
+    def place_memory(self, mem: Amount, floors: Sequence[int],
+                     candidates: Sequence[str]) -> Tuple[Amount, str]:
         """How much of the memory has room, and the directory of the file that holds it."""
         raise NotImplementedError
 
@@ -2977,7 +3004,7 @@ class Vmm:
         raise NotImplementedError
 
     def open_disk(self, disk: Disk) -> List[int]:
-        """Open and lock the files of a disk. The VMM gets the descriptors, so that the locks last as it does."""
+        """Open and lock the files of a disk. The VMM gets the descriptors and thereby the locks."""
         raise NotImplementedError
 
     def prepare(self, guest: Guest, directories: Directories) -> None:
@@ -3016,7 +3043,10 @@ class Vmm:
     # Both call these.
 
     def pause(self, guest: Guest, directory: int) -> None:
-        """Stop the guest so that it survives SIGSTOP to any of its processes; `directory` is the run directory."""
+        """Stop the guest so that it survives SIGSTOP to any of its processes.
+
+        `directory` is a descriptor of the run directory.
+        """
         raise NotImplementedError
 
     def resume(self, guest: Guest, directory: int, supervisor: int) -> None:
@@ -3072,7 +3102,7 @@ def enter_child(launch: Launch) -> None:
     launch.enter_child()
     # A panic leaves no core.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    os.umask(0)                                   # the guest has its own; this one would come on top of it in shares
+    os.umask(0)                                   # the guest has its own, and both would apply in shares
 
     high = {there: fcntl.fcntl(here, fcntl.F_DUPFD, 32) for there, here in launch.keep.items()}
     for there, here in high.items():
@@ -3906,7 +3936,8 @@ class Uml(Vmm):
             return "--ptrace"
         return None if self.features.smp else "kernel without SMP"
 
-    def place_memory(self, mem: Amount, floors: Sequence[int], candidates: Sequence[str]) -> Tuple[Amount, str]:
+    def place_memory(self, mem: Amount, floors: Sequence[int],
+                     candidates: Sequence[str]) -> Tuple[Amount, str]:
         return place_memory(mem, floors, candidates)
 
     def check(self, disk: Disk, mem_mib: int, cpus: int) -> None:
@@ -5330,7 +5361,7 @@ class Conversation:
             CREDIT: (STREAM_COUNT, self._take_credit),
             STDIN_CLOSED: (NOTHING, self._close_stdin),
             WARNING: (None, self._warn),
-            # Ctrl-Alt-Del by the mconsole.
+            # Ctrl-Alt-Del by the management console.
             TERMINATE: (NOTHING, partial(self.ending.forward, signal.SIGTERM)),
             SAVING: (NOTHING, self._note_saving),
             RESULT: (None, self._take_result)}
