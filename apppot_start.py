@@ -346,7 +346,8 @@ SHELLS = re.compile(r"Name:\t(?:[a-z]*sh\d*|busybox|timeout|time|strace|make|xar
 # A batch system may signal every process of a job. The kernel would die of these signals, and a
 # guest process that gets one makes its tracer panic: SIGCONT, too, is reported to a tracer. So they
 # are blocked before exec.
-KEPT_FROM_KERNEL = (*FORWARDED_SIGNALS, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT, signal.SIGXFSZ)
+KEPT_FROM_KERNEL = (
+    *FORWARDED_SIGNALS, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT, signal.SIGXFSZ)
 LOOK_FOR_KILLER = "find out what killed it (the batch system's log, dmesg), then run the job again"
 PROCESSES_HINT = "raise the limit of processes (ulimit -u, or pids.max of the cgroup), or of memory"
 MORE_CPU_TIME = "ask the batch system for more CPU time, or raise the limit"
@@ -388,7 +389,7 @@ NO_PROCESS = ProcessStat("", 0, 0, -1, -1)
 
 @contextmanager
 def signals_held() -> Iterator[Set[int]]:
-    """Keep signals from ending this process while it has something to remove; yield the mask before.
+    """Keep signals from ending this process while it has files to remove; yield the mask before.
 
     Those that come are dealt with at the end of the context, or when Session.run() lets them in.
     """
@@ -428,7 +429,8 @@ def fork(what: str) -> int:
     try:
         return os.fork()
     except OSError as error:
-        raise Fatal("process for {} cannot be started: {}".format(what, error.strerror), PROCESSES_HINT)
+        what = "process for {} cannot be started: {}".format(what, error.strerror)
+        raise Fatal(what, PROCESSES_HINT)
 
 
 def fork_child(what: str, live: Callable[[], int]) -> int:
@@ -463,7 +465,7 @@ def try_in_child(attempt: Callable[[], None]) -> str:
 
 
 def execute(argv: Sequence[str], keep: Dict[int, int], environment: Dict[str, str]) -> NoReturn:
-    """Execute a program in a forked child, with the descriptors `keep` (number there to number here).
+    """Execute a program in a forked child, with the descriptors `keep` (there to here).
 
     If that fails, the reason goes to descriptor 2.
     """
@@ -483,7 +485,8 @@ def ask_program(argv: Sequence[str], **more_environment: str) -> Tuple[int, byte
 
     def live() -> int:
         null = os.open(os.devnull, os.O_RDWR)
-        execute(argv, {0: null, 1: writer, 2: writer}, dict(os.environ, HOME="/", **more_environment))
+        environment = dict(os.environ, HOME="/", **more_environment)
+        execute(argv, {0: null, 1: writer, 2: writer}, environment)
 
     pid = fork_child("a look at " + argv[0], live)
     os.close(writer)
@@ -524,7 +527,8 @@ def read_stat(pid: int) -> ProcessStat:
     try:
         with open("/proc/{}/stat".format(pid), "rb") as file:
             words = file.read().rpartition(b")")[2].split()
-        parent, user, system, started, processor = [int(words[index]) for index in (1, 11, 12, 19, 36)]
+        numbers = [int(words[index]) for index in (1, 11, 12, 19, 36)]
+        parent, user, system, started, processor = numbers
         return ProcessStat(words[0].decode(), parent, user + system, started, processor)
     except (OSError, IndexError):                 # it has ended
         return NO_PROCESS
@@ -545,7 +549,7 @@ def read_name(pid: int) -> bytes:
 
 
 def is_called(pid: int, name: str) -> bool:
-    """Whether a living process runs the program of that name, or the script, which is its second word."""
+    """Whether a living process runs the program or, as its second word, the script of that name."""
     try:
         with open("/proc/{}/cmdline".format(pid), "rb") as file:
             words = file.read().split(b"\0")[:2]
@@ -565,7 +569,7 @@ def find_ancestor(name: str) -> Optional[Ancestor]:
 
 
 def read_times(task: int) -> Tuple[float, float]:
-    """Seconds that a thread has run and that it has waited for a CPU; 0 if the host does not count."""
+    """Seconds that a thread has run and has waited for a CPU; 0 if the host does not count."""
     try:
         with open("/proc/{}/schedstat".format(task), "rb") as file:
             ran, waited = file.read().split()[:2]
@@ -583,7 +587,7 @@ def read_idle_times() -> Dict[int, float]:
 
 
 def list_tasks(kernel: int) -> Iterator[int]:
-    """The kernel's threads, and then the processes that they have started: one for each guest process."""
+    """The kernel's threads, and then their child processes: one for each guest process."""
     try:
         threads = [int(name) for name in os.listdir("/proc/{}/task".format(kernel))]
     except OSError:
@@ -621,7 +625,7 @@ def tie_to_us(leash: int, owner: int) -> None:
 
 
 def close_all_but(keep: Set[int]) -> None:
-    """Close all others, also the caller's own: whoever waits for their end does not wait for the guest."""
+    """Close all others, so that nobody who waits for their end waits for the guest."""
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in keep:
             try:
@@ -644,7 +648,7 @@ def widen_pipe(descriptor: int) -> None:
 
 
 def take_limits() -> Tuple[Limit, ...]:
-    """Return the caller's limits, which are for the command, and raise the soft ones for AppPot itself.
+    """Return the caller's limits, for the command, and raise the soft ones for AppPot itself.
 
     The kernel would die of some. The last second of CPU time is kept, so that SIGXCPU tells the runner
     what comes.
@@ -830,7 +834,7 @@ def spool(directory: int, content: bytes) -> bytes:
 
 
 def lock_directory(directory: int) -> Optional[bool]:
-    """Whether the lock is ours now; None if the file system has no locks, as Lustre without `-o flock`."""
+    """Whether the lock is ours now; None if there are none, as on Lustre without `-o flock`."""
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -872,7 +876,8 @@ def explain_full(what: str, directory: str, hint: str) -> Optional[Fatal]:
     if not fault:
         return None
     how = "is full" if fault == errno.ENOSPC else "has used up its quota"
-    return Fatal("{} {}: {}, which has {} free".format(what, how, directory, format_mib(free_mib(directory))), hint)
+    free = format_mib(free_mib(directory))
+    return Fatal("{} {}: {}, which has {} free".format(what, how, directory, free), hint)
 
 
 def explain_full_scratch(directory: str) -> Optional[Fatal]:
@@ -916,7 +921,7 @@ def lock_file(descriptor: int, exclusive: bool, what: str, path: str) -> None:
 
 
 def find_lock_holder(locked: os.stat_result) -> str:
-    """Who holds a lock, by /proc/PID/fdinfo, which only the same user can read. /proc/locks names no process.
+    """Who holds a lock, by /proc/PID/fdinfo of the same user's processes. /proc/locks names no process.
 
     All processes of a run hold the lock. The one that started first is the runner, whatever its
     number is.
@@ -951,7 +956,7 @@ def group_name(gid: int) -> bytes:
 # --- Parts of AppPot ----------------------------------------------------------------------------------------
 
 def find_part(option: Optional[str], names: Sequence[str], what: str, on_path: bool) -> str:
-    """What the user names, else the first that is beside this script, in build/ there, here or on PATH."""
+    """What the user names, else the first beside this script, in build/ there, here or on PATH."""
     given = find_given(option, what)
     if given:
         return given.text
@@ -992,7 +997,7 @@ OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE  # the rights that a rule
 
 
 def find_landlock() -> int:
-    """The version of Landlock's interface that this machine has; 0 if it has none, or a useless one."""
+    """The version of this machine's Landlock; 0 if it has none, or a useless one."""
     what = LANDLOCK_CREATE_RULESET_VERSION
     try:
         abi = call_libc("syscall", LANDLOCK_CREATE_RULESET, None, 0, what)
@@ -1026,7 +1031,7 @@ def list_program_rules(program: str) -> List[Rule]:
 
 
 def confine(rules: Iterable[Rule]) -> None:
-    """Leave to this process, and to what it starts, only the files of `rules` and below, with these rights."""
+    """Leave to this process, and to what it starts, only the files of `rules` and their rights."""
     known = EXECUTE | READ_WRITE
     if find_landlock() < LANDLOCK_ABI_TRUNCATE:
         known &= ~TRUNCATE
@@ -1230,7 +1235,8 @@ IMAGE_NAMES = ("apppot.img",)
 IMAGE_HINT = "--image names a file that is a disk image and that you may read; dd makes one of a device"
 EXT_MAGIC, EXT_64BIT = 0xEF53, 0x80                            # fs/ext4/ext4.h
 EXT_EXTENTS, EXTENT_MAGIC = 0x80000, 0xF30A
-EXT_UNREADABLE = 0x4 | 0x10 | 0x8000 | 0x10000       # journal to replay, meta_bg, inline data, encryption
+# A journal to replay, meta_bg, inline data, encryption.
+EXT_UNREADABLE = 0x4 | 0x10 | 0x8000 | 0x10000
 LINUX_TYPE, EXTENDED_TYPES = 0x83, (0x05, 0x0F, 0x85)
 # Discoverable Partitions Specification
 GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")
@@ -1337,8 +1343,8 @@ def find_root_device(path: str) -> RootDevice:
 
     root = max(roots)[2]
     if root.start + root.length > size:
-        what = "image is truncated: {} has {} of {} bytes"
-        raise Fatal(what.format(path, size, root.start + root.length), "was the transfer cut off? Copy it again")
+        what = "image is truncated: {} has {} of {} bytes".format(path, size, root.start + root.length)
+        raise Fatal(what, "was the transfer cut off? Copy it again")
     return root
 
 
@@ -1502,7 +1508,8 @@ def open_image(path: str, exclusive: bool) -> int:
 DEFAULT_MEM_MIB, SMALL_MEM_MIB = 1024, 256
 MEM_MIN_MIB = 64                     # below this Debian's kernel does not reach the agent
 ADDRESS_SPACE_EXTRA_MIB = 256        # what the kernel maps beside the guest's memory
-OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32     # the guest gets 64 MiB and a 32nd less; 40 MiB and a 100th are used
+# The guest gets 64 MiB and a 32nd less than the job. AppPot uses 40 MiB and a 100th.
+OVERHEAD_MIB, OVERHEAD_SHARE = 64, 32
 SHARED_MEMORY, ROOM_SHARE = "/dev/shm", 0.9                    # so much of its room a default takes
 JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "JOB_ID", "LSB_JOBID")
 
@@ -1712,7 +1719,7 @@ def read_cpu_limits(read: Reader) -> Amounts:
 
 
 def read_process_room(read: Reader) -> Amounts:
-    """How many more processes and threads the cgroups allow; below zero if they have too many already."""
+    """How many more processes and threads the cgroups allow; below zero if there are too many."""
     def room(text: str, directory: str) -> int:
         return int(text) - int(read(os.path.join(directory, "pids.current")))
 
@@ -1766,7 +1773,7 @@ def smallest(amounts: Sequence[Amount]) -> Amount:
 
 
 def default_mem(grants: Grants) -> Amount:
-    """The guest's memory if nobody asked: the job's less what AppPot takes, else 1 GiB or all there is."""
+    """The guest's memory if nobody asks: the job's less AppPot's own, else 1 GiB or all there is."""
     stated = grants.mem + grants.mem_limits if grants.systems else ()
     plain = Amount(DEFAULT_MEM_MIB, "default")
     least = smallest(grants.mem + grants.mem_limits + (grants.machine,))
@@ -1802,8 +1809,9 @@ def choose_memory(asked: Optional[str], grants: Grants) -> Tuple[Amount, Tuple[i
 
 
 def find_job_limit(grants: Grants) -> Optional[int]:
-    """MiB of a cgroup that is the job's own, as it allows what the job was granted; None if there is none."""
-    limits = [limit for limit in grants.mem_limits    # memory.high slows processes down and kills none
+    """MiB of the job's own cgroup, which allows what the job was granted; None if there is none."""
+    # memory.high slows processes down and kills none.
+    limits = [limit for limit in grants.mem_limits
               if limit.source in ("cgroup's memory.max", "cgroup's memory.limit_in_bytes")]
     if not grants.mem or not limits or smallest(limits).value > 1.25 * smallest(grants.mem).value:
         return None
@@ -1856,7 +1864,8 @@ BATCH_PREFIXES = (
 # too.
 THREAD_VARIABLES = (b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREADS")
 BATCH_VARIABLES = THREAD_VARIABLES + (
-    b"NSLOTS", b"NHOSTS", b"NQUEUES", b"PE", b"QUEUE", b"RESTARTED", b"TERM", b"LANG", b"LANGUAGE", b"TZ")
+    b"NSLOTS", b"NHOSTS", b"NQUEUES", b"PE", b"QUEUE", b"RESTARTED",
+    b"TERM", b"LANG", b"LANGUAGE", b"TZ")
 # They lead a client of the batch system to its configuration, which is no file of the guest.
 NODE_VARIABLES = (b"SLURM_CONF", b"PBS_CONF_FILE", b"SGE_ROOT")
 
@@ -1910,7 +1919,8 @@ def check_processes() -> None:
     is_limited = hard != resource.RLIM_INFINITY and os.getuid() != 0
     if is_limited and hard < count_own_threads() + PROCESSES_MIN:
         what = "limit of processes (ulimit -u) is {}, {} are needed beside those that you have"
-        raise Fatal(what.format(hard, PROCESSES_MIN), "raise the limit, or end some of your processes")
+        raise Fatal(what.format(hard, PROCESSES_MIN),
+                    "raise the limit, or end some of your processes")
 
 
 def is_passed(name: bytes) -> bool:
@@ -1918,7 +1928,8 @@ def is_passed(name: bytes) -> bool:
     return name in BATCH_VARIABLES or name.startswith(BATCH_PREFIXES) and name not in NODE_VARIABLES
 
 
-def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: bool) -> Dict[bytes, bytes]:
+def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str],
+                       clean: bool) -> Dict[bytes, bytes]:
     """The variables for the guest: the batch system's, unless `clean`, and those of --env."""
     chosen = {name: value for name, value in caller.items() if is_passed(name) and not clean}
     for text in asked:
@@ -1934,7 +1945,7 @@ def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str], clean: 
 
 
 def limit_threads(environment: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
-    """Variables for one thread in each process: threads do not run in parallel, and those of OpenBLAS spin.
+    """Variables for one thread in each process: threads do not run in parallel, and OpenBLAS's spin.
 
     Whoever has set the first variable means all libraries. An empty one counts as not set, as it
     does for the libraries: scripts give them $SLURM_CPUS_PER_TASK, which is empty in a job that did
@@ -2037,7 +2048,7 @@ class Owner(NamedTuple):
 
 
 class Realm(NamedTuple):
-    """What all directories of one tree have in common: their owner and the mount that they are in."""
+    """What the directories of one tree have in common: their owner and their mount."""
     uid: int
     device: int
     mount: bytes                     # its number; bind mounts have one of their own, too
@@ -2198,7 +2209,7 @@ def remove_mount_point(path: bytes, inode: bytes) -> None:
 
 
 def remove_private(directory: PrivateDirectory) -> None:
-    """Remove a private directory and all in it, the mark last: if this is killed, another run goes on.
+    """Remove a private directory, the mark last: if this is killed, another run goes on.
 
     If something stays, say so.
     """
@@ -2307,7 +2318,8 @@ def private_directory(parent: str) -> Iterator[PrivateDirectory]:
 # --- The network --------------------------------------------------------------------------------------------
 
 SLIRP4NETNS, SLIRP, LAN = "slirp4netns", "slirp", "lan"    # kinds of network that a VMM may have
-HELPERS = {"slirp4netns": SLIRP4NETNS, "slirp-fullbolt": SLIRP, "slirp": SLIRP}    # by name, the best first
+# By name, the best first.
+HELPERS = {"slirp4netns": SLIRP4NETNS, "slirp-fullbolt": SLIRP, "slirp": SLIRP}
 # The addresses of slirp and of libslirp, which slirp4netns uses.
 GUEST_ADDRESS, GATEWAY, NAMESERVER = "10.0.2.15", "10.0.2.2", "10.0.2.3"
 SLIRP4NETNS_MIN = (1, 2)             # the first with --target-type=bess
@@ -2388,7 +2400,7 @@ def choose_group(job_id: str) -> Tuple[str, int]:
 
 
 def parse_lan(group: str, address: str, job_id: str) -> Lan:
-    """From GROUP:PORT, or "" for the batch job's group, and ADDRESS[/PREFIX], or "" for a random address."""
+    """From GROUP:PORT, "" for the batch job's group, and ADDRESS[/PREFIX], "" for a random address."""
     where, port = parse_group(group) if group else choose_group(job_id)
     if not address:
         net, prefix = LAN_NET
@@ -2406,7 +2418,8 @@ def parse_lan(group: str, address: str, job_id: str) -> Lan:
 def describe(network: Network) -> str:
     words = "network by " + network.helper.program if network.helper else str(network.note)
     if network.lan:
-        words += ", LAN {} in {}:{}".format(network.lan.address, network.lan.group, network.lan.port)
+        lan = network.lan
+        words += ", LAN {} in {}:{}".format(lan.address, lan.group, lan.port)
     return words
 
 
@@ -2483,7 +2496,8 @@ def choose_lan(options: argparse.Namespace, kernel: str, has_lan: bool) -> Optio
     return lan
 
 
-def find_helper_fault(kind: str, wanted: Sequence[str], driven: Sequence[str], publishes: bool) -> str:
+def find_helper_fault(kind: str, wanted: Sequence[str], driven: Sequence[str],
+                      publishes: bool) -> str:
     """Why a network helper of this kind is of no use; empty if it is."""
     if kind not in wanted:
         return "is {}, and --net {} is asked for".format(kind, " or ".join(wanted))
@@ -2495,7 +2509,7 @@ def find_helper_fault(kind: str, wanted: Sequence[str], driven: Sequence[str], p
 
 
 def choose_network(options: argparse.Namespace, kernel: str, kinds: Container[str]) -> Network:
-    """Choose the helper that connects the guest: by what the user wants, the kernel can do, and is here."""
+    """Choose the helper: by what the user wants, what the kernel can do, and what is here."""
     published = tuple(parse_port(text) for text in options.publish)
     lan = choose_lan(options, kernel, LAN in kinds)
     if options.net == "none":
@@ -2512,7 +2526,8 @@ def choose_network(options: argparse.Namespace, kernel: str, kinds: Container[st
         raise Fatal("kernel has no driver for {}: {}".format(" or ".join(wanted), kernel),
                     "kernels from 6.16 on have none for slirp, those before 5.1 none for slirp4netns")
 
-    usable = [kind for kind in driven if not find_helper_fault(kind, wanted, driven, bool(published))]
+    usable = [kind for kind in driven
+              if not find_helper_fault(kind, wanted, driven, bool(published))]
     names = [name for name, kind in HELPERS.items() if kind in usable]
     faults = []
     for path in [given.text] if given else list_candidates(names, True):
@@ -2532,7 +2547,9 @@ def choose_network(options: argparse.Namespace, kernel: str, kinds: Container[st
 
 
 def explain_no_helper(faults: Sequence[str]) -> Fatal:
-    what = "network helper cannot be used: " + "; ".join(faults) if faults else "no network helper found"
+    what = "no network helper found"
+    if faults:
+        what = "network helper cannot be used: " + "; ".join(faults)
     hint = "install slirp4netns, put it beside {}, or name it with --slirp or APPPOT_SLIRP"
     return Fatal(what, hint.format(os.path.basename(__file__)))
 
@@ -2565,7 +2582,7 @@ def publish(port: Port) -> None:
 
 
 def start_slirp4netns(program: str, published: Sequence[Port], lifeline: int) -> Tuple[int, int]:
-    """Start it in the supervisor's directory; return its pid and the socket that is the guest's end.
+    """Start it in the current directory; return its pid and the socket that is the guest's end.
 
     The supervisor connects it, and not the kernel: it answers, and publishes ports, only when it is
     connected.
