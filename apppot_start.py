@@ -2983,7 +2983,11 @@ class Console:
         raise NotImplementedError
 
     def explain_end(self, status: int, was_up: bool) -> Fatal:
-        """Why a kernel ended without a result record, from its wait status and what it printed."""
+        """Why a kernel ended without a result record, from its wait status and what it printed.
+
+        The guest was up once the agent has answered. A command may end the guest before the agent tells
+        that the command has started.
+        """
         raise NotImplementedError
 
 
@@ -3133,12 +3137,12 @@ def enter_child(launch: Launch) -> None:
 
 KERNEL_NAMES = ("linux", "linux.uml")
 KERNEL_ANSWER_S = 10.0               # for `linux --version`
-# A kernel holds its configuration, for `linux --showconfig`. The linker puts short lines of it before this one
-# and long lines behind it: 19 kB before and 83 kB behind in the largest kernel seen.
+# A kernel holds its configuration, for `linux --showconfig`. The linker puts short lines of it before
+# this one and long lines behind it: 19 kB before and 83 kB behind in the largest kernel seen.
 CONFIG_MARK = b"# Automatically generated file; DO NOT EDIT.\n"
 CONFIG_SPAN = 256 << 10
 SECCOMP_HELP = b"seccomp=<on/auto/off>"    # of `linux --help`, which stands behind all constants
-FEATURE_SETTINGS = (                 # for each field of Features but the last: name for the user, setting
+FEATURE_SETTINGS = (                 # name for the user and setting of each Feature but the last
     ("SMP", b"CONFIG_SMP=y"),
     ("hostfs", b"CONFIG_HOSTFS=y"),
     ("mconsole", b"CONFIG_MCONSOLE=y"),
@@ -3161,7 +3165,7 @@ class Features(NamedTuple):
 
 
 def check_kernel(path: str) -> str:
-    """Absolute path of a kernel that can be executed. A grid's stage-in loses the execute bit, so set it."""
+    """Absolute path of a kernel. A grid's stage-in loses the execute bit, so set it."""
     with open_regular(path, "kernel", "--kernel names a User-Mode Linux executable") as file:
         magic = file.read(4)
     if magic != b"\x7fELF":
@@ -3176,8 +3180,8 @@ def check_kernel(path: str) -> str:
 def read_features(kernel: str) -> Features:
     """Read the features off the kernel file.
 
-    Unlike the kernel's own answer this takes no process, and it works if a library of the kernel is missing.
-    A search of the whole file takes 1 ms for a long text and 5 ms for a short one, so there are few.
+    Unlike the kernel's own answer this takes no process, and it works if a library of the kernel is
+    missing. A search of the whole file takes 1 ms for a long text and 5 ms for a short one.
     """
     with blaming("kernel cannot be read", kernel, "is it complete?"), open(kernel, "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -3194,7 +3198,7 @@ def read_features(kernel: str) -> Features:
 
 
 def choose_mode(features: Features, ptrace: bool, extra: Sequence[str]) -> Optional[str]:
-    """How the kernel traps system calls: "on" (by seccomp), "off" (by ptrace) or "auto"; None without a choice."""
+    """How the kernel traps system calls: "on" is by seccomp, "off" by ptrace; None without a choice."""
     if not features.seccomp_mode:
         return None
     chosen = [word.partition("=")[2] for word in extra if word.startswith("seccomp=")]
@@ -3256,15 +3260,16 @@ def not_uml(kernel: str, how: str) -> Fatal:
 
 # --- User-Mode Linux: the disk ------------------------------------------------------------------------------
 
-# arch/um/drivers/cow_user.c, version 3, big-endian: magic, version, mtime and size of the base image, bytes of
-# a sector, alignment, format, path of the base. A bitmap of the sectors follows, and then the aligned sectors.
+# arch/um/drivers/cow_user.c, version 3, big-endian: magic, version, mtime and size of the base image,
+# bytes of a sector, alignment, format, path of the base. A bitmap of the sectors follows, and then the
+# aligned sectors.
 COW_MAGIC, COW_HEADER = b"OOOM", struct.Struct(">4sIIQIII4096s")
 COW_SECTOR, COW_ALIGNMENT = 512, 4096
-COW_RESERVED = 16 << 20              # bytes of header and bitmap that are allocated: all for an image of 64 GiB
+COW_RESERVED = 16 << 20              # allocated bytes of header and bitmap: all for an image of 64 GiB
 
 
 def check_cow(cow: str, base: str) -> None:
-    """Refuse a COW file that was made for another base image. The kernel does so, too, but at the boot."""
+    """Refuse a COW file of another base image. The kernel does so, too, but at the boot."""
     hint = "--image COW:BASE names the COW file first; is the order right?"
     try:
         os.lstat(cow)
@@ -3294,7 +3299,7 @@ def check_cow(cow: str, base: str) -> None:
 
 
 def size_cow_bitmap(size: int) -> int:
-    """Bytes of an image's map of written sectors. The kernel keeps it in the guest's memory, too."""
+    """Bytes of an image's map of written sectors. The guest's memory holds the map, too."""
     return -(-size // (8 * COW_SECTOR))
 
 
@@ -3303,8 +3308,8 @@ def check_map(image: str, mem_mib: int) -> None:
     if map_mib + MEM_MIN_MIB > mem_mib:
         raise Fatal("image is too large for a guest with {}, {} are needed: {}".format(
             format_mib(mem_mib), format_mib(map_mib + MEM_MIN_MIB), image),
-            "the guest keeps a map of the copy-on-write file in memory, a 4096th of the image: give more with --mem, "
-            "or make the image smaller")
+            "the guest keeps a map of the copy-on-write file in memory, a 4096th of the image: "
+            "give more with --mem, or make the image smaller")
 
 
 def start_of_cow(size: int) -> int:
@@ -3315,8 +3320,9 @@ def start_of_cow(size: int) -> int:
 def open_cow(cow: str, base: str) -> int:
     """Open and lock a COW file. One that is new or empty gets a header and no sector.
 
-    The kernel can make it, too, but cannot make files at any place. The header comes after the lock, as another
-    run may want the same file. The bitmap has all its blocks: on a full disk a sector is refused, none is lost.
+    The kernel can make it, too, but cannot make files at any place. The header comes after the lock, as
+    another run may want the same file. The bitmap has all its blocks: on a full disk a sector is
+    refused, none is lost.
     """
     with blaming("COW file cannot be opened", cow, SCRATCH_HINT):
         descriptor = os.open(cow, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
@@ -3364,7 +3370,7 @@ def list_disk_files(disk: Disk) -> List[Tuple[str, str]]:
 
 
 def is_plain(path: str) -> bool:
-    """Whether the kernel takes a path as it is. It would cut others in pieces, and gets a link instead."""
+    """Whether the kernel takes a path as it is. It would cut others in pieces, so it gets links."""
     return bool(re.match(r"[\w./+@%~-]+$", path, re.ASCII)) and len(path) < 256
 
 
@@ -3372,12 +3378,14 @@ def is_plain(path: str) -> bool:
 
 SECCOMP_MODES = ("on", "auto")       # of choose_mode(): in these the kernel traces nothing
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
-BPF_RET, SECCOMP_RET_ALLOW = 0x06, 0x7FFF0000                  # include/uapi/linux/bpf_common.h, seccomp.h
-PTRACE_TRACEME, PTRACE_SETOPTIONS, PTRACE_O_TRACESYSGOOD, PTRACE_SYSEMU = 0, 0x4200, 1, 31     # linux/ptrace.h, x86
+# include/uapi/linux/bpf_common.h, seccomp.h
+BPF_RET, SECCOMP_RET_ALLOW = 0x06, 0x7FFF0000
+# include/uapi/linux/ptrace.h, the last of arch/x86
+PTRACE_TRACEME, PTRACE_SETOPTIONS, PTRACE_O_TRACESYSGOOD, PTRACE_SYSEMU = 0, 0x4200, 1, 31
 
 
 def try_ptrace() -> None:
-    """Trace a process as the kernel traces those of the guest: PTRACE_TRACEME, then stop it at its system calls."""
+    """Trace a process as the kernel traces those of the guest: it stops at each system call."""
     def live() -> int:
         try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
         try:
@@ -3404,7 +3412,7 @@ def try_ptrace() -> None:
 
 
 def try_seccomp() -> None:
-    """Install a filter, one that allows everything, as a kernel in its seccomp mode does for the guest's processes."""
+    """Install a filter that allows everything. A kernel in its seccomp mode installs filters, too."""
     import array
 
     allow = array.array("B", struct.pack("=HBBI", BPF_RET, 0, 0, SECCOMP_RET_ALLOW))
@@ -3414,9 +3422,10 @@ def try_seccomp() -> None:
 
 
 def explain_ptrace(mode: Optional[str]) -> Optional[Fatal]:
-    """Who forbids this node's processes to trace their children; None if nobody does, or the kernel does not need it.
+    """Who forbids a process to trace its children; None if nobody does, or the kernel does not need it.
 
-    In its seccomp mode a kernel traces nothing; but it does call ptrace(), which a filter may punish with a signal.
+    In its seccomp mode a kernel traces nothing. It still calls ptrace(), and a filter may answer with a
+    signal.
     """
     in_seccomp_mode = mode in SECCOMP_MODES
     fault = try_in_child(try_ptrace)
@@ -3435,37 +3444,44 @@ def explain_ptrace(mode: Optional[str]) -> Optional[Fatal]:
 
 
 def check_limits(mem_mib: int, disk_bytes: int, cpus: int) -> None:
-    """Hard limits of the node that the kernel would die of; take_limits() raises the soft ones to them."""
-    needs = (
-        (resource.RLIMIT_AS, (mem_mib + ADDRESS_SPACE_EXTRA_MIB) << 20, "address space (ulimit -v)"),
-        (resource.RLIMIT_FSIZE, max(mem_mib << 20, start_of_cow(disk_bytes) + disk_bytes), "file size (ulimit -f)"),
-    )
-    for which, need, what in needs:
+    """Refuse hard limits that the kernel would die of. take_limits() raises the soft ones to these."""
+    space = (mem_mib + ADDRESS_SPACE_EXTRA_MIB) << 20
+    largest_file = max(mem_mib << 20, start_of_cow(disk_bytes) + disk_bytes)
+    for which, need, what in (
+            (resource.RLIMIT_AS, space, "address space (ulimit -v)"),
+            (resource.RLIMIT_FSIZE, largest_file, "file size (ulimit -f)")):
         hard = resource.getrlimit(which)[1]
         if hard != resource.RLIM_INFINITY and hard < need:
-            raise Fatal("limit of {} is {}, {} are needed".format(what, format_mib(hard >> 20), format_mib(need >> 20)),
-                        "raise the limit, or ask for less memory with --mem")
+            raise Fatal("limit of {} is {}, {} are needed".format(
+                what, format_mib(hard >> 20), format_mib(need >> 20)),
+                "raise the limit, or ask for less memory with --mem")
+
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     needed = len(os.listdir("/proc/self/fd")) + DESCRIPTORS_MIN
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise Fatal("limit of open files (ulimit -n) is {}, {} are needed with those of the caller".format(
-            hard, needed), "raise the limit")
+        raise Fatal("limit of open files (ulimit -n) is {}, {} are needed with those of the caller"
+                    .format(hard, needed), "raise the limit")
+
     check_processes()
     check_timers(cpus)
 
 
 def check_timers(cpus: int) -> None:
-    """Each CPU of the guest has a timer, which takes one of the user's pending signals (timer_create(2))."""
+    """Each CPU of the guest has a timer, which takes one of the user's pending signals."""
     hard = resource.getrlimit(resource.RLIMIT_SIGPENDING)[1]
     queued = re.search(r"(?m)^SigQ:\s*(\d+)/", read_node_file("/proc/self/status"))
     used = int(queued.group(1)) if queued else 0
     if hard != resource.RLIM_INFINITY and hard < used + cpus:
-        raise Fatal("limit of pending signals (ulimit -i) is {}, {} are needed".format(hard, used + cpus),
+        message = "limit of pending signals (ulimit -i) is {}, {} are needed"
+        raise Fatal(message.format(hard, used + cpus),
                     "raise the limit; without them the guest's clock stands still")
 
 
 def find_fault_for_ram(directory: str, mem_mib: int) -> str:
-    """Why the guest's memory cannot be a file in `directory`, which UML maps executable; empty if it can."""
+    """Why the file of the guest's memory cannot be in `directory`; empty if it can.
+
+    The kernel maps that file executable.
+    """
     try:
         with signals_held():
             descriptor = open_nameless(directory)
@@ -3497,11 +3513,13 @@ def choose_ram_directory(candidates: Sequence[str], mem_mib: int) -> str:
             return os.path.abspath(directory)
         faults.append("{} {}".format(directory, fault))
     what = "no room for the guest's memory of {}: {}".format(format_mib(mem_mib), "; ".join(faults))
-    raise Fatal(what, "with --tmpdir name a directory that has it and is not noexec, or ask for less with --mem")
+    raise Fatal(what, "with --tmpdir name a directory that has it and is not noexec, "
+                "or ask for less with --mem")
 
 
-def place_memory(mem: Amount, floors: Sequence[int], candidates: Sequence[str]) -> Tuple[Amount, str]:
-    """The directory of the file that holds the guest's memory, and how much of the memory has room there."""
+def place_memory(mem: Amount, floors: Sequence[int],
+                 candidates: Sequence[str]) -> Tuple[Amount, str]:
+    """The directory of the file with the guest's memory, and how much memory has room there."""
     failure = None
     for floor in floors:
         try:
@@ -3522,15 +3540,17 @@ def place_memory(mem: Amount, floors: Sequence[int], candidates: Sequence[str]) 
 
 # --- User-Mode Linux: the kernel command line ---------------------------------------------------------------
 
-HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"                   # in the run directory; 6.12 and later want it absolute
-# Debian's kernels time every algorithm of RAID 5 and 6 at each boot, for 0.5 s; who has an array in a guest?
-# And all kernels count for 0.05 s how many loops make a tick, for drivers that wait so; a guest has none.
+# In the run directory. Kernels from 6.12 on want an absolute path.
+HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"
+# Debian's kernels time every algorithm of RAID 5 and 6 at each boot, for 0.5 s. No guest has an array.
+# All kernels count for 0.05 s how many loops make a tick, for drivers that wait so. A guest has none.
 SKIPPED_AT_BOOT = ["initcall_blacklist=raid6_select_algo,calibrate_xor_blocks", "lpj=25000000"]
-SAYS_ALL = "ignore_loglevel"         # errors of the guest's disk come to the console, whatever `dmesg -n` says
+# Errors of the guest's disk come to the console, even if a program has called `dmesg -n`.
+SAYS_ALL = "ignore_loglevel"
 
 
 def build_kernel_args(kernel: str, mode: Optional[str], guest: Guest) -> List[str]:
-    """argv of the kernel. Paths are relative to the run directory: no length, blank or comma of a path can hurt."""
+    """argv of the kernel. Paths are relative to the run directory, so no blank or comma can hurt."""
     return [
         kernel,
         name_disk(guest.disk), *build_root_args(guest.disk), "rw", "mem={}M".format(guest.mem_mib),
@@ -3541,15 +3561,16 @@ def build_kernel_args(kernel: str, mode: Optional[str], guest: Guest) -> List[st
 
 
 def name_disk(disk: Disk) -> str:
-    """The argument for the first disk. "c" keeps the kernel from a lock of its own, which would meet ours."""
+    """The argument for the first disk. "c" keeps the kernel from taking the lock that we have."""
     files = [path if is_plain(path) else link for link, path in list_disk_files(disk)]
     return "ubd0c=" + ",".join(files if disk.is_persistent else ["cow", *files])
 
 
 def build_root_args(disk: Disk) -> List[str]:
-    """A root file system larger than its image has it goes on in a second disk, both in a row by device mapper.
+    """A larger root file system than in the image goes on in a second disk. Device mapper joins them.
 
-    Documentation/admin-guide/device-mapper/dm-init.rst, in sectors; ubd devices have major 98 and 16 minors each.
+    Documentation/admin-guide/device-mapper/dm-init.rst, in sectors. ubd devices have major 98 and 16
+    minors each.
     """
     if disk.size is None or disk.write:
         return ["root=/dev/ubda{}".format(disk.root.partition or "")]
@@ -3560,7 +3581,7 @@ def build_root_args(disk: Disk) -> List[str]:
 
 
 def build_cpu_args(mode: Optional[str], guest: Guest) -> List[str]:
-    """How system calls are trapped, where the kernel has a choice, and how many CPUs; several need its seccomp mode."""
+    """How system calls are trapped, and how many CPUs there are. Several need the seccomp mode."""
     is_given = any(word.startswith("seccomp=") for word in guest.extra)
     args = [] if is_given or mode is None else ["seccomp=" + mode]
     return args + (["ncpus={}".format(guest.cpus)] if guest.cpus > 1 else [])
@@ -3572,7 +3593,7 @@ def build_network_args(network: Network) -> List[str]:
     if network.kind == SLIRP4NETNS:
         words = ["vec0:transport=fd,fd={}".format(NETWORK_FD)]
     elif network.kind == SLIRP:
-        # "_" is a blank. From any other control address slirp lets the guest run programs of the host.
+        # "_" is a blank. With any other control address slirp runs programs of the host for the guest.
         words = ["eth0=slirp,,./slirp,control_addr_255.255.255.255"]
     if network.lan:
         # A MAC of our own: kernels of old make the same one in every guest.
@@ -3583,15 +3604,19 @@ def build_network_args(network: Network) -> List[str]:
 
 # --- User-Mode Linux: the management console ----------------------------------------------------------------
 
-MCONSOLE = struct.Struct("=III512s")                           # arch/um/drivers/mconsole.h: magic, version, length
+# arch/um/drivers/mconsole.h: magic, version, length
+MCONSOLE = struct.Struct("=III512s")
 MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
-RESERVED_NAMES = (".", "..", "hostfs", "spool", "cow", "disk", "base", "image", "net", "net-api", "slirp")
+# What else is in the run directory.
+RESERVED_NAMES = (
+    ".", "..", "hostfs", "spool", "cow", "disk", "base", "image", "net", "net-api", "slirp")
 
 
 def ask_mconsole(directory: int, umid: str, command: bytes) -> None:
-    """Send a command to the kernel's mconsole in a run directory; no answer within a second is no matter.
+    """Send a command to the kernel's mconsole in a run directory, and wait a second for the answer.
 
-    The guest may have put anything in its place: a link is not followed. The path of a socket has 107 bytes.
+    The guest may have put anything in its place, so a link is not followed. The path of a socket has at
+    most 107 bytes, so the path leads through a descriptor.
     """
     import socket
 
@@ -3600,7 +3625,8 @@ def ask_mconsole(directory: int, umid: str, command: bytes) -> None:
         client.settimeout(1)
         try:
             opened.append(os.open(umid, os.O_PATH | DIRECTORY, dir_fd=directory))
-            opened.append(os.open("mconsole", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=opened[0]))
+            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+            opened.append(os.open("mconsole", flags, dir_fd=opened[0]))
             client.bind("")                       # an abstract address by autobind, for the answer
             client.sendto(MCONSOLE.pack(MCONSOLE_MAGIC, MCONSOLE_VERSION, len(command), command),
                           "/proc/self/fd/{}".format(opened[1]))
@@ -3613,10 +3639,10 @@ def ask_mconsole(directory: int, umid: str, command: bytes) -> None:
 
 
 def resume_guest(supervisor: int, directory: int, umid: str) -> None:
-    """Let a suspended guest go on, when nothing of it can meet a SIGSTOP any more.
+    """Let a suspended guest go on, after a SIGCONT to all its processes.
 
-    A batch system continues one process after the other. A traced process keeps its SIGSTOP pending until its own
-    SIGCONT; woken before that it would show the stop to its tracer, which panics. So this continues them all first.
+    A batch system continues one process after the other. A traced process keeps its SIGSTOP pending
+    until its own SIGCONT. If it runs before that, its tracer sees the stop and panics.
     """
     pids = [supervisor]
     for pid in pids:
@@ -3633,17 +3659,18 @@ def resume_guest(supervisor: int, directory: int, umid: str) -> None:
 
 KERNEL_HELPERS = 4                   # at most so many threads of its own a kernel has
 CORPSE_S = 1.0                       # a thread that is dead for so long is not about to be reaped
-STAY, KEEP, FREE, LEAVE = "stay", "keep", "free", "leave"      # what a guest does: KEEP to the CPU that it is on
-QUIET_ROUNDS = 4                     # with little to do, before a guest with several CPUs is kept on one again
+# What a guest does: KEEP to the CPU that it is on.
+STAY, KEEP, FREE, LEAVE = "stay", "keep", "free", "leave"
+QUIET_ROUNDS = 4                     # after so many a guest with several CPUs is kept on one again
 AREAS_S = 1.0                        # how often to look how many areas the processes have
-AREAS_MARGIN = 8                     # of vm.max_map_count: the kernel needs some itself, and maps some together
+AREAS_MARGIN = 8                     # of vm.max_map_count: the kernel needs some areas itself
 
 
 def find_corpses(kernel: int) -> Set[int]:
-    """Threads that the kernel started for its own use and that are dead: it does not notice, and the guest hangs.
+    """Dead threads of the kernel's own. The kernel does not notice their death, and the guest hangs.
 
-    These are the first of its children; later ones are the guest's processes. Slirp is a child, too, but another
-    program, and one it can do without.
+    These are the first of its children; later ones are the guest's processes. Slirp is a child, too, but
+    another program, and the guest can do without it.
     """
     return {child for child in list_children(kernel)[:KERNEL_HELPERS]
             if read_stat(child).state == "Z" and read_name(child) == read_name(kernel)}
@@ -3693,16 +3720,16 @@ def count_areas(pid: int) -> int:
 
 
 def explain_areas() -> Fatal:
-    return Fatal("a process of the guest has more separate memory areas than vm.max_map_count of this node allows: "
-                 "{}".format(read_max_areas()),
-                 "ask for a higher vm.max_map_count; a page that is used with none beside it is an area")
+    message = "a process of the guest has more separate memory areas than vm.max_map_count of this node allows: {}"
+    return Fatal(message.format(read_max_areas()),
+                 "ask for a higher vm.max_map_count; a used page with no used one beside it is an area")
 
 
 class Placement:
     """Decides whether a guest is kept on one CPU of the host: as long as it needs no second one.
 
-    At each system call of the guest two processes wake each other. On one CPU that takes 9 us, between two
-    CPUs 50 us. The host would put them on two, as each is woken while the other still runs.
+    At each system call of the guest two processes wake each other. On one CPU that takes 9 us, between
+    two CPUs 50 us. The host would put them on two, as each is woken while the other still runs.
     """
 
     def __init__(self, ncpus: int) -> None:
@@ -3711,14 +3738,15 @@ class Placement:
         self._quiet_rounds = 0                    # since it was let go
 
     def decide(self, ran: float, waited: float) -> str:
-        """STAY, KEEP, FREE or LEAVE, by how long the guest ran and waited for a CPU, in each second of a round."""
+        """STAY, KEEP, FREE or LEAVE, by how long the guest ran and waited for a CPU in a second."""
         if not self._is_kept:
             self._quiet_rounds = self._quiet_rounds + 1 if ran < 0.9 else 0
             self._is_kept = self._quiet_rounds == QUIET_ROUNDS
             return KEEP if self._is_kept else STAY
 
-        # The two wait 0.1 to 0.7 for each other, most in a loop of system calls; with a third that computes it is 1.
-        if waited > 0.85 and self._ncpus > 1:     # and the CPUs of the guest wait for each other's locks
+        # The two wait 0.1 to 0.7 for each other, most in a loop of system calls. A third process that
+        # computes makes it 1, and then the CPUs of the guest wait for each other's locks.
+        if waited > 0.85 and self._ncpus > 1:
             self._is_kept = False
             self._quiet_rounds = 0
             return FREE
@@ -3746,11 +3774,12 @@ class Placer:
     """Reads what a guest does, and puts all its tasks on the CPUs that its Placement decides on."""
 
     def __init__(self, kernel: int, ncpus: int) -> None:
-        self.interval_s = WATCH_INTERVAL_S if ncpus == 1 else WATCH_INTERVAL_S / 4     # until work is spread
+        # With several CPUs it is also the time until work is spread.
+        self.interval_s = WATCH_INTERVAL_S if ncpus == 1 else WATCH_INTERVAL_S / 4
         self._kernel = kernel
         self._placement = Placement(ncpus)
         self._times: Dict[int, Tuple[float, float]] = {}       # of each task, at the last round
-        self._idle: Dict[int, float] = {}         # of each CPU, if others wanted the guest's in the last round
+        self._idle: Dict[int, float] = {}         # of each CPU, if others wanted the guest's
         self._reviewed = time.monotonic()
         self._due = self._reviewed + self.interval_s
         self._is_possible = can_be_placed(read_times(os.getpid()), os.sched_getaffinity(0))
@@ -3815,11 +3844,15 @@ class AreaWatch:
         self._kernel = kernel
         self._limit = read_max_areas() - AREAS_MARGIN
         self._due = time.monotonic() + AREAS_S
-        self._later: Dict[int, Tuple[int, float]] = {}         # by pid: pages and time, from which to count again
+        # By pid the number of pages and the time from which to count again.
+        self._later: Dict[int, Tuple[int, float]] = {}
         self._full: Dict[int, float] = {}         # by pid: seconds that it had run
 
     def review(self) -> None:
-        """To be called at each round of the supervisor; Fatal where a process had no area left twice and did run."""
+        """Act at each round of the supervisor.
+
+        Fatal if a process had no area left in two rounds, and has run between them.
+        """
         started = time.monotonic()
         if started < self._due:
             return
@@ -3859,12 +3892,14 @@ class UmlWatch(Watch):
 
 # --- User-Mode Linux: what its console tells ----------------------------------------------------------------
 
-MEMORY_LOST = "Kernel mode signal 7"                           # SIGBUS: relay_signal() in arch/um/kernel/trap.c
+MEMORY_LOST = "Kernel mode signal 7"  # SIGBUS: relay_signal() in arch/um/kernel/trap.c
 # arch/um/os-Linux/skas/process.c before 6.16: ESRCH, or the wait status after a SIGKILL
-KILLED_PROCESS = br"(userspace - |Failed to get registers|wait_stub_done : ).{0,120}(errno = 3|status = 0x9)\s"
-# arch/um/os-Linux/skas/mem.c, and arch/um/kernel/tlb.c before 6.10: an area of a process cannot be mapped on the host
-AREAS_LOST = br"ran out of memory on the host side|Failed to flush page for|fix_range_common: failed"
-LOST_PROCESS = b"Unexpectedly lost MM child!"                  # arch/um/kernel/skas/mmu.c, 6.16 and later
+KILLED_PROCESS = (br"(userspace - |Failed to get registers|wait_stub_done : ).{0,120}"
+                  br"(errno = 3|status = 0x9)\s")
+# arch/um/os-Linux/skas/mem.c, and arch/um/kernel/tlb.c before 6.10: an area cannot be mapped on the host
+AREAS_LOST = (br"ran out of memory on the host side|Failed to flush page for|"
+              br"fix_range_common: failed")
+LOST_PROCESS = b"Unexpectedly lost MM child!"    # arch/um/kernel/skas/mmu.c, 6.16 and later
 
 
 class UmlConsole(Console):
@@ -3888,9 +3923,9 @@ class UmlConsole(Console):
         return "a process of the guest was killed on the host" + self.suspect_limit()
 
     def explain_end(self, status: int, was_up: bool) -> Fatal:
-        """Once the agent has answered the guest was up: a command may end it before we hear that it has started."""
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-            return Fatal("guest was killed by signal 9", "was the memory that the job asked for used up?")
+            return Fatal("guest was killed by signal 9",
+                         "was the memory that the job asked for used up?")
 
         console = self.tail.decode("utf-8", "replace")
         panic = re.search(r"Kernel panic - not syncing: (.*)", console)
@@ -3902,22 +3937,25 @@ class UmlConsole(Console):
             return self._explain_panic(panic.group(1).strip())
         if was_up:
             return Fatal("guest ended before the command did",
-                         "it was powered off or rebooted from inside, or its kernel crashed; -v shows its console")
+                         "it was powered off or rebooted from inside, or its kernel crashed; "
+                         "-v shows its console")
         return self._explain_no_boot(status, console)
 
     def _explain_panic(self, what: str) -> Fatal:
         if MEMORY_LOST in what:
-            return Fatal("directory for the guest's memory became full: {}, where it may have {}".format(
-                self._guest.ram_directory, format_mib(self._guest.mem_mib)),
-                "other files took its room; --tmpdir names another one")
+            message = "directory for the guest's memory became full: {}, where it may have {}"
+            return Fatal(message.format(self._guest.ram_directory, format_mib(self._guest.mem_mib)),
+                         "other files took its room; --tmpdir names another one")
         if "mount root" in what:
             return Fatal("guest cannot mount its root file system: " + self._guest.disk.image,
-                         "run with -v to see the guest's console; is the image damaged? `e2fsck -fn` tells")
+                         "run with -v to see the guest's console; is the image damaged? "
+                         "`e2fsck -fn` tells")
         return Fatal("guest panicked: " + what, "run with -v to see the guest's console")
 
     def _explain_no_boot(self, status: int, console: str) -> Fatal:
-        is_killed = os.WIFSIGNALED(status)
-        how = "signal {}".format(os.WTERMSIG(status)) if is_killed else "status {}".format(status >> 8)
+        how = "status {}".format(status >> 8)
+        if os.WIFSIGNALED(status):
+            how = "signal {}".format(os.WTERMSIG(status))
         return (explain_loader(console, self._kernel) or explain_ptrace(self._mode)
                 or not_uml(self._kernel, "ended with {} before the guest was up ({})".format(
                     how, last_line(console.encode()))))
@@ -3931,9 +3969,9 @@ ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/li
 class Uml(Vmm):
     """User-Mode Linux: a Linux kernel that is a process of the host."""
 
-    # From 3968 bytes on the kernel stops the line for good. The pty of `empty` holds 8 KiB and must not
-    # be full: `empty` moves bytes one way at a time, so it and the agent would each wait for the other
-    # to read. If its write is interrupted, it forgets the rest.
+    # From 3968 bytes on the kernel stops the line for good. The pty of `empty` holds 8 KiB and must
+    # not be full: `empty` moves bytes one way at a time, so it and the agent would each wait for the
+    # other to read. If its write is interrupted, it forgets the rest.
     line_window = 3072
 
     def __init__(self, kernel: str, features: Features, ptrace: bool, extra: Sequence[str]) -> None:
@@ -3969,7 +4007,7 @@ class Uml(Vmm):
         return files
 
     def prepare(self, guest: Guest, directories: Directories) -> None:
-        """Make the directory that the guest has as its hostfs, the files of its disk, and the links for argv."""
+        """Make the guest's hostfs directory, the files of its disk, and the links for argv."""
         run = directories.run.path
         hostfs = os.path.join(run, "hostfs")
         os.mkdir(hostfs)
@@ -3993,33 +4031,37 @@ class Uml(Vmm):
         return build_kernel_args(self.program, self.mode, guest)
 
     def describe(self, guest: Guest, directories: Directories) -> str:
-        return "management console: uml_mconsole " + os.path.join(directories.run.path, guest.name, "mconsole")
+        path = os.path.join(directories.run.path, guest.name, "mconsole")
+        return "management console: uml_mconsole " + path
 
     def open_console(self, guest: Guest) -> Console:
         return UmlConsole(guest, self.program, self.mode)
 
     def list_rules(self, guest: Guest) -> List[Rule]:
         rules: List[Rule] = [(path, READ_FILE) for path in ("/etc/ld.so.cache", "/proc/cpuinfo")]
-        rules += [("/dev/" + name, READ_FILE | WRITE_FILE) for name in ("null", "zero", "ptmx", "pts", "tty")]
+        devices = ("null", "zero", "ptmx", "pts", "tty")
+        rules += [("/dev/" + name, READ_FILE | WRITE_FILE) for name in devices]
         rules += list_program_rules(self.program)
 
         helper = guest.network.helper
         if helper and helper.kind == SLIRP:       # the kernel executes it
             rules += list_program_rules(helper.program)
-            rules += [("/etc/" + name, READ_FILE) for name in ("host.conf", "resolv.conf", "nsswitch.conf", "hosts")]
+            configuration = ("host.conf", "resolv.conf", "nsswitch.conf", "hosts")
+            rules += [("/etc/" + name, READ_FILE) for name in configuration]
 
-        # A disk or a socket that the user gives to the kernel.
-        words = [word for argument in guest.extra for word in re.split("[=,]", argument) if word.startswith("/")]
-        return rules + [(word, READ_WRITE) for word in words]
+        # The user may give a disk or a socket to the kernel.
+        words = [word for argument in guest.extra for word in re.split("[=,]", argument)]
+        return rules + [(word, READ_WRITE) for word in words if word.startswith("/")]
 
     def build_environment(self, guest: Guest, directories: Directories) -> Dict[str, str]:
         environment = dict(os.environ, TMPDIR=directories.ram.path)
-        if guest.network.kind == SLIRP:           # it would run programs for the guest, and read ~/.slirprc
+        # Slirp would run programs for the guest, and read ~/.slirprc.
+        if guest.network.kind == SLIRP:
             environment.update(PATH=os.devnull, HOME=".")
         return environment
 
     def enter_child(self) -> None:
-        # A randomised heap is up to 1 GiB off the program, and the kernel fills that gap with memory to manage.
+        # A randomised heap is up to 1 GiB off the program. The kernel would fill that gap with memory.
         try_libc("personality", ADDR_NO_RANDOMIZE)
 
     def explain_exec_failure(self, number: int) -> Fatal:
