@@ -4114,21 +4114,22 @@ def examine_seccomp(vmm: Optional[Uml]) -> Finding:
 
 
 # --- Carriers -----------------------------------------------------------------------------------------------
-# A carrier starts the VMM and has the channel to the agent. The built-in one hands the runner's pipes to the VMM. The
-# program `empty` (github.com/mezantrop/empty) starts the VMM on a pty, which it carries to two FIFOs.
+# A carrier starts the VMM with the channel to the agent. The built-in carrier gives the runner's pipes
+# to the VMM. The program `empty` (github.com/mezantrop/empty) starts the VMM on a pty, and moves bytes
+# between the pty and two FIFOs.
 
 EMPTY_NAMES = ("empty",)
 EMPTY_MARK = b"empty -f"             # in its usage text
-# `empty` makes these FIFOs in the run directory. Its program gets a pty as 0, 1 and 2; the shell puts that where the
-# kernel has the channel, has what the kernel prints go to the console as ever, and ignores again what `empty` has
-# handlers for.
+# `empty` makes these FIFOs in the run directory. Its program gets a pty as 0, 1 and 2. The shell gives
+# the pty the numbers of the channel, sends what the kernel prints to the console, and ignores again the
+# signals that `empty` has handlers for.
 EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST = "empty.pid", "to-guest", "from-guest"
 EMPTY_ARGS = ["-f", "-i", EMPTY_TO_GUEST, "-o", EMPTY_FROM_GUEST, "-p", EMPTY_PID, "/bin/sh", "-c",
               'trap "" HUP INT QUIT TERM; exec "$0" "$@" {}<&0 {}>&1 </dev/null >&{} 2>&1'.format(
                   INPUT_FD, OUTPUT_FD, CONSOLE_FD)]
-EMPTY_TRIES = 3                      # its semaphore's key has 8 bits of a pid: two that start at once may meet there
+EMPTY_TRIES = 3                      # two that start at once may have the key of their semaphore in common
 EMPTY_START_S = 10.0
-CARRIED = struct.Struct("=i")        # what the supervisor says first: pid of the kernel that `empty` runs, 0 if none
+CARRIED = struct.Struct("=i")        # the supervisor's first word: pid of the kernel below `empty`, or 0
 
 
 class Kernel:
@@ -4154,7 +4155,7 @@ class Kernel:
 
 
 class CarriedKernel(Kernel):
-    """The same below `empty`."""
+    """The process of a VMM that `empty` has started."""
 
     def __init__(self, pid: int, empty: int) -> None:
         super().__init__(pid)
@@ -4166,11 +4167,12 @@ class CarriedKernel(Kernel):
             return super().find_end()
         if os.WIFSIGNALED(status):
             return End(CARRIER)
-        try:                                      # it ends by itself when the kernel closes the pty, as it does dying
+        # `empty` ends by itself when the kernel closes the pty, as a dying kernel does.
+        try:
             os.kill(self.pid, signal.SIGKILL)
             return End(KERNEL, os.waitpid(self.pid, 0)[1])
         except (ProcessLookupError, ChildProcessError):
-            return End(KERNEL)                    # `empty` has it reaped, and the status is lost
+            return End(KERNEL)                    # `empty` has reaped it, and the status is lost
 
     def _adopt(self) -> None:
         os.kill(self._empty, signal.SIGKILL)
@@ -4193,7 +4195,7 @@ class Carrier:
 
     def start(self, argv: List[str], launch: Launch) -> Optional[Kernel]:
         """Start the VMM; None if the carrier does not work. CannotExecute for the VMM's program."""
-        leash = os.pipe()[0]                      # the write end stays open until we end, however that be
+        leash = os.pipe()[0]                      # our end closes the write end
         pid = spawn(argv, launch._replace(keep={**launch.keep, LEASH_FDS[0]: leash}))
         tie_to_us(leash, -pid)                    # the kernel makes itself the leader of a group
         return Kernel(pid)
@@ -4209,7 +4211,7 @@ class Carrier:
 class Empty(Carrier):
     def __init__(self, program: str, is_required: bool) -> None:
         self.program: str = program
-        self._is_required = is_required           # else the built-in carrier takes its place if it does not work
+        self._is_required = is_required           # else the built-in carrier may take its place
 
     def build_argv(self, argv: List[str]) -> List[str]:
         return [self.program, *EMPTY_ARGS, *argv]
@@ -4232,11 +4234,11 @@ class Empty(Carrier):
     def _start_carried(self, argv: List[str], launch: Launch) -> Optional[Kernel]:
         """Start `empty` with the kernel; None if that does not work.
 
-        SIGCHLD is blocked in `empty`: it would reap the kernel and keep the status to itself. This way the dead kernel
-        is left for us; see CarriedKernel.
+        SIGCHLD is blocked in `empty`, which would otherwise reap the kernel and keep the status to
+        itself. So CarriedKernel can reap it.
         """
         deadline = time.monotonic() + EMPTY_START_S
-        leashes = [os.pipe()[0], os.pipe()[0]]    # the write ends stay open until we end, however that be
+        leashes = [os.pipe()[0], os.pipe()[0]]    # our end closes the write ends
         launch = launch._replace(keep={**launch.keep, **dict(zip(LEASH_FDS, leashes))})
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         try:
@@ -4257,19 +4259,20 @@ class Empty(Carrier):
         return None
 
     def open_channel(self, directory: int, from_guest: int, to_guest: int) -> Optional[int]:
-        """Once the FIFOs are made. The pid of the kernel; None if `empty` is no use."""
+        """Wait until the FIFOs are made. The pid of the kernel; None if `empty` does not work."""
         said = os.read(from_guest, CARRIED.size)
         kernel: int = CARRIED.unpack(said)[0] if said else 0
         if not kernel:
             return None
         try:
-            # The second fails unless it has a reader: `empty` lives, so the first has a writer and will have an end.
-            fifos = [open_fifo(name, flags, directory)
-                     for name, flags in ((EMPTY_FROM_GUEST, os.O_RDONLY), (EMPTY_TO_GUEST, os.O_WRONLY))]
+            # The second fails unless `empty` reads it. If `empty` lives, the first has a writer and an end.
+            reader = open_fifo(EMPTY_FROM_GUEST, os.O_RDONLY, directory)
+            writer = open_fifo(EMPTY_TO_GUEST, os.O_WRONLY, directory)
         except OSError:
             return kernel                         # `empty` is dead already, and the report tells
-        widen_pipe(fifos[0])
-        for fifo, descriptor in zip(fifos, (from_guest, to_guest)):
+
+        widen_pipe(reader)
+        for fifo, descriptor in ((reader, from_guest), (writer, to_guest)):
             os.dup2(fifo, descriptor, False)
             os.close(fifo)
         return kernel
@@ -4283,9 +4286,10 @@ class Empty(Carrier):
 
 
 def find_carried_kernel(first: int, launch: Launch, deadline: float) -> Optional[Tuple[int, int]]:
-    """Wait for `empty` to be a daemon and have a child; None if it ends, takes too long, or nobody waits.
+    """Wait until `empty` is a daemon and has a child; None if it ends, takes too long, or nobody waits.
 
-    It leaves two dead processes behind: the first, and the first's child, which becomes ours when the first has ended.
+    Two dead processes are left behind: the first, and the first's child, which becomes ours when the
+    first has ended.
     """
     is_daemon = False
     while time.monotonic() < deadline and not select.select([launch.lifeline], [], [], 0.005)[0]:
@@ -4328,12 +4332,15 @@ def find_carrier(io: str, option: Optional[str]) -> Carrier:
 
 
 def check_is_empty(path: str) -> None:
-    with open_regular(path, "`empty`", "--empty names the program, --io builtin does without it") as file:
+    hint = "--empty names the program, --io builtin does without it"
+    with open_regular(path, "`empty`", hint) as file:
         is_empty = EMPTY_MARK in file.read(1 << 20)
     if not is_empty:
-        raise Fatal("not the program `empty`: " + path, "build it from github.com/mezantrop/empty, or use --io builtin")
+        raise Fatal("not the program `empty`: " + path,
+                    "build it from github.com/mezantrop/empty, or use --io builtin")
     if not make_executable(path):
-        raise Fatal("`empty` is not executable: " + path, "chmod +x it; a file system mounted noexec cannot hold it")
+        raise Fatal("`empty` is not executable: " + path,
+                    "chmod +x it; a file system mounted noexec cannot hold it")
 
 
 # --- A run --------------------------------------------------------------------------------------------------
@@ -4346,10 +4353,10 @@ class Job(NamedTuple):
     alias: Optional[bytes]           # the name by which the user knows the directory
     binds: Tuple[Bind, ...]
     cwd: Optional[bytes]
-    home: Optional[bytes]            # the caller's, if --bind shows it; None: the command has one in the appliance
+    home: Optional[bytes]            # the caller's, if --bind shows it; None: one in the appliance
     as_root: bool
     umask: int
-    ignored_signals: Tuple[int, ...]  # of the caller's, as under nohup: the command ignores them, too
+    ignored_signals: Tuple[int, ...]  # by the caller, and therefore by the command
     limits: Tuple[Limit, ...]        # the caller's, for the command
     terminal: Optional[bool]         # whether the command gets one; None: where the caller has one
     node: NodeView
@@ -4371,7 +4378,7 @@ class RunSpec(NamedTuple):
     verbose: bool
     notes: Tuple[str, ...]           # for -v: how it was decided
     in_job: bool                     # of a batch system
-    limit_mib: Optional[int]         # of the job's cgroup, if that is why the guest has no more memory
+    limit_mib: Optional[int]         # of the job's cgroup, if that limits the guest's memory
 
 
 class Machine(NamedTuple):
@@ -4381,9 +4388,9 @@ class Machine(NamedTuple):
     to_guest: int                    # and write end, non-blocking
     console: int                     # read end: what the kernel prints
     lifeline: int                    # write end: closing it ends the guest
-    report: int                      # read end: frames of the supervisor, NETWORK_ENDED and at the guest's end ENDED
+    report: int                      # read end: frames of the supervisor, the last one ENDED
     directories: Directories
-    spool: int                       # descriptor of the directory for what is too long for the channel
+    spool: int                       # directory for what is too long for the channel
 
 
 def list_shares(job: Job) -> Tuple[Share, ...]:
@@ -4395,48 +4402,58 @@ def list_shares(job: Job) -> Tuple[Share, ...]:
 
 
 def describe_keeping(spec: RunSpec, home_stays: bool) -> Tuple[str, str]:
-    """What to tell the user of an interactive shell at its start and at its end, which may be nothing."""
+    """What to tell the user of an interactive shell at its start and, unless empty, at its end."""
     places = [os.fsdecode(bind.target) for bind in spec.job.binds if not bind.share.read_only]
     job = os.fsdecode(spec.job.alias or b"")
     if job and not any(is_below(job, place) for place in places):
         places.insert(0, job)
 
     kept = " and ".join(places)
-    rest = ("{} stays; all else{} " if kept else "{}{} ").format(kept, "" if home_stays else ", in HOME too,")
+    home = "" if home_stays else ", in HOME too,"
+    rest = ("{} stays; all else{} " if kept else "{}{} ").format(kept, home)
     write = "what you write in " if kept else "what you write"
     if spec.guest.disk.is_persistent:
-        where = "the COW file " + spec.guest.disk.cow if spec.guest.disk.cow else "the image " + spec.guest.disk.image
+        disk = spec.guest.disk
+        where = "the COW file " + disk.cow if disk.cow else "the image " + disk.image
         return write + rest + "goes into " + where, ""
     if spec.job.saved_changes:
         return write + rest + "goes into {} at the end".format(spec.job.saved_changes), ""
-    return (write + rest + "is gone at the end (to keep it: --bind DIR, --save-changes FILE, --write)",
+    keep = "(to keep it: --bind DIR, --save-changes FILE, --write)"
+    return (write + rest + "is gone at the end " + keep,
             "what you wrote{} is gone".format(" outside of " + kept if kept else ""))
 
 
 # --- The supervisor -----------------------------------------------------------------------------------------
 
 CLEAN_S = 5.0                        # for the supervisor to end the guest and clean up
-NETWORK_ENDED, ENDED = 65, 66        # frames of the supervisor to the runner; the payload of ENDED is an End in fields
+# Frames of the supervisor to the runner. The payload of ENDED is an End in fields.
+NETWORK_ENDED, ENDED = 65, 66
 
 
 def encode_end(end: End) -> bytes:
-    texts = [(b"message", end.message), (b"hint", end.hint)]
+    def encode(text: str) -> bytes:
+        return text.replace("\0", "?").encode("utf-8", "surrogateescape")
+
     return encode_fields([
         (b"what", end.what.encode()), (b"status", b"%d" % end.status),
-        *[(name, text.replace("\0", "?").encode("utf-8", "surrogateescape")) for name, text in texts]])
+        (b"message", encode(end.message)), (b"hint", encode(end.hint))])
 
 
 def decode_end(payload: bytes) -> End:
     fields = decode_fields(payload)
-    message, hint = (only_field(fields, name).decode("utf-8", "surrogateescape") for name in (b"message", b"hint"))
-    return End(only_field(fields, b"what").decode(), int(only_field(fields, b"status")), message, hint)
+
+    def decode(name: bytes) -> str:
+        return only_field(fields, name).decode("utf-8", "surrogateescape")
+
+    return End(decode(b"what"), int(decode(b"status")), decode(b"message"), decode(b"hint"))
 
 
 def list_rules(spec: RunSpec, directories: Directories) -> List[Rule]:
-    """Which files of the host the VMM may open, and with which rights: what confines a guest's root."""
+    """Which files of the host the VMM may open: a program of the guest's root can open no others."""
     disk = spec.guest.disk
     rules: List[Rule] = [(directories.run.path, READ_WRITE), (directories.ram.path, READ_WRITE)]
-    rules += [(share.path, READ_ONLY if share.read_only else READ_WRITE) for share in spec.guest.shares]
+    for share in spec.guest.shares:
+        rules.append((share.path, READ_ONLY if share.read_only else READ_WRITE))
     rules.append((disk.image, READ_FILE | (WRITE_FILE if disk.write else 0)))
     if disk.cow:
         rules.append((disk.cow, READ_FILE | WRITE_FILE))
@@ -4450,11 +4467,12 @@ def start_vmm(spec: RunSpec, launch: Launch) -> Optional[Kernel]:
         raise spec.vmm.explain_exec_failure(error.errno or 0)
 
 
-def watch_guest(kernel: Kernel, spec: RunSpec, launch: Launch, wakeup: int, check_helper: Callable[[], None]) -> End:
+def watch_guest(kernel: Kernel, spec: RunSpec, launch: Launch, wakeup: int,
+                check_helper: Callable[[], None]) -> End:
     """Wait for the guest's end or the runner's. Pause the guest while the runner is stopped.
 
-    A stopped runner means a suspended job. A paused guest runs nothing, so that a SIGSTOP that may follow finds none
-    of its processes in a state that would panic it.
+    A stopped runner means a suspended job. A paused guest runs nothing. A SIGSTOP that follows then
+    finds none of its processes in a state that would panic it.
     """
     runner = os.getppid()
     was_suspended = False
@@ -4484,7 +4502,8 @@ def watch_guest(kernel: Kernel, spec: RunSpec, launch: Launch, wakeup: int, chec
             return end
 
 
-def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int, report: int) -> None:
+def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int,
+              report: int) -> None:
     """The supervisor's life: run the guest, end it when it should end, leave nothing."""
     try:
         end = run_guest(spec, directories, keep, lifeline, report)
@@ -4503,7 +4522,8 @@ def describe_bug() -> End:
     return End(BUG, 0, describe_exception().decode("utf-8", "surrogateescape"))
 
 
-def run_guest(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int, report: int) -> End:
+def run_guest(spec: RunSpec, directories: Directories, keep: Dict[int, int], lifeline: int,
+              report: int) -> End:
     """Start the VMM and what it needs, and wait for its end or the runner's."""
     wakeup, to_wakeup = os.pipe()
     os.set_blocking(to_wakeup, False)
@@ -4521,11 +4541,13 @@ def run_guest(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
         os.fchdir(directories.run.fd)
     network = spec.guest.network
     if network.helper and network.helper.kind == SLIRP4NETNS:
-        helper, keep[NETWORK_FD] = start_slirp4netns(network.helper.program, network.published, lifeline)
+        helper, keep[NETWORK_FD] = start_slirp4netns(
+            network.helper.program, network.published, lifeline)
 
     rules = list_rules(spec, directories) if is_confined(spec.carrier.program) else []
     environment = spec.vmm.build_environment(spec.guest, directories)
-    launch = Launch(directories.run.fd, rules, keep, environment, spec.vmm.enter_child, lifeline, helper)
+    launch = Launch(
+        directories.run.fd, rules, keep, environment, spec.vmm.enter_child, lifeline, helper)
     kernel = start_vmm(spec, launch)
     for number in {1, INPUT_FD, OUTPUT_FD, NETWORK_FD} & set(keep):
         os.close(keep[number])                    # so that they end with the VMM
@@ -4535,10 +4557,11 @@ def run_guest(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
 @contextmanager
 def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Directories,
                   locks: Sequence[int]) -> Iterator[Machine]:
-    """Fork the supervisor, which starts the guest; at the end of the context nothing of them is left."""
+    """Fork the supervisor, which starts the guest. The end of the context removes both."""
     try_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)              # for what a killed supervisor leaves
-    # Pipes: the guest's tty writes 2 KiB at a time, and a wide pipe holds many of these for one read.
-    spool = os.open(SPOOL, os.O_PATH | DIRECTORY, dir_fd=directories.run.fd)   # while no guest can change it
+    # As long as there is no guest, nobody can put anything else in its place.
+    spool = os.open(SPOOL, os.O_PATH | DIRECTORY, dir_fd=directories.run.fd)
+    # The guest's tty writes 2 KiB at a time, and a wide pipe holds many of these for one read.
     from_guest, output_end = make_wide_pipe()
     input_end, to_guest = os.pipe()
     os.set_blocking(to_guest, False)
@@ -4548,7 +4571,7 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
 
     sys.stderr.flush()
     supervisor = fork("the supervisor")
-    if supervisor == 0:                           # signals_held() has blocked for it what it is to be spared
+    if supervisor == 0:                           # signals_held() blocks the runner's signals in it, too
         try:
             null = become_supervisor()
             keep = {0: null, 1: console_end, 2: console_end,
@@ -4558,7 +4581,7 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
             close_all_but(set(keep.values()) | ours)
             supervise(spec, directories, keep, lifeline_end, report_end)
             if terminal:
-                os.read(lifeline_end, 1)          # returns when the runner is dead, or has done it
+                os.read(lifeline_end, 1)          # until the runner is dead, or has released it
                 terminal.release()
         except BaseException:
             os.write(report_end, encode_frame(ENDED, encode_end(describe_bug())))
@@ -4568,7 +4591,8 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
     for descriptor in (input_end, output_end, console_end, lifeline_end, report_end):
         os.close(descriptor)
     try:
-        yield Machine(supervisor, from_guest, to_guest, console, lifeline, report, directories, spool)
+        yield Machine(
+            supervisor, from_guest, to_guest, console, lifeline, report, directories, spool)
     finally:
         os.close(lifeline)
         end_supervisor(supervisor, report)
@@ -4579,7 +4603,8 @@ def start_machine(spec: RunSpec, terminal: Optional[Terminal], directories: Dire
 
 def become_supervisor() -> int:
     """Leave the caller's session, signals and standard descriptors; return one of /dev/null."""
-    for number in KEPT_FROM_KERNEL:               # from 6.16 on a thread of the kernel has a mask of its own
+    # From 6.16 on a thread of the kernel has a mask of its own, so blocking is not enough.
+    for number in KEPT_FROM_KERNEL:
         signal.signal(number, signal.SIG_IGN)
     os.setsid()
     try_libc("prctl", PR_SET_CHILD_SUBREAPER, 1)
@@ -4590,22 +4615,25 @@ def become_supervisor() -> int:
 
 
 def end_supervisor(pid: int, report: int) -> None:
-    """Wait until the supervisor has cleaned up. One that was stopped goes on; one that hangs is killed."""
+    """Wait until the supervisor has cleaned up. Continue one that was stopped, kill one that hangs."""
     if read_stat(pid).parent != os.getpid():
         return                                    # it was reaped already
     os.kill(pid, signal.SIGCONT)
     deadline = time.monotonic() + CLEAN_S
-    while select.select([report], [], [], max(0, deadline - time.monotonic()))[0] and os.read(report, 4096):
-        pass
+    while select.select([report], [], [], max(0, deadline - time.monotonic()))[0]:
+        if not os.read(report, 4096):
+            break
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
-def explain_end(end: Optional[End], machine: Machine, spec: RunSpec, console: Console, was_up: bool) -> Exception:
-    """What to say of a guest that ended without a result; None: the supervisor ended without a verdict."""
+def explain_end(end: Optional[End], machine: Machine, spec: RunSpec, console: Console,
+                was_up: bool) -> Exception:
+    """Why a guest ended without a result; without an End the supervisor itself was killed."""
     if end is None:
         who = "the supervisor process of the run"
-        return blame_cpu_limit(machine.supervisor, who) or Fatal(who + " was killed", LOOK_FOR_KILLER)
+        over_limit = blame_cpu_limit(machine.supervisor, who)
+        return over_limit or Fatal(who + " was killed", LOOK_FOR_KILLER)
     if end.what == KERNEL:
         return console.explain_end(end.status, was_up)
     if end.what == ERROR:
@@ -4615,8 +4643,11 @@ def explain_end(end: Optional[End], machine: Machine, spec: RunSpec, console: Co
 
     if end.what == CARRIER and not was_up:
         return Fatal("`empty` does not start the kernel: {}".format(spec.carrier.program),
-                     "build it from github.com/mezantrop/empty for this machine; --io builtin does without it")
-    who = "`empty`, which carried the channel," if end.what == CARRIER else "a helper process of the kernel"
+                     "build it from github.com/mezantrop/empty for this machine; "
+                     "--io builtin does without it")
+    who = "a helper process of the kernel"
+    if end.what == CARRIER:
+        who = "`empty`, which carried the channel,"
     return Fatal(who + " was killed", LOOK_FOR_KILLER)
 
 
@@ -4681,7 +4712,8 @@ def describe_disk(guest: Guest, has_layers: bool) -> Fields:
     disk = guest.disk
     fields = [(b"persistent", b"%d" % disk.is_persistent), (b"disk", b"%d" % (disk.size or 0))]
     if has_layers:                                # the agent looks whether these have room
-        fields += [(b"room", b"%d" % find_room(guest)), (b"scratch", os.fsencode(guest.disk_directory))]
+        fields.append((b"room", b"%d" % find_room(guest)))
+        fields.append((b"scratch", os.fsencode(guest.disk_directory)))
     return fields
 
 
@@ -4692,7 +4724,7 @@ def describe_node(node: NodeView) -> Fields:
 
 
 def choose_first_pid() -> int:
-    """Where the process numbers of a guest begin: files of several runs may have them in their names."""
+    """The first process number of a guest. Runs differ in it, as names of files may contain it."""
     return FIRST_PIDS.start + int.from_bytes(os.urandom(8), "big") % len(FIRST_PIDS)
 
 
@@ -4700,12 +4732,13 @@ def describe_network(network: Network, interfaces: Dict[str, str]) -> Fields:
     """What the agent configures, and what the command finds of it in its environment."""
     fields = []
     if network.kind:
-        fields = [("interface", "{}={}/24".format(interfaces[network.kind], GUEST_ADDRESS)), ("gateway", GATEWAY),
-                  ("nameserver", NAMESERVER)]
+        interface = "{}={}/24".format(interfaces[network.kind], GUEST_ADDRESS)
+        fields = [("interface", interface), ("gateway", GATEWAY), ("nameserver", NAMESERVER)]
     if network.lan:
         address = network.lan.address
-        fields += [("interface", "{}={}/{}".format(interfaces[LAN], address, network.lan.prefix)), ("lan", address),
-                   ("env", "APPPOT_LAN_ADDRESS=" + address)]
+        interface = "{}={}/{}".format(interfaces[LAN], address, network.lan.prefix)
+        fields += [
+            ("interface", interface), ("lan", address), ("env", "APPPOT_LAN_ADDRESS=" + address)]
     return [(name.encode(), value.encode()) for name, value in fields]
 
 
@@ -5956,7 +5989,7 @@ def build_parser() -> OptionParser:
 
 # --- Deciding a run -----------------------------------------------------------------------------------------
 
-DISK_MIB = 2048                      # of an image that was shrunk, where the kernel can make its root larger
+DISK_MIB = 2048                      # of an image that was shrunk, if the VMM can enlarge it
 
 
 def find_image(options: argparse.Namespace) -> Tuple[str, Optional[str]]:
@@ -5979,7 +6012,8 @@ def split_image(text: str) -> Tuple[str, Optional[str]]:
         return text, None
     cow, _, base = text.partition(":")
     if not cow or not base:
-        raise Fatal("--image is neither a file nor COW:BASE: {!r}".format(text), "name the image file")
+        raise Fatal("--image is neither a file nor COW:BASE: {!r}".format(text),
+                    "name the image file")
     return base, os.path.abspath(cow)
 
 
@@ -5987,7 +6021,8 @@ def choose_image(options: argparse.Namespace) -> Tuple[str, Optional[str], RootD
     """The image, its COW file if one is given by name, and the root file system in it."""
     image, cow = find_image(options)
     if cow and options.write:
-        raise Fatal("--write with a COW file: " + cow, "leave out one of the two: a COW file given by name is kept")
+        raise Fatal("--write with a COW file: " + cow,
+                    "leave out one of the two: a COW file given by name is kept")
     root = find_root_device(image)
     if cow:
         check_cow(cow, image)
@@ -5997,24 +6032,25 @@ def choose_image(options: argparse.Namespace) -> Tuple[str, Optional[str], RootD
 
 
 def choose_name(options: argparse.Namespace) -> str:
-    """The name of the guest; the other words of the user's on the kernel command line are looked at, too."""
+    """The name of the guest. This checks all words of the user on the kernel command line."""
     umid = options.umid or "guest"
     if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in RESERVED_NAMES:
         raise Fatal("--id is not a name: {!r}".format(umid), "use up to 60 letters, digits and -_.")
     for word in options.extra:
         if not word or re.search(r"\s", word):
-            raise Fatal("--extra is not one word: {!r}".format(word), "give --extra once for each argument")
+            raise Fatal("--extra is not one word: {!r}".format(word),
+                        "give --extra once for each argument")
     return umid
 
 
 def check_layer_file(path: str) -> str:
-    with open_regular(path, "changes file",
-                      "--changes and APPPOT_CHANGES name files that --save-changes or apppot-snap wrote"):
+    hint = "--changes and APPPOT_CHANGES name files that --save-changes or apppot-snap wrote"
+    with open_regular(path, "changes file", hint):
         return os.path.realpath(path)
 
 
 def check_saved_changes(path: str) -> str:
-    """Where a changes file is to be; what a link leads to, as for any program that writes a file."""
+    """Where the changes file goes. A link is followed, as any program that writes a file does."""
     hint = "name a file, new or not, in a directory that you can write"
     try:
         kind = name_kind(path)
@@ -6024,9 +6060,11 @@ def check_saved_changes(path: str) -> str:
         raise Fatal("--save-changes cannot be written, {}: {}".format(error.strerror, path), hint)
     if kind:
         raise Fatal("--save-changes is {}: {}".format(kind, path), hint)
+
     path = os.path.realpath(path)
     if not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
-        raise Fatal("--save-changes cannot be written: " + path, "its directory must exist and be writable")
+        raise Fatal("--save-changes cannot be written: " + path,
+                    "its directory must exist and be writable")
     return path
 
 
@@ -6036,24 +6074,30 @@ def decide_memory(options: argparse.Namespace, grants: Grants, vmm: Vmm) -> Tupl
     return vmm.place_memory(mem, floors, scratch_candidates(options.tmpdir))
 
 
-def choose_disk_size(options: argparse.Namespace, root: RootDevice, cow: Optional[str], vmm: Vmm) -> Optional[int]:
+def choose_disk_size(options: argparse.Namespace, root: RootDevice, cow: Optional[str],
+                     vmm: Vmm) -> Optional[int]:
     """Bytes that the root file system gets; None: what it has in the image."""
     if options.disk is None:
         is_small = root.length < DISK_MIB << 20
-        return DISK_MIB << 20 if is_small and vmm.can_enlarge_disk and not cow and not options.write else None
+        is_private = not cow and not options.write
+        return DISK_MIB << 20 if is_small and is_private and vmm.can_enlarge_disk else None
 
     wanted = parse_size_mib(options.disk, "--disk") << 20
     if wanted > FILE_MAX:
-        raise Fatal("--disk is more than a file can have: " + options.disk, "give a size such as 20G")
+        raise Fatal("--disk is more than a file can have: " + options.disk,
+                    "give a size such as 20G")
     if wanted < root.length:
-        raise Fatal("--disk is less than the image has, {}: {}".format(format_mib(root.length >> 20), options.disk),
-                    "a file system in use cannot shrink")
+        raise Fatal("--disk is less than the image has, {}: {}".format(
+            format_mib(root.length >> 20), options.disk),
+            "a file system in use cannot shrink")
     if cow or options.write and root.partition:
-        raise Fatal("--disk with {}".format("a COW file given by name: " + cow if cow else "--write of a partition"),
-                    "a throw-away run or --write of an image without partitions can have a larger disk")
+        what = "a COW file given by name: " + cow if cow else "--write of a partition"
+        raise Fatal("--disk with " + what, "a throw-away run or --write of an image without "
+                    "partitions can have a larger disk")
     if not options.write and not vmm.can_enlarge_disk:
         raise Fatal("kernel has no device mapper for --disk: " + vmm.program,
-                    "`make kernel` builds one that has it; or `make image IMAGE_SIZE={}`".format(options.disk))
+                    "`make kernel` builds one that has it; or `make image IMAGE_SIZE={}`"
+                    .format(options.disk))
     return None if wanted == root.length else wanted
 
 
@@ -6076,8 +6120,11 @@ def choose_environment(options: argparse.Namespace, notes: List[str]) -> Dict[by
 def decide_job(options: argparse.Namespace, command: Tuple[str, ...], ignored: Tuple[int, ...],
                limits: Tuple[Limit, ...], notes: List[str]) -> Job:
     directory, alias = find_job_directory() if options.job_dir else (None, None)
-    binds = tuple(parse_bind(text, "bind{}".format(number)) for number, text in enumerate(options.bind))
+    tags = ("bind{}".format(number) for number in range(len(options.bind)))
+    binds = tuple(map(parse_bind, options.bind, tags))
     is_other_home = options.root and os.getuid() != 0
+    saved = options.save_changes
+
     return Job(
         command=command,
         environment=choose_environment(options, notes),
@@ -6094,10 +6141,11 @@ def decide_job(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
         node=view_node(notes),
         layers=choose_layers(options),
         force_changes=options.force_changes,
-        saved_changes=None if options.save_changes is None else check_saved_changes(options.save_changes))
+        saved_changes=None if saved is None else check_saved_changes(saved))
 
 
-def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: Tuple[int, ...] = ()) -> RunSpec:
+def build_spec(options: argparse.Namespace, command: Tuple[str, ...],
+               ignored: Tuple[int, ...] = ()) -> RunSpec:
     """Decide everything and check all that can be checked before anything is started."""
     ancestor = None if options.die_with is None else find_ancestor(options.die_with)
     job_notes: List[str] = []
@@ -6110,7 +6158,8 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
     cpus, cpu_note = decide_cpus(options.cpus, grants, vmm.explain_one_cpu())
     if cpu_note and find_given(options.cpus, "cpus"):
         warn("{}: {}".format(cpu_note, vmm.program))
-    disk = Disk(os.path.abspath(image), cow, options.write, root, choose_disk_size(options, root, cow, vmm))
+    disk_size = choose_disk_size(options, root, cow, vmm)
+    disk = Disk(os.path.abspath(image), cow, options.write, root, disk_size)
     vmm.check(disk, mem.value, cpus.value)
 
     guest = Guest(
@@ -6154,7 +6203,8 @@ def make_directories(spec: RunSpec, stack: ExitStack) -> Directories:
     if spec.job.saved_changes is not None:
         suffix = ".tar" if spec.job.saved_changes.endswith(".tar") else ".tar.gz"
         directories = directories._replace(
-            save=make(os.path.dirname(spec.job.saved_changes)), saved_name=os.urandom(8).hex() + suffix)
+            save=make(os.path.dirname(spec.job.saved_changes)),
+            saved_name=os.urandom(8).hex() + suffix)
     return directories
 
 
@@ -6179,7 +6229,8 @@ def run(spec: RunSpec, started: float) -> Result:
         fill_directories(spec, directories)
         locks += [directory.fd for directory in directories.list_distinct()]
 
-        for note in ("run directory " + directories.run.path, *spec.notes, *map(describe_share, shares)):
+        reporter.say("run directory " + directories.run.path)
+        for note in (*spec.notes, *map(describe_share, shares)):
             reporter.say(note)
         reporter.say(describe(spec.guest.network))
         reporter.say("hostfs is " + describe_confinement(spec.carrier.program))
