@@ -32,13 +32,16 @@ NEEDS = "python kernel ptrace seccomp memory cpus scratch image agent hostfs net
 
 
 def read_findings(result):
-    """Verdict and text by name; every line of stdout is one, stderr is empty, and the status fits."""
+    """Verdict and text by name. Every line of stdout is one; stderr is empty; the status fits."""
     assert result.stderr == b""
     lines = [LINE.fullmatch(line) for line in result.stdout.decode().splitlines()]
     assert all(lines), result.stdout
     assert len({line.start(3) for line in lines}) == 1, "columns are aligned"
+
     findings = {line[2]: (line[1], line[3]) for line in lines}
-    assert result.returncode == (125 if "fail" in {verdict for verdict, _ in findings.values()} else 0)
+    assert result.returncode == (
+        125 if "fail" in {verdict for verdict, _ in findings.values()} else 0
+    )
     assert all("; do: " in text for verdict, text in findings.values() if verdict != "ok"), findings
     return findings
 
@@ -50,10 +53,14 @@ def examine(node, *options, **more):
 def assert_culprit(node, name, *words, options=(), **more):
     """The doctor fails this need and no other, and a run fails with the same words."""
     findings = examine(node, *options, **more)
-    assert {other for other, (verdict, _) in findings.items() if verdict == "fail"} == {name}, findings
+    assert {other for other, (verdict, _) in findings.items() if verdict == "fail"} == {name}, (
+        findings
+    )
+
     result = node.run(*options, "true", **more)
     assert (result.returncode, result.stdout) == (125, b"")
     assert_error(result, *words)
+
     for word in words:
         assert str(word) in findings[name][1]
     return findings
@@ -63,15 +70,24 @@ def test_a_good_node_is_ok_in_every_line(any_node, kernel, image):
     findings = examine(any_node)
     assert list(findings) == NEEDS
     assert {name for name, (verdict, _) in findings.items() if verdict != "ok"} <= {"network"}
-    version = subprocess.run([kernel, "--version"], stdout=subprocess.PIPE, check=True).stdout.decode().strip()
-    assert version in findings["kernel"][1] and "hostfs" in findings["kernel"][1].partition("; no ")[0]
+
+    version = (
+        subprocess.run([kernel, "--version"], stdout=subprocess.PIPE, check=True)
+        .stdout.decode()
+        .strip()
+    )
+    assert (
+        version in findings["kernel"][1] and "hostfs" in findings["kernel"][1].partition("; no ")[0]
+    )
     assert str(image) in findings["image"][1]
     assert apppot_start.find_root_device(str(image)).base_id in findings["image"][1]
     assert str(any_node.scratch) in findings["scratch"][1]
 
 
 def test_it_boots_once_if_asked_and_leaves_stdin_alone(any_node):
-    findings = read_findings(any_node.run("--doctor", "--boot", env={"HOME": None}, input=b"unread\n"))
+    findings = read_findings(
+        any_node.run("--doctor", "--boot", env={"HOME": None}, input=b"unread\n")
+    )
     assert list(findings) == [*NEEDS, "boot"]
     assert findings["boot"][0] == "ok" and re.search(r"\d\.\d s", findings["boot"][1])
 
@@ -83,8 +99,10 @@ def test_it_runs_without_image_and_kernel_and_with_all_closed(tmp_path):
     result = subprocess.run(words, cwd=tmp_path, env={"PATH": "/nowhere"}, capture_output=True)
     findings = read_findings(result)
     assert list(findings) == [*NEEDS, "boot"]
+
     failed = {name for name, (verdict, _) in findings.items() if verdict == "fail"}
     assert failed == {"kernel", "image", "agent", "boot"}
+
     closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "-"]
     assert subprocess.run(closed + words, cwd=tmp_path, env={}).returncode == 125
 
@@ -104,15 +122,20 @@ def test_it_takes_no_command(node, words):
     assert_error(result, "--boot")
 
 
-# --- Culprits -----------------------------------------------------------------------------------------------
+# --- Culprits -------------------------------------------------------------------------------------
 
 
 @needs_root
-@pytest.mark.parametrize("options, words", [("noexec", "is mounted noexec"), ("size=90m", "has 90 MiB free")])
+@pytest.mark.parametrize(
+    "options, words", [("noexec", "is mounted noexec"), ("size=90m", "has 90 MiB free")]
+)
 def test_a_memory_directory_that_is_no_use_is_named(node, kernel, options, words):
     place = f"/tmp/.apppot-{node.mark}"
     env = {"APPPOT_TMPDIR": place}
-    wrap = mounted(f"for d in /dev/shm {place}; do mkdir -p $d; mount -t tmpfs -o {options} none $d; done")
+    wrap = mounted(
+        f"for d in /dev/shm {place}; do mkdir -p $d; mount -t tmpfs -o {options} none $d; done"
+    )
+
     try:
         assert_culprit(node, "memory", f"/dev/shm {words}", f"{place} {words}", wrap=wrap, env=env)
         only = mounted(f"mount -t tmpfs -o {options} none /dev/shm")
@@ -131,10 +154,11 @@ def test_a_scratch_directory_that_is_full_is_named(node):
 def broken_kernel(node, kernel, old, new):
     """A kernel that asks for another file of the same length of name."""
     content = kernel.read_bytes()
-    if b"/ld-linux" not in content[:8192]:         # it is linked statically
+    if b"/ld-linux" not in content[:8192]:  # it is linked statically
         dynamic = shutil.which("linux.uml")
         require(dynamic, "no kernel with shared libraries: apt-get install user-mode-linux")
         content = pathlib.Path(dynamic).read_bytes()
+
     path = node.root / "broken"
     path.write_bytes(content.replace(old, new))
     path.chmod(0o755)
@@ -145,16 +169,24 @@ def broken_kernel(node, kernel, old, new):
     "old, new, named",
     [
         (b"\0libc.so.6\0", b"\0libq.so.6\0", "libq.so.6"),
-        (b"/lib64/ld-linux-x86-64.so.2\0", b"/lib64/ld-absent-x86-64.so.2\0"[:27] + b"\0", "/lib64/ld-absent"),
+        (
+            b"/lib64/ld-linux-x86-64.so.2\0",
+            b"/lib64/ld-absent-x86-64.so.2\0"[:27] + b"\0",
+            "/lib64/ld-absent",
+        ),
         (b"\0GLIBC_2.2.5\0", b"\0GLIBC_9.9.9\0", "GLIBC_9.9.9"),
     ],
 )
 def test_a_kernel_with_a_missing_shared_library_is_named(any_node, kernel, old, new, named):
     path = broken_kernel(any_node, kernel, old, new)
-    if b"GLIBC" in old:  # the loader compares versions by their hash (elf_gnu_hash in glibc's dl-hash.h)
+    # The loader compares versions by their hash (elf_gnu_hash in glibc's dl-hash.h).
+    if b"GLIBC" in old:
         content = path.read_bytes()
         path.write_bytes(content.replace(elf_hash(b"GLIBC_2.2.5"), elf_hash(b"GLIBC_9.9.9")))
-    assert_culprit(any_node, "kernel", "shared library", named, path, options=["--kernel", str(path)])
+
+    assert_culprit(
+        any_node, "kernel", "shared library", named, path, options=["--kernel", str(path)]
+    )
 
 
 def elf_hash(name):
@@ -202,20 +234,28 @@ os.execv(sys.argv[2], sys.argv[2:])
 """  # ptrace is system call 101; PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP
 
 
-@pytest.mark.parametrize("action", ["00050001", "80000000", "00030000"], ids=["errno", "kill", "trap"])
+@pytest.mark.parametrize(
+    "action", ["00050001", "80000000", "00030000"], ids=["errno", "kill", "trap"]
+)
 def test_ptrace_forbidden_by_a_seccomp_filter_is_named(any_node, kernel, action):
-    wrap = (sys.executable if any_node.uid == os.getuid() else "/usr/bin/python3", "-c", DENY, action)
+    wrap = (
+        sys.executable if any_node.uid == os.getuid() else "/usr/bin/python3", "-c", DENY, action,
+    )
     more = {"wrap": wrap, "python": "/usr/bin/python3"}
-    findings = assert_culprit(any_node, "ptrace", "ptrace", "seccomp filter", options=["--ptrace"], **more)
+    findings = assert_culprit(
+        any_node, "ptrace", "ptrace", "seccomp filter", options=["--ptrace"], **more
+    )
+
     has_seccomp_mode = apppot_start.read_features(str(kernel)).seccomp_mode
     assert ("leave out --ptrace" in findings["ptrace"][1]) == has_seccomp_mode
+
     if has_seccomp_mode and action == "00050001":
         assert examine(any_node, **more)["ptrace"][0] == "ok"
         assert any_node.run("true", **more).returncode == 0
 
 
 def test_ptrace_forbidden_by_yama_is_named(monkeypatch):
-    """A stand-in for the file of a kernel with Yama, which this one may lack; its refusal is an error like this."""
+    """A stand-in for the file of a kernel with Yama, which this kernel may lack. ptrace is refused."""
     files = {"/proc/sys/kernel/yama/ptrace_scope": "3\n"}
     monkeypatch.setattr(apppot_start, "read_node_file", lambda path: files.get(path, ""))
     monkeypatch.setattr(apppot_start, "try_ptrace", lambda: os.kill(1 << 30, 0))  # ESRCH
@@ -232,7 +272,8 @@ def test_a_probe_that_works_leaves_no_child():
 
 
 @pytest.mark.parametrize(
-    "limits, words", [("-n 20", "open files"), ("-v 900000", "address space"), ("-f 500000", "file size")]
+    "limits, words",
+    [("-n 20", "open files"), ("-v 900000", "address space"), ("-f 500000", "file size")],
 )
 def test_limits_that_leave_no_room_are_named(any_node, limits, words):
     wrap = limited(limits)
@@ -252,7 +293,10 @@ def test_too_few_processes_are_named(user_node):
 
 
 def test_a_caller_that_ignores_the_end_of_children_is_no_matter(node):
-    ignore = "import os, signal, sys; signal.signal(17, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    ignore = (
+        "import os, signal, sys; signal.signal(17, signal.SIG_IGN); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
     result = node.run("--doctor", "--boot", wrap=(sys.executable, "-c", ignore))
     assert "fail" not in {verdict for verdict, _ in read_findings(result).values()}
 
@@ -266,7 +310,7 @@ def test_helpers_are_found_beside_the_runner(node):
     assert findings["empty"] == ("ok", str(node.root / "empty"))
 
 
-# --- Grants -------------------------------------------------------------------------------------------------
+# --- Grants ---------------------------------------------------------------------------------------
 
 
 def guest_mib(result):
@@ -275,24 +319,37 @@ def guest_mib(result):
 
 
 def test_a_batch_system_s_memory_is_the_guest_s(any_node):
-    slurm = {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "300", "SLURM_CPUS_ON_NODE": "2", "SLURM_NODEID": "what"}
+    slurm = {
+        "SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "300", "SLURM_CPUS_ON_NODE": "2",
+        "SLURM_NODEID": "what",
+    }
     result = any_node.run("-v", "cat", "/proc/meminfo", env=slurm)
     expected = 600 - 64 - 600 // 32
     assert expected - 32 < guest_mib(result) <= expected
+
     said = result.stderr.decode()
     assert f"memory {expected} MiB in " in said
     assert "SLURM_MEM_PER_CPU=300 times SLURM_CPUS_ON_NODE=2 less overhead" in said
+
     findings = examine(any_node, env=slurm)
-    assert f"{expected} MiB" in findings["memory"][1] and "SLURM_MEM_PER_CPU=300" in findings["batch"][1]
+    assert (
+        f"{expected} MiB" in findings["memory"][1]
+        and "SLURM_MEM_PER_CPU=300" in findings["batch"][1]
+    )
+
     for options, env in ((["--mem", "200"], slurm), ([], {**slurm, "APPPOT_MEM": "200"})):
         assert 150 < guest_mib(any_node.run(*options, "cat", "/proc/meminfo", env=env)) <= 200
 
 
 def test_a_malformed_grant_is_ignored_and_told(node):
-    env = {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "lots\n", "SLURM_CPUS_PER_TASK": "0", "NSLOTS": "-4"}
+    env = {
+        "SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "lots\n", "SLURM_CPUS_PER_TASK": "0",
+        "NSLOTS": "-4",
+    }
     result = node.run("-v", "cat", "/proc/meminfo", env=env)
     assert 900 < guest_mib(result) <= 1024
     assert b"SLURM_MEM_PER_NODE=lots ignored" in result.stderr
+
     verdict, text = examine(node, env=env)["batch"]
     assert verdict == "warn" and "Slurm" in text and "NSLOTS=-4 ignored" in text
 
@@ -300,10 +357,16 @@ def test_a_malformed_grant_is_ignored_and_told(node):
 @needs_root
 @pytest.mark.parametrize("size, least, most", [(1400, 1200, 1400), (400, 330, 400)])
 def test_a_grant_larger_than_the_memory_directory_is_not_used_up(node, kernel, size, least, most):
-    wrap = mounted(f"for d in /dev/shm {node.scratch}; do mount -t tmpfs -o size={size}m none $d; done")
+    wrap = mounted(
+        f"for d in /dev/shm {node.scratch}; do mount -t tmpfs -o size={size}m none $d; done"
+    )
+
     result = node.run("-v", "cat", "/proc/meminfo", env={"SLURM_MEM_PER_NODE": "4096"}, wrap=wrap)
     assert least - 32 < guest_mib(result) <= most and b"room in /dev/shm" in result.stderr
-    assert "room in /dev/shm" in examine(node, env={"SLURM_MEM_PER_NODE": "4096"}, wrap=wrap)["memory"][1]
+    assert (
+        "room in /dev/shm"
+        in examine(node, env={"SLURM_MEM_PER_NODE": "4096"}, wrap=wrap)["memory"][1]
+    )
 
 
 @pytest.fixture
@@ -339,15 +402,19 @@ print(open("/proc/meminfo").read())
 
 
 @pytest.mark.parametrize("limit_mib", [300, 800])
-def test_a_cgroup_s_limit_lowers_the_default_and_the_guest_can_use_all_it_gets(node, memory_cgroup, limit_mib):
+def test_a_cgroup_s_limit_lowers_the_default_and_the_guest_can_use_all_it_gets(
+    node, memory_cgroup, limit_mib
+):
     group, limit = memory_cgroup
     limit.write_text(str(limit_mib << 20))
     expected = limit_mib - 64 - limit_mib // 32
     script = f"mount -o remount,size=100% /dev/shm; exec python3 -c '{FILL}'"
+
     result = node.run("-v", "--root", "sh", "-c", script, wrap=into(group))
     assert result.returncode == 0, result.stderr
     assert expected - 32 < guest_mib(result) <= expected
     assert f"cgroup's {limit.name} less overhead".encode() in result.stderr
+
     peak = group / "memory.max_usage_in_bytes"
     if peak.exists():
         assert expected - 40 < int(peak.read_text()) >> 20 <= limit_mib
@@ -361,13 +428,18 @@ def test_a_cgroup_s_limit_above_the_default_changes_nothing_outside_of_a_job(nod
 
 
 def test_cpus_that_the_kernel_cannot_have_are_a_warning(node, kernel):
-    lacking, reason = (["--ptrace"], b"--ptrace") if kernel_has(kernel, "CONFIG_SMP") else ([], b"SMP")
+    lacking, reason = (
+        (["--ptrace"], b"--ptrace") if kernel_has(kernel, "CONFIG_SMP") else ([], b"SMP")
+    )
+
     for options, env in ((["--cpus", "4"], {}), ([], {"APPPOT_CPUS": "4"})):
         result = node.run(*options, *lacking, "nproc", env=env)
         assert (result.returncode, result.stdout) == (0, b"1\n")
         assert re.fullmatch(rb"apppot: warning: [^\n]*=4 [^\n]*%s[^\n]*\n" % reason, result.stderr)
+
     quiet = node.run(*lacking, "nproc", env={"SLURM_CPUS_PER_TASK": "2"})
     assert (quiet.stdout, quiet.stderr) == (b"1\n", b"")
+
     pinned = ("taskset", "-c", "0-1")
     told = node.run(*lacking, "-v", "true", env={"SLURM_CPUS_PER_TASK": "2"}, wrap=pinned).stderr
     assert b"SLURM_CPUS_PER_TASK=2" in told

@@ -109,7 +109,7 @@ def test_every_tar_makes_the_same_sparse_files_of_a_layer(place, how, tool):
 
     if tool == "ours":
         merge(place / "root", layer)
-    elif shutil.which(tool) or tool == "tar":     # bsdtar is not part of every set-up
+    elif shutil.which(tool) or tool == "tar":  # bsdtar is not part of every set-up
         run_tool(tool, "-x", "-f", layer, "-C", place / "root")
     else:
         return
@@ -133,7 +133,9 @@ def test_python_and_go_read_a_hole_at_the_end(place):
 def test_a_sparse_file_in_an_old_format_is_named(place, version):
     (place / "b").mkdir()
     os.truncate(os.open(place / "b/file", os.O_CREAT | os.O_WRONLY), 300000)
-    how = ["--format=gnu"] if version == "old" else ["--format=posix", "--sparse-version=" + version]
+    how = (
+        ["--format=gnu"] if version == "old" else ["--format=posix", "--sparse-version=" + version]
+    )
     run_tool("tar", "-c", "-S", *how, "-f", place / "l", "-C", place / "b", ".")
     result = snap("apply", place / "l", place / "root")
     assert result.returncode == 125 and os.listdir(place / "root") == []
@@ -176,7 +178,9 @@ def test_a_file_that_is_no_layer_is_called_by_its_name(place, what):
     for verb, *words in (["show"], ["squash", "-o", place / "s"], ["apply", place / "root"]):
         result = snap(verb, place / "my file", *words)
         assert result.returncode == 125 and os.listdir(place / "root") == []
-        assert_error(result, "changes file is " + what.replace("is empty", "empty"), place / "my file")
+        assert_error(
+            result, "changes file is " + what.replace("is empty", "empty"), place / "my file"
+        )
         if "xz" in what:
             command = result.stderr.decode().strip().rpartition("unpack it first: ")[2]
             subprocess.run(["sh", "-c", command], cwd=place, check=True)
@@ -193,7 +197,9 @@ def test_a_tar_without_members_changes_nothing(place, size, compress):
     (place / "l").write_bytes(compress(bytes(size)))
     before = dump(place / "root")
     assert snap("apply", place / "l", place / "root").returncode == 0
-    assert dump(place / "root") == before and snap("show", place / "l").stdout.startswith(b"0 added")
+    assert dump(place / "root") == before and snap("show", place / "l").stdout.startswith(
+        b"0 added"
+    )
 
 
 def archive_of(layout, tool, path):
@@ -227,6 +233,7 @@ def test_an_image_archive_is_refused_with_the_command_that_takes_its_layers_out(
     result = snap("apply", archive, place / "root")
     assert result.returncode == 125 and os.listdir(place / "root") == []
     assert_error(result, "image archive of " + ("one layer" if count == 1 else "2 layers"), archive)
+
     command = result.stderr.decode().strip().rpartition("take out the layers that you want: ")[2]
     subprocess.run(["sh", "-ec", command], cwd=place, check=True)
     merge(place / "root", *sorted(place.glob("layer?.tar")))
@@ -342,6 +349,7 @@ def test_a_small_file_takes_neither_hours_nor_gigabytes(place, case):
         for part in BOMBS[case]():
             file.write(part)
     assert (place / "l").stat().st_size < 3 << 20
+
     result = snap("apply", place / "l", place / "root", preexec_fn=limit_memory)
     assert result.returncode == 125 and os.listdir(place / "root") == [], result.stderr
     assert_error(result, "damaged", place / "l")
@@ -420,10 +428,18 @@ def make_samples():
 SAMPLES = make_samples()
 NUMBERS = [b"0", b"-1", b"99999999999", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"\x80" + bytes(10) + b"\1", b"7" * 12,
            b" 7\0", b"+1", b"1_0", b"\0" * 12]  # fmt: skip
-NAMES = [b"", b"/", b".", b"./" * 40, b"..", b"/..", b"a/", b".wh.", b".wh..", b".wh..wh..opq", b"a\0b", b"\xff" * 100]
-FIELDS = {0: NAMES, 100: NUMBERS, 108: NUMBERS, 116: NUMBERS, 124: NUMBERS, 136: NUMBERS, 157: NAMES, 329: NUMBERS,
-          345: NAMES, 156: [bytes([kind]) for kind in b"\x000123456789xgLKSDMNVZ"], 257: [b"ustar  \0", b"ustar\x0000"]}
-WIDTHS = {0: 100, 100: 8, 108: 8, 116: 8, 124: 12, 136: 12, 157: 100, 329: 8, 345: 155, 156: 1, 257: 8}
+NAMES = [
+    b"", b"/", b".", b"./" * 40, b"..", b"/..", b"a/", b".wh.", b".wh..", b".wh..wh..opq", b"a\0b",
+    b"\xff" * 100,
+]
+FIELDS = {
+    0: NAMES, 100: NUMBERS, 108: NUMBERS, 116: NUMBERS, 124: NUMBERS, 136: NUMBERS, 157: NAMES,
+    329: NUMBERS, 345: NAMES, 156: [bytes([kind]) for kind in b"\x000123456789xgLKSDMNVZ"],
+    257: [b"ustar  \0", b"ustar\x0000"],
+}
+WIDTHS = {
+    0: 100, 100: 8, 108: 8, 116: 8, 124: 12, 136: 12, 157: 100, 329: 8, 345: 155, 156: 1, 257: 8,
+}
 one_field = st.tuples(st.integers(0, 60), st.sampled_from(sorted(FIELDS)), st.integers(0, 30))
 changed_fields = st.lists(one_field, max_size=3)
 changed_bytes = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=3)
@@ -452,7 +468,9 @@ def mutate(content, fields, spots, cut):
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(SAMPLES), changed_fields, changed_bytes, st.sampled_from([0, 0, 0, 1, 512, 5000]),
        st.sampled_from(["plain", "gzip", "two members", "garbage", "cut gzip", "flipped gzip"]))  # fmt: skip
-def test_no_layer_however_changed_is_anything_but_merged_or_refused(sample, fields, spots, cut, packing):
+def test_no_layer_however_changed_is_anything_but_merged_or_refused(
+    sample, fields, spots, cut, packing
+):
     content = mutate(sample, fields, spots, cut)
     if packing != "plain":
         content = gzip.compress(content, 1)

@@ -61,7 +61,7 @@ class Guest:
         os.set_blocking(to_guest, False)
         console, console_end = self._pipe()
         report, report_end = self._pipe()
-        end = apppot_start.End(apppot_start.KERNEL)            # what it ends of when nothing else comes
+        end = apppot_start.End(apppot_start.KERNEL)  # what it ends of when nothing else comes
         os.write(report_end, encode_frame(apppot_start.ENDED, apppot_start.encode_end(end)))
         self._close(console_end)
         terminal = apppot_start.Terminal(0, 1) if with_terminal else None
@@ -71,15 +71,19 @@ class Guest:
         if not is_read:
             self._reader_end, blocked = self._pipe()
             os.dup2(blocked, 1)
+
         self._from_guest = from_guest
         place = os.open(directory, os.O_RDONLY)
         self._ours.append(place)
-        directories = apppot_start.Directories(*[apppot_start.PrivateDirectory(str(directory), place)] * 3)
+        directories = apppot_start.Directories(
+            *[apppot_start.PrivateDirectory(str(directory), place)] * 3
+        )
         self.session = apppot_start.Session(
             apppot_start.Machine(1, from_guest, to_guest, console, -1, report, directories, place),
             make_spec(saved_changes=str(directory / "saved") if saves else None),
-            apppot_start.Stdio(kinds, terminal, False), apppot_start.Reporter(terminal, False, 0),
-        )  # fmt: skip
+            apppot_start.Stdio(kinds, terminal, False),
+            apppot_start.Reporter(terminal, False, 0),
+        )
         self.conversation = self.session._conversation
         self._ours += [self.conversation.channel.wakeup, self.conversation.channel.to_wakeup]
 
@@ -119,23 +123,26 @@ class Guest:
         return self._is_over
 
     def close(self):
-        if self._reader_end is not None:          # who is blocked in a write gets an error now
+        if self._reader_end is not None:  # who is blocked in a write gets an error now
             self._close(self._reader_end)
         streams = self.conversation.streams
         streams.complete()
         if streams.reader:
             streams.reader.stop()
+
         for worker in streams._list_workers():
             if worker.ident is not None:
                 worker.join(DEADLINE_S)
                 assert not worker.is_alive()
+
         for descriptor in self._ours:
             os.close(descriptor)
 
 
 @pytest.fixture
 def guests(tmp_path, monkeypatch):
-    """A function that makes guests; 0 is a file, 1 and 2 nothing, and threads end when their work does."""
+    """Makes guests. 0 is a file, 1 and 2 are nothing, and threads end with their work."""
+
     def work(worker):
         try:
             worker.work()
@@ -159,6 +166,7 @@ def guests(tmp_path, monkeypatch):
         os.close(source)
         guest = Guest(tmp_path, **options)
         monkeypatch.setattr(apppot_start, "write_stderr", guest.shown.append)
+
         try:
             yield guest
         finally:
@@ -187,8 +195,13 @@ def result_frame(how="exit", status="0", stdin="0"):
 
 def test_a_guest_that_keeps_to_the_rules_is_heard(guests):
     with guests() as guest:
-        guest.say(b"noise" + MAGIC[:4] + UP + encode_frame(STDOUT, b"out") + encode_frame(STDERR, b"err"))
-        guest.say(encode_frame(WARNING, b"of it") + encode_frame(STDIN_CLOSED) + result_frame("exit", "7"))
+        guest.say(
+            b"noise" + MAGIC[:4] + UP + encode_frame(STDOUT, b"out") + encode_frame(STDERR, b"err")
+        )
+        guest.say(
+            encode_frame(WARNING, b"of it") + encode_frame(STDIN_CLOSED) + result_frame("exit", "7")
+        )
+
         assert guest.end() == apppot_start.Result(7)
         assert guest.shown == [b"apppot: warning: of it\n"]
 
@@ -241,14 +254,21 @@ def test_what_does_not_fit_is_no_message_of_apppot(guests, stream):
         guest.say(stream[: len(UP)])
         guest.say(stream[len(UP) :])
         result = guest.end()
+
         # Without a hello it is noise, and the kernel's end is what is told.
-        expected = "guest sent what is no message of AppPot (" if stream.startswith(MAGIC) else "ended with status 0"
+        expected = (
+            "guest sent what is no message of AppPot ("
+            if stream.startswith(MAGIC)
+            else "ended with status 0"
+        )
         assert result is guest.failure and result.status == 125 and expected in result.message
         assert os.lseek(0, 0, os.SEEK_CUR) <= STDIN_SIZE
 
 
 def test_nothing_fits_behind_a_result(guests):
-    for late in (result_frame("exit", "1"), encode_frame(STDOUT, b"x"), encode_frame(WARNING, b"w")):
+    for late in (
+        result_frame("exit", "1"), encode_frame(STDOUT, b"x"), encode_frame(WARNING, b"w"),
+    ):
         with guests() as guest:
             guest.say(UP + result_frame() + late)
             assert guest.end().status == 125
@@ -269,7 +289,9 @@ def test_an_offset_within_what_was_delivered_is_where_the_next_reader_goes_on(gu
         assert guest.end().status == 0 and os.lseek(0, 0, os.SEEK_CUR) == 60
 
 
-@pytest.mark.parametrize("text", [b"\x1b]0;owned\x07", b"a\nb", b"\xc2\x9b31m", b"\xff\xfe", b"\xe2\x80\xaetxt"])
+@pytest.mark.parametrize(
+    "text", [b"\x1b]0;owned\x07", b"a\nb", b"\xc2\x9b31m", b"\xff\xfe", b"\xe2\x80\xaetxt"]
+)
 def test_a_text_of_the_guest_moves_no_terminal(guests, text):
     with guests() as guest:
         guest.say(MAGIC + HELLO_FRAME + encode_frame(WARNING, text))
@@ -277,9 +299,15 @@ def test_a_text_of_the_guest_moves_no_terminal(guests, text):
         guest.end()
         failure = guest.failure
         assert guest.shown[0].endswith(b"\n")
-        for shown in (guest.shown[0][:-1], *map(apppot_start.one_line, (failure.message, failure.hint))):
+        for shown in (
+            guest.shown[0][:-1],
+            *map(apppot_start.one_line, (failure.message, failure.hint)),
+        ):
             assert shown.decode().isprintable()
-    assert re.fullmatch(r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*", apppot_start.show_console(text).decode())
+
+    assert re.fullmatch(
+        r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*", apppot_start.show_console(text).decode()
+    )
 
 
 def test_a_console_s_words_are_searched_in_linear_time():
@@ -291,7 +319,10 @@ def test_a_console_s_words_are_searched_in_linear_time():
         console.add(text.encode())
         console.explain_end(256, True)
     assert time.process_time() - started < 3
-    fatal = apppot_start.explain_loader("./linux: /lib/libc.so.6: version `GLIBC_2.38' not found (by ./linux)\n", "/k")
+
+    fatal = apppot_start.explain_loader(
+        "./linux: /lib/libc.so.6: version `GLIBC_2.38' not found (by ./linux)\n", "/k"
+    )
     assert "/lib/libc.so.6: version `GLIBC_2.38' not found" in fatal.message
 
 
@@ -302,7 +333,7 @@ def test_a_verdict_of_the_supervisor_is_read_as_it_was_written(what, status, mes
     assert read == end._replace(message=message.replace("\0", "?"), hint=hint.replace("\0", "?"))
 
 
-# --- Floods -------------------------------------------------------------------------------------------------
+# --- Floods ---------------------------------------------------------------------------------------
 
 FLOODS = {
     "noise": (b"", b"\0AppPo" * 100000),
@@ -331,7 +362,8 @@ def test_a_flood_takes_little_memory_and_time(guests, name, is_read):
         tracemalloc.stop()
         assert kept < (16 << 20 if "long" in name else 1 << 20)
         assert time.process_time() - started < 30
-        # On a busy machine the time that a command has after a second SIGTERM may be over before the channel ends.
+        # On a busy machine the time that a command has after a second SIGTERM may be over before
+        # the channel ends.
         assert guest.end().status in ((125, 128 + 9) if name == "terminated" else (125,))
 
 
@@ -346,40 +378,49 @@ def test_noise_before_the_greeting_is_searched_once(guests):
         assert time.process_time() - started < 10
 
 
-# --- Anything -----------------------------------------------------------------------------------------------
+# --- Anything -------------------------------------------------------------------------------------
 
-NUMBERS = st.sampled_from([0, 1, 2, 60, 100, 101, 1000, 3072, 65536, 65537, 4 << 20, 8 << 20, 1 << 31, (1 << 32) - 1])
+NUMBERS = st.sampled_from(
+    [0, 1, 2, 60, 100, 101, 1000, 3072, 65536, 65537, 4 << 20, 8 << 20, 1 << 31, (1 << 32) - 1]
+)
 STREAMS = st.sampled_from([STDIN, KEYS, STDOUT, 0, 255])
 TEXTS = st.sampled_from(
-    [b"", b"0", b"1", b"9", b"60", b"64", b"65", b"101", b"125", b"255", b"256", b"-1", b"9" * 30, b"\xff", b"x"]
+    [
+        b"", b"0", b"1", b"9", b"60", b"64", b"65", b"101", b"125", b"255", b"256", b"-1",
+        b"9" * 30, b"\xff", b"x",
+    ]
 )
 FIELD_NAMES = st.sampled_from(b"exit signal stdin error hint status protocol base agent".split())
 FIELDS = st.lists(st.tuples(FIELD_NAMES, TEXTS), max_size=5).map(encode_fields)
 KINDS = st.integers(0, 45) | st.integers(0, 255)
-PLAIN = (
-    st.tuples(st.sampled_from([STDOUT, WARNING]), st.binary(min_size=1)).map(lambda pair: encode_frame(*pair))
-    | st.just(encode_frame(TERMINATE))
-)
+PLAIN = st.tuples(st.sampled_from([STDOUT, WARNING]), st.binary(min_size=1)).map(
+    lambda pair: encode_frame(*pair)
+) | st.just(encode_frame(TERMINATE))
 GOOD = (
     st.sampled_from([STDIN_CLOSED, SAVING]).map(encode_frame)
-    | st.tuples(st.sampled_from([STDERR, SCREEN]), st.binary(max_size=40)).map(lambda pair: encode_frame(*pair))
+    | st.tuples(st.sampled_from([STDERR, SCREEN]), st.binary(max_size=40)).map(
+        lambda pair: encode_frame(*pair)
+    )
     | st.tuples(STREAMS, NUMBERS).map(lambda pair: encode_frame(CREDIT, struct.pack("<BI", *pair)))
     | NUMBERS.map(lambda count: encode_frame(RECEIVED, struct.pack("<I", count)))
     | st.integers(0, 70).map(lambda number: encode_frame(STOPPED, bytes([number])))
-)  # fmt: skip
+)
 ODD = (
     st.tuples(KINDS, st.binary(max_size=12) | FIELDS).map(lambda pair: encode_frame(*pair))
     | st.tuples(KINDS, NUMBERS).map(lambda pair: FRAME.pack(*pair))
     | FIELDS.map(lambda payload: encode_frame(RESULT, payload))
     | st.sampled_from([MAGIC, HELLO_FRAME, STARTED_FRAME])
     | st.binary(max_size=9)
-)  # fmt: skip
-ENDS = st.builds(result_frame, st.sampled_from(["exit", "signal"]), st.integers(0, 300).map(str), NUMBERS.map(str))
+)
+ENDS = st.builds(
+    result_frame, st.sampled_from(["exit", "signal"]), st.integers(0, 300).map(str),
+    NUMBERS.map(str),
+)
 
 
 @st.composite
 def conversations(draw):
-    """What a guest says, in the pieces that are read: a good run that was changed here and there, or anything."""
+    """What a guest says, piece by piece: a good run with a few changes, or anything."""
     frames = [MAGIC, HELLO_FRAME, STARTED_FRAME, *draw(st.lists(PLAIN, max_size=6)), draw(ENDS)]
     for _ in range(draw(st.integers(0, 3))):
         place = draw(st.integers(0, len(frames) - 1))
@@ -393,6 +434,7 @@ def conversations(draw):
         if how == "move":
             frames.insert(draw(st.integers(0, len(frames))), frame)
         frames = frames or [b""]
+
     if draw(st.integers(0, 4)) == 0:
         frames = draw(st.lists(ODD | GOOD | PLAIN, max_size=8))
     return frames
@@ -402,7 +444,8 @@ def test_any_conversation_ends_in_a_result_or_goes_on(guests):
     ends = set()
     good_run = [MAGIC, HELLO_FRAME, STARTED_FRAME, result_frame("exit", "3")]
 
-    # Few of the generated conversations go well, and by chance none of them does: one that must is always among them.
+    # Few of the generated conversations go well, and by chance none of them does: one that must is
+    # always among them.
     @example(good_run, b"ppp", False, False)
     @settings(max_examples=int(os.environ.get("APPPOT_TEST_EXAMPLES", "150")))
     @given(conversations(), st.sampled_from([b"ppp", b"npp", b"pps"]), st.booleans(), st.booleans())
@@ -429,23 +472,31 @@ def test_any_conversation_ends_in_a_result_or_goes_on(guests):
     assert {3, 125} <= ends
 
 
-# --- Real guests --------------------------------------------------------------------------------------------
+# --- Real guests ----------------------------------------------------------------------------------
 
 
 def say_as_root(frame):
     digits = "".join(f"\\{byte:03o}" for byte in frame)
-    return ["--root", "--mem", "128M", "--net", "none", "sh", "-c", f"printf '{digits}' > /dev/ttyS0; sleep 60"]
+    return [
+        "--root", "--mem", "128M", "--net", "none", "sh", "-c",
+        f"printf '{digits}' > /dev/ttyS0; sleep 60",
+    ]
 
 
 @pytest.mark.parametrize(
     "frame",
     [
-        encode_frame(STOPPED), STARTED_FRAME, encode_frame(CREDIT, struct.pack("<BI", STDIN, (1 << 32) - 1)),
-        result_frame("exit", "0", "9" * 30), result_frame("exit", "99999"),
-        encode_frame(RESULT, fields(("error", "\x1b[31mred"), ("hint", "\x1b[0m"), ("status", "0"))),
+        encode_frame(STOPPED),
+        STARTED_FRAME,
+        encode_frame(CREDIT, struct.pack("<BI", STDIN, (1 << 32) - 1)),
+        result_frame("exit", "0", "9" * 30),
+        result_frame("exit", "99999"),
+        encode_frame(
+            RESULT, fields(("error", "\x1b[31mred"), ("hint", "\x1b[0m"), ("status", "0"))
+        ),
     ],
     ids=["stopped", "started", "credit", "offset", "status", "error"],
-)  # fmt: skip
+)
 def test_a_frame_of_the_guest_s_root_that_does_not_fit_is_an_error(any_node, frame):
     result = any_node.run(*say_as_root(frame))
     assert (result.returncode, result.stdout) == (125, b"")
@@ -455,8 +506,14 @@ def test_a_frame_of_the_guest_s_root_that_does_not_fit_is_an_error(any_node, fra
 def test_escape_sequences_of_the_guest_s_root_are_shown_and_not_obeyed(node):
     frame = encode_frame(WARNING, b"\x1b]0;owned\x07") + encode_frame(99)
     result = node.run("-v", *say_as_root(frame))
-    assert b"apppot: warning: \\x1b]0;owned\\x07\n" in result.stderr and b"\x1b" not in result.stderr
-    panic = "printf '\\033[31m\\n' > /dev/kmsg; printf '\\033[31m' > /dev/console; echo c > /proc/sysrq-trigger"
+    assert (
+        b"apppot: warning: \\x1b]0;owned\\x07\n" in result.stderr and b"\x1b" not in result.stderr
+    )
+
+    panic = (
+        "printf '\\033[31m\\n' > /dev/kmsg; printf '\\033[31m' > /dev/console; "
+        "echo c > /proc/sysrq-trigger"
+    )
     result = node.run("-v", "--root", "sh", "-c", panic)
     assert result.returncode == 125 and b"panic" in result.stderr and b"\x1b" not in result.stderr
 
@@ -480,5 +537,5 @@ def test_a_guest_that_ignores_the_output_window_takes_little_of_the_host_s_memor
     wait_for(lambda: os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    assert usage.ru_maxrss < 250 << 10            # KiB, of the kernel, too
+    assert usage.ru_maxrss < 250 << 10  # KiB, of the kernel, too
     assert process.returncode in ((125,) if size else (128 + 9, 128 + 15, 125))

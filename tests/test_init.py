@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's pure parts as values: the job it is told, the account it makes, the program it finds."""
+"""The agent's pure parts: the job it is told, its account, the program that it finds."""
 
 import os
 import pwd
@@ -18,26 +18,25 @@ import apppot_start
 VALUES = st.binary(max_size=30).filter(lambda value: b"\0" not in value)
 NAMES = VALUES.filter(lambda name: name and b"=" not in name)
 JOB = apppot_start.Job(
-    command=(), environment={}, directory=b"/j", alias=b"/a", binds=(), cwd=None, home=None, as_root=False,
-    umask=0o22, ignored_signals=(), limits=(), terminal=None, node=apppot_start.NodeView(), layers=(),
-    force_changes=False, saved_changes=None,
-)  # fmt: skip
+    command=(), environment={}, directory=b"/j", alias=b"/a", binds=(), cwd=None, home=None,
+    as_root=False, umask=0o22, ignored_signals=(), limits=(), terminal=None,
+    node=apppot_start.NodeView(), layers=(), force_changes=False, saved_changes=None,
+)
 ROOT = apppot_start.RootDevice(0, "", 0, 0)
 DISK = apppot_start.Disk(image="/i", cow=None, write=False, root=ROOT, size=None)
 GUEST = apppot_start.Guest(
-    disk=DISK, shares=(), mem_mib=64, cpus=1, network=apppot_start.Network(), name="guest", extra=(),
-    scratch="/", ram_directory="/",
-)  # fmt: skip
+    disk=DISK, shares=(), mem_mib=64, cpus=1, network=apppot_start.Network(), name="guest",
+    extra=(), scratch="/", ram_directory="/",
+)
 SPEC = apppot_start.RunSpec(
     job=JOB, guest=GUEST, vmm=apppot_start.Uml("/k", apppot_start.Features(), False, ()),
-    carrier=apppot_start.Carrier(),
-    ancestor=None, timeout_s=None, boot_timeout_s=60, kill_after_s=1, verbose=False, notes=(), in_job=False,
-    limit_mib=None,
-)  # fmt: skip
+    carrier=apppot_start.Carrier(), ancestor=None, timeout_s=None, boot_timeout_s=60,
+    kill_after_s=1, verbose=False, notes=(), in_job=False, limit_mib=None,
+)
 
 
 def make_spec(**changes):
-    """SPEC with some fields of the job, the disk or the guest changed; the shares are those of the job."""
+    """SPEC with other fields of the job, the disk or the guest. The shares are the job's."""
     job, disk, guest = (
         base._replace(**{name: value for name, value in changes.items() if name in base._fields})
         for base in (JOB, DISK, GUEST)
@@ -58,7 +57,7 @@ def make_job(stdio=b"npp", **changes):
     return apppot_init.parse_job(apppot_start.build_job(make_spec(**changes), stdio, None))
 
 
-# --- The job ------------------------------------------------------------------------------------------------
+# --- The job --------------------------------------------------------------------------------------
 
 
 @given(st.lists(VALUES), st.dictionaries(NAMES, VALUES), VALUES)
@@ -88,10 +87,13 @@ def test_the_job_tells_who_the_caller_is_and_how_the_streams_are():
 def test_binds_are_told_with_any_name(binds):
     told = make_job(
         binds=tuple(
-            apppot_start.Bind(apppot_start.Share("bind", b"/dir", name or None, read_only), b"/" + target)
+            apppot_start.Bind(
+                apppot_start.Share("bind", b"/dir", name or None, read_only), b"/" + target
+            )
             for name, target, read_only in binds
         )
     )
+
     assert [(bind.only_file, bind.target, bind.read_only) for bind in told.binds] == [
         (name, b"/" + target, read_only) for name, target, read_only in binds
     ]
@@ -115,7 +117,7 @@ def test_a_terminal_is_told_with_its_modes_and_size():
         os.close(descriptor)
 
 
-# --- The account --------------------------------------------------------------------------------------------
+# --- The account ----------------------------------------------------------------------------------
 
 ENTRIES = st.tuples(st.sampled_from([b"root", b"ann", b"bob"]), st.integers(0, 3))
 LINES = st.lists(ENTRIES.map(lambda entry: b"%s:x:%d:0::/:/bin/sh" % entry))
@@ -130,6 +132,7 @@ def test_name_and_number_look_up_the_account_that_was_put_and_others_stay(lines,
     assert changed.endswith(b"\n") and b"" not in entries
     assert apppot_init.find_account(changed, name) == line.split(b":")
     assert next(entry for entry in entries if entry.split(b":")[2] == b"%d" % number) == line
+
     entries.remove(line)
     assert entries == lines
 
@@ -137,10 +140,10 @@ def test_name_and_number_look_up_the_account_that_was_put_and_others_stay(lines,
 @pytest.mark.parametrize(
     "path, directory, below",
     [
-        (b"/home", b"/home", True), (b"/home/a", b"/home", True), (b"/homes", b"/home", False), (b"/a", b"/", True),
-        (b"/home/a", b"/home/", True), (b"/", b"/home", False),
+        (b"/home", b"/home", True), (b"/home/a", b"/home", True), (b"/homes", b"/home", False),
+        (b"/a", b"/", True), (b"/home/a", b"/home/", True), (b"/", b"/home", False),
     ],
-)  # fmt: skip
+)
 def test_a_path_is_below_a_directory_by_its_parts(path, directory, below):
     assert apppot_init.is_below(path, directory) is below
 
@@ -159,7 +162,7 @@ def test_a_directory_of_the_system_is_not_covered_by_the_job_directory(tmp_path)
     assert [path for path in paths if covers(path)] == list(paths[:4])
 
 
-# --- The command --------------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -185,10 +188,10 @@ def test_a_program_is_found_as_a_shell_finds_it(programs, monkeypatch):
 @pytest.mark.parametrize(
     "word, status",
     [
-        (b"none", 127), (b"./none", 127), (b"", 127), (b"first", 127), (b"./run/x", 127), (b"\xff\n", 127),
-        (b"./first", 126), (b"./plain", 126), (b"plain", 126),
+        (b"none", 127), (b"./none", 127), (b"", 127), (b"first", 127), (b"./run/x", 127),
+        (b"\xff\n", 127), (b"./first", 126), (b"./plain", 126), (b"plain", 126),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_program_ends_with_127_or_126_and_its_name(programs, monkeypatch, word, status):
     monkeypatch.chdir(os.fsdecode(programs))
     with pytest.raises(apppot_init.Fatal) as caught:
@@ -214,7 +217,10 @@ def test_command_then_apppot_run_then_autorun_then_a_login_shell(tmp_path):
         assert chosen() == ([os.fsencode(path)], os.fsencode(path))
         path.chmod(0o644)
         if os.getuid() != 0 or not os.access(path, os.X_OK):
-            assert chosen() == ([b"/usr/bin/env", b"python3 -u", os.fsencode(path)], b"/usr/bin/env")
+            assert chosen() == (
+                [b"/usr/bin/env", b"python3 -u", os.fsencode(path)],
+                b"/usr/bin/env",
+            )
     assert chosen("ls", "-l") == ([b"ls", b"-l"], b"ls")
 
 
@@ -233,12 +239,15 @@ def test_a_failure_crosses_the_channel_whatever_it_says():
     assert fields[b"error"][0].decode() == "no ? \\udcff é\n"
 
 
-# --- The file -----------------------------------------------------------------------------------------------
+# --- The file -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("python", pythons())
 def test_every_python_here_imports_the_agent_and_the_runner_alone(python):
-    script = "import sys; sys.path.insert(0, sys.argv[1]); import apppot_init as a, apppot_start; print(a.PROTOCOL)"
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import apppot_init as a, apppot_start; "
+        "print(a.PROTOCOL)"
+    )
     words = [pythons()[python], "-BIS", "-W", "error", "-c", script, TOP]
     result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.stdout == b"%d\n" % apppot_start.PROTOCOL
@@ -247,12 +256,26 @@ def test_every_python_here_imports_the_agent_and_the_runner_alone(python):
 @pytest.mark.parametrize(
     "line, is_shell",
     [
-        ("-bash", True), ("/bin/sh", True), ("bash -l", True), ("bash --norc --noprofile -i", True), ("zsh", True),
-        ("bash --rcfile file", True), ("bash +O extglob -o vi", True), ("sh -", True), ("sh -c :", False),
-        ("bash -lc :", False), ("bash script", False), ("bash --rcfile file script", False), ("bash --version", False),
-        ("fish --command :", False), ("python3", False), ("vi", False), ("env bash", False), ("bash -e +x file", False),
+        ("-bash", True),
+        ("/bin/sh", True),
+        ("bash -l", True),
+        ("bash --norc --noprofile -i", True),
+        ("zsh", True),
+        ("bash --rcfile file", True),
+        ("bash +O extglob -o vi", True),
+        ("sh -", True),
+        ("sh -c :", False),
+        ("bash -lc :", False),
+        ("bash script", False),
+        ("bash --rcfile file script", False),
+        ("bash --version", False),
+        ("fish --command :", False),
+        ("python3", False),
+        ("vi", False),
+        ("env bash", False),
+        ("bash -e +x file", False),
     ],
-)  # fmt: skip
+)
 def test_a_shell_without_script_and_command_is_interactive(line, is_shell):
     assert apppot_init.is_interactive_shell(line.encode().split()) == is_shell
 
@@ -267,20 +290,40 @@ def test_one_section_of_the_agent_knows_the_vmm():
 @pytest.mark.parametrize(
     "changed, home_stays, begin, end",
     [
-        ({}, False, "what you write in /a stays; all else, in HOME too, is gone at the end (", "outside of /a"),
-        ({"alias": None}, False, "what you write, in HOME too, is gone at the end", "what you wrote is"),
-        ({"write": True}, False, "in /a stays; all else, in HOME too, goes into the image /i", None),
-        ({"cow": "/cow"}, False, "in /a stays; all else, in HOME too, goes into the COW file /cow", None),
-        ({"saved_changes": "/saved"}, False, "all else, in HOME too, goes into /saved at the end", None),
-        ({"binds": "/data /ro:ro /home"}, True, "in /a and /data and /home stays; all else is gone", "of /a and"),
+        (
+            {}, False, "what you write in /a stays; all else, in HOME too, is gone at the end (",
+            "outside of /a",
+        ),
+        (
+            {"alias": None}, False, "what you write, in HOME too, is gone at the end",
+            "what you wrote is",
+        ),
+        (
+            {"write": True}, False, "in /a stays; all else, in HOME too, goes into the image /i",
+            None,
+        ),
+        (
+            {"cow": "/cow"}, False,
+            "in /a stays; all else, in HOME too, goes into the COW file /cow", None,
+        ),
+        (
+            {"saved_changes": "/saved"}, False,
+            "all else, in HOME too, goes into /saved at the end", None,
+        ),
+        (
+            {"binds": "/data /ro:ro /home"}, True,
+            "in /a and /data and /home stays; all else is gone", "of /a and",
+        ),
         ({"binds": "/a/data"}, False, "in /a and /a/data stays", "outside of"),
         ({"binds": "/"}, False, "what you write in / stays", "outside of /"),
     ],
-)  # fmt: skip
+)
 def test_a_shell_s_user_is_told_what_stays(changed, home_stays, begin, end):
     def bind(text):
         place, _, mode = text.partition(":")
-        return apppot_start.Bind(apppot_start.Share("bind", b"/", None, mode == "ro"), place.encode())
+        return apppot_start.Bind(
+            apppot_start.Share("bind", b"/", None, mode == "ro"), place.encode()
+        )
 
     changed = dict(changed, binds=tuple(bind(text) for text in changed.get("binds", "").split()))
     told = apppot_start.describe_keeping(make_spec(**changed), home_stays)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runner's pure parts as values, its options, and what it refuses before anything is started."""
+"""The runner's pure parts, its options, and what it refuses before anything is started."""
 
 import ast
 import gzip
@@ -24,13 +24,14 @@ import apppot_start
 WORDS = st.lists(st.binary(max_size=20).filter(lambda word: b"\0" not in word).map(os.fsdecode))
 
 
-# --- Values -------------------------------------------------------------------------------------------------
+# --- Values ---------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=300))), st.data())
 def test_frames_survive_any_split(frames, data):
     stream = b"".join(apppot_start.encode_frame(kind, payload) for kind, payload in frames)
     received, decoded = bytearray(), []
+
     while stream:
         size = data.draw(st.integers(1, len(stream)))
         received += stream[:size]
@@ -45,45 +46,65 @@ def test_a_frame_too_long_is_no_frame():
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from([b"arg", b"env", b"cwd"]), st.binary().filter(lambda value: b"\0" not in value)))
+    st.lists(
+        st.tuples(
+            st.sampled_from([b"arg", b"env", b"cwd"]),
+            st.binary().filter(lambda value: b"\0" not in value),
+        )
+    )
 )
 def test_fields_survive(fields):
     decoded = apppot_init.decode_fields(apppot_start.encode_fields(fields))
     assert decoded == {
-        name: [value for other, value in fields if other == name] for name in {name for name, _ in fields}
+        name: [value for other, value in fields if other == name]
+        for name in {name for name, _ in fields}
     }
 
 
 def read_shared(program):
-    """What a program has between the banner of the section that crosses host and guest and the next one."""
+    """The section of a program that crosses host and guest."""
     text = (TOP / program).read_text()
     return text[text.index("# --- What crosses host and guest") :].partition("\n# --- ")[0]
 
 
 def test_host_and_guest_speak_the_same():
     shared = read_shared("apppot_start.py")
-    assert shared == read_shared("apppot_init.py") and "PROTOCOL = " in shared and "MODES = " in shared
+    assert (
+        shared == read_shared("apppot_init.py") and "PROTOCOL = " in shared and "MODES = " in shared
+    )
     assert apppot_start.VERSION == apppot_init.VERSION
+
     for name in ("encode_fields", "decode_fields"):
-        assert inspect.getsource(getattr(apppot_start, name)) == inspect.getsource(getattr(apppot_init, name))
+        assert inspect.getsource(getattr(apppot_start, name)) == inspect.getsource(
+            getattr(apppot_init, name)
+        )
 
 
 @given(WORDS)
 def test_any_command_survives_the_options(command):
-    options, rest = apppot_start.build_parser().split(["-v", "--mem", "1G", "--image=x", "--", *command])
+    options, rest = apppot_start.build_parser().split(
+        ["-v", "--mem", "1G", "--image=x", "--", *command]
+    )
     assert (options, rest) == (["-v", "--mem", "1G", "--image=x"], tuple(command))
+
     if command and not command[0].startswith("-"):
-        assert apppot_start.build_parser().split(["--env", "A", *command]) == (["--env", "A"], tuple(command))
+        assert apppot_start.build_parser().split(["--env", "A", *command]) == (
+            ["--env", "A"],
+            tuple(command),
+        )
 
 
 @pytest.mark.parametrize(
-    "text, mib", [("512", 512), ("512M", 512), ("1.5g", 1536), ("2GiB", 2048), ("1T", 1 << 20), ("2048K", 2)]
+    "text, mib",
+    [("512", 512), ("512M", 512), ("1.5g", 1536), ("2GiB", 2048), ("1T", 1 << 20), ("2048K", 2)],
 )
 def test_sizes_are_mib(text, mib):
     assert apppot_start.parse_size_mib(text, "--mem") == mib
 
 
-@pytest.mark.parametrize("text, seconds", [("90", 90), ("1.5", 1.5), ("10m", 600), ("2h", 7200), ("1d", 86400)])
+@pytest.mark.parametrize(
+    "text, seconds", [("90", 90), ("1.5", 1.5), ("10m", 600), ("2h", 7200), ("1d", 86400)]
+)
 def test_times_are_seconds(text, seconds):
     assert apppot_start.parse_seconds(text, "--timeout") == seconds
 
@@ -92,9 +113,15 @@ def test_the_batch_system_s_variables_pass_and_others_do_not():
     passed = "SLURM_JOB_ID PBS_JOBID SGE_TASK_ID JOB_ID _CONDOR_SLOT OMP_NUM_THREADS TERM LANG LC_ALL TZ NSLOTS".split()
     passed += ["OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
     kept = "PATH HOME LD_LIBRARY_PATH PYTHONPATH SSH_AUTH_SOCK XSLURM_A TERMINAL".split()
+
     caller = {name.encode(): b"v" for name in passed + kept}
-    assert apppot_start.select_environment(caller, [], False) == {name.encode(): b"v" for name in passed}
-    assert apppot_start.select_environment(caller, ["HOME", "A=b=c", "NONE"], True) == {b"HOME": b"v", b"A": b"b=c"}
+    assert apppot_start.select_environment(caller, [], False) == {
+        name.encode(): b"v" for name in passed
+    }
+    assert apppot_start.select_environment(caller, ["HOME", "A=b=c", "NONE"], True) == {
+        b"HOME": b"v",
+        b"A": b"b=c",
+    }
 
 
 def test_an_account_is_found_by_name_and_number():
@@ -130,10 +157,12 @@ def test_the_home_directory_is_never_the_job_directory_nor_another_s(entry, name
     assert apppot_init.choose_home(asked, table) == home
 
 
-# --- What the job was granted -------------------------------------------------------------------------------
+# --- What the job was granted ---------------------------------------------------------------------
 
 CGROUP_1 = {
-    "/proc/self/cgroup": "9:name=systemd:/\n4:memory:/slurm/job_7/step_0\n1:cpu,cpuacct:/slurm/job_7\n0::/\n",
+    "/proc/self/cgroup": (
+        "9:name=systemd:/\n4:memory:/slurm/job_7/step_0\n1:cpu,cpuacct:/slurm/job_7\n0::/\n"
+    ),
     "/proc/self/mountinfo": (
         "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
         "32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime shared:3 - cgroup cgroup rw,cpu,cpuacct\n"
@@ -149,7 +178,9 @@ CGROUP_1 = {
 }
 CGROUP_2 = {
     "/proc/self/cgroup": "0::/user.slice/job.scope\n",
-    "/proc/self/mountinfo": "24 23 0:25 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n",
+    "/proc/self/mountinfo": (
+        "24 23 0:25 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+    ),
     "/sys/fs/cgroup/user.slice/job.scope/memory.max": "max\n",
     "/sys/fs/cgroup/user.slice/job.scope/memory.high": "2147483648\n",
     "/sys/fs/cgroup/user.slice/memory.max": "3221225472\n",
@@ -168,18 +199,27 @@ def find_grants(environment, files, machine_mib=65536):
     return apppot_start.find_grants(environment, lambda path: files.get(path, ""), machine_mib)
 
 
-@pytest.mark.parametrize("variables, limit, wanted", [
-    ({"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"}, 200, 200),
-    ({"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"}, 220, 220),       # as AllowedRAMSpace=110 has it
-    ({"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"}, 4000, None),     # that of others, too
-    ({"SLURM_JOB_ID": "1"}, 200, None),
-    ({}, 200, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variables, limit, wanted",
+    [
+        ({"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"}, 200, 200),
+        (
+            {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"},
+            220,
+            220,
+        ),  # as AllowedRAMSpace=110 has it
+        ({"SLURM_JOB_ID": "1", "SLURM_MEM_PER_NODE": "200"}, 4000, None),  # that of others, too
+        ({"SLURM_JOB_ID": "1"}, 200, None),
+        ({}, 200, None),
+    ],
+)
 @pytest.mark.parametrize("name", ["memory.max", "memory.high"])
 def test_the_limit_of_a_job_is_told_from_others(variables, limit, wanted, name):
     files = {"/proc/self/cgroup": "0::/a\n", "/proc/self/mountinfo": "1 1 0:1 / /c rw - cgroup2 none rw\n",
              "/c/a/" + name: str(limit << 20)}  # fmt: skip
-    assert apppot_start.find_job_limit(find_grants(variables, files)) == (wanted if name == "memory.max" else None)
+    assert apppot_start.find_job_limit(find_grants(variables, files)) == (
+        wanted if name == "memory.max" else None
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,8 +228,14 @@ def test_the_limit_of_a_job_is_told_from_others(variables, limit, wanted, name):
         ({"SLURM_JOB_ID": "1"}, "Slurm", [], []),
         ({"SLURM_MEM_PER_NODE": "4096", "SLURM_CPUS_ON_NODE": "4"}, "Slurm", [4096], [4]),
         ({"SLURM_MEM_PER_NODE": "4G"}, "Slurm", [4096], []),
-        ({"SLURM_MEM_PER_CPU": "1000", "SLURM_CPUS_PER_TASK": "2", "SLURM_CPUS_ON_NODE": "8"}, "Slurm", [2000], [2]),
-        ({"SLURM_MEM_PER_CPU": "1000", "SLURM_JOB_CPUS_PER_NODE": "16(x2),8"}, "Slurm", [16000], [16]),
+        (
+            {"SLURM_MEM_PER_CPU": "1000", "SLURM_CPUS_PER_TASK": "2", "SLURM_CPUS_ON_NODE": "8"},
+            "Slurm", [2000], [2],
+        ),
+        (
+            {"SLURM_MEM_PER_CPU": "1000", "SLURM_JOB_CPUS_PER_NODE": "16(x2),8"}, "Slurm", [16000],
+            [16],
+        ),
         ({"SLURM_JOB_CPUS_PER_NODE": "16(x2),8", "SLURM_NODEID": "2"}, "Slurm", [], [8]),
         (
             {
@@ -207,7 +253,10 @@ def test_the_limit_of_a_job_is_told_from_others(variables, limit, wanted, name):
         ({"PBS_NUM_PPN": "2", "PBS_RESC_MEM": "8589934592"}, "PBS", [8192], [2]),
         ({"PBS_NCPUS": "2", "PBS_RESC_MEM": "8gb"}, "PBS", [8192], [2]),
         ({"NSLOTS": "8", "NHOSTS": "2"}, "Grid Engine", [], [4]),
-        ({"SGE_TASK_ID": "undefined", "NSLOTS": "2", "SGE_HGR_m_mem_free": "1.500G"}, "Grid Engine", [3072], [2]),
+        (
+            {"SGE_TASK_ID": "undefined", "NSLOTS": "2", "SGE_HGR_m_mem_free": "1.500G"},
+            "Grid Engine", [3072], [2],
+        ),
         ({"_CONDOR_MACHINE_AD": "/scratch/.machine.ad"}, "HTCondor", [2048], [3]),
         ({"_CONDOR_SLOT": "slot1"}, "HTCondor", [], []),
         ({"SLURM_CONF": "/etc/slurm.conf", "SGE_ROOT": "/sge", "HOME": "/"}, "", [], []),
@@ -222,15 +271,22 @@ def test_what_a_batch_system_grants_is_read(environment, system, mem, cpus):
 
 
 def test_the_least_of_nested_grants_counts():
-    environment = {"SLURM_MEM_PER_NODE": "64000", "SLURM_CPUS_ON_NODE": "32", "_CONDOR_MACHINE_AD": "ad"}
+    environment = {
+        "SLURM_MEM_PER_NODE": "64000", "SLURM_CPUS_ON_NODE": "32", "_CONDOR_MACHINE_AD": "ad",
+    }
+
     grants = find_grants(environment, {"ad": MACHINE_AD, **CGROUP_2})
     assert grants.systems == ("Slurm", "HTCondor")
-    assert apppot_start.default_mem(grants) == (2048 - 64 - 64, "HTCondor's Memory=2048 less overhead")
+    assert apppot_start.default_mem(grants) == (
+        2048 - 64 - 64,
+        "HTCondor's Memory=2048 less overhead",
+    )
     assert apppot_start.choose_cpus(None, grants) == (1, "cgroup's cpu.max")
 
 
 @pytest.mark.parametrize(
-    "files, mem, cpus", [(CGROUP_1, [4096], [3]), (CGROUP_2, [3072, 2048], [1]), (CONTAINER, [512], []), ({}, [], [])]
+    "files, mem, cpus",
+    [(CGROUP_1, [4096], [3]), (CGROUP_2, [3072, 2048], [1]), (CONTAINER, [512], []), ({}, [], [])],
 )
 def test_cgroup_limits_are_found_up_to_the_root(files, mem, cpus):
     grants = find_grants({}, files)
@@ -286,13 +342,17 @@ def test_a_feature_is_found_wherever_the_configuration_stands(tmp_path, mark, is
 
 
 VARIABLES = (
-    "SLURM_JOB_ID SLURM_NODEID SLURM_MEM_PER_NODE SLURM_MEM_PER_CPU SLURM_CPUS_PER_TASK SLURM_CPUS_ON_NODE NCPUS "
-    "SLURM_JOB_CPUS_PER_NODE SLURM_STEP_TASKS_PER_NODE PBS_JOBID PBS_NUM_PPN PBS_NCPUS PBS_RESC_MEM NSLOTS NHOSTS "
+    "SLURM_JOB_ID SLURM_NODEID SLURM_MEM_PER_NODE SLURM_MEM_PER_CPU SLURM_CPUS_PER_TASK "
+    "SLURM_CPUS_ON_NODE NCPUS "
+    "SLURM_JOB_CPUS_PER_NODE SLURM_STEP_TASKS_PER_NODE PBS_JOBID PBS_NUM_PPN PBS_NCPUS "
+    "PBS_RESC_MEM NSLOTS NHOSTS "
     "SGE_HGR_m_mem_free SGE_HGR_h_vmem _CONDOR_MACHINE_AD"
 ).split()
 TEXTS = (
     st.text()
-    | st.sampled_from(["0", "-1", "1e3", "٣", "²", "9" * 5000, "4(x0)", "(x2)", "16(x2),8", "4096", "2G", "1.5.2"])
+    | st.sampled_from(
+        ["0", "-1", "1e3", "٣", "²", "9" * 5000, "4(x0)", "(x2)", "16(x2),8", "4096", "2G", "1.5.2"]
+    )
     | st.integers(0, 99999).map(str)
 )
 
@@ -310,14 +370,18 @@ def test_no_value_of_a_variable_or_a_file_is_an_error(environment, files, machin
     assert apppot_start.choose_cpus(None, grants).value >= 1
 
 
-# --- Images -------------------------------------------------------------------------------------------------
+# --- Images ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def ext4(tmp_path):
     path = tmp_path / "small.img"
     subprocess.run(
-        ["/sbin/mke2fs", "-q", "-t", "ext4", "-U", "12345678-1234-1234-1234-123456789abc", path, "4M"], check=True
+        [
+            "/sbin/mke2fs", "-q", "-t", "ext4", "-U", "12345678-1234-1234-1234-123456789abc", path,
+            "4M",
+        ],
+        check=True,
     )
     return path
 
@@ -331,8 +395,14 @@ def test_a_partition_image_is_its_own_root(ext4):
     "table, number",
     [
         ("label: dos\nstart=2048,size=4096,type=c\nstart=8192,size=8192,type=83", 2),
-        ("label: dos\nstart=2048,size=4096,type=83\nstart=6144,size=12288,type=5\nstart=8192,size=8192,type=83", 5),
-        ("label: dos\nstart=2048,size=16384,type=f\nstart=4096,size=1024,type=83\nstart=8192,size=8192,type=83", 6),
+        (
+            "label: dos\nstart=2048,size=4096,type=83\nstart=6144,size=12288,type=5\nstart=8192,size=8192,type=83",
+            5,
+        ),
+        (
+            "label: dos\nstart=2048,size=16384,type=f\nstart=4096,size=1024,type=83\nstart=8192,size=8192,type=83",
+            6,
+        ),
         ("label: gpt\nstart=2048,size=4096,type=uefi\nstart=8192,size=8192,type=linux", 2),
         ("label: gpt\nstart=8192,size=8192,type=4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709", 1),
     ],
@@ -360,12 +430,22 @@ def bad_images(directory, ext4):
     yield "program", pathlib.Path(sys.executable).resolve().read_bytes()[:5000], "program"
     yield (
         "disk",
-        bytes(446) + b"\0\0\0\0\x83\0\0\0" + struct.pack("<II", 1, 9) + bytes(48) + b"\x55\xaa" + bytes(9000),
+        bytes(446)
+        + b"\0\0\0\0\x83\0\0\0"
+        + struct.pack("<II", 1, 9)
+        + bytes(48)
+        + b"\x55\xaa"
+        + bytes(9000),
         "partition",
     )
     yield (
         "circle",
-        bytes(446) + b"\0\0\0\0\x05\0\0\0" + struct.pack("<II", 0, 9) + bytes(48) + b"\x55\xaa" + bytes(9000),
+        bytes(446)
+        + b"\0\0\0\0\x05\0\0\0"
+        + struct.pack("<II", 0, 9)
+        + bytes(48)
+        + b"\x55\xaa"
+        + bytes(9000),
         "ext4",
     )
     yield "gpt", bytes(512) + b"EFI PART" + b"\xff" * 9000, "ext4"
@@ -389,6 +469,7 @@ def test_an_image_that_is_none_is_refused_by_name(tmp_path, ext4):
         result = run_runner("--image", path, "true")
         assert result.returncode == 125, name
         assert_error(result, word, path)
+
     for path in (tmp_path / "missing", tmp_path):
         result = run_runner("--image", path, "true")
         assert result.returncode == 125
@@ -400,9 +481,15 @@ def disks(tmp_path_factory):
     """Small images of every kind with a real file system in them, as bytes."""
     place = tmp_path_factory.mktemp("disks")
     (place / "fs").touch(), (place / "table").touch()
-    subprocess.run(["/sbin/mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", place / "fs", "512k"], check=True)
+    subprocess.run(
+        ["/sbin/mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", place / "fs", "512k"], check=True
+    )
     found = [(place / "fs").read_bytes()]
-    for table in ("label: dos\nstart=256,type=5\nstart=512,size=1100,type=83", "label: gpt\nstart=512,size=1100"):
+
+    for table in (
+        "label: dos\nstart=256,type=5\nstart=512,size=1100,type=83",
+        "label: gpt\nstart=512,size=1100",
+    ):
         os.truncate(place / "table", 0)
         os.truncate(place / "table", 1 << 20)
         subprocess.run(["/sbin/sfdisk", "-q", place / "table"], input=table.encode(), check=True)
@@ -424,11 +511,18 @@ DAMAGE = st.lists(
 
 
 @given(st.integers(0, 2), DAMAGE, st.integers(0, 1 << 19))
-def test_a_damaged_image_is_read_or_refused_and_nothing_else(disks, tmp_path_factory, kind, damage, cut):
+def test_a_damaged_image_is_read_or_refused_and_nothing_else(
+    disks, tmp_path_factory, kind, damage, cut
+):
     content = bytearray(disks[kind])
-    assert apppot_start.find_root_device(write_image(tmp_path_factory, content)).partition == (0, 5, 1)[kind]
+    assert (
+        apppot_start.find_root_device(write_image(tmp_path_factory, content)).partition
+        == (0, 5, 1)[kind]
+    )
+
     for place, offset, byte, count in damage:
         content[place + offset : place + offset + count] = byte * count
+
     try:
         apppot_start.find_root_device(write_image(tmp_path_factory, content[: len(content) - cut]))
     except apppot_start.Fatal as fatal:
@@ -453,11 +547,17 @@ def agent_tree(place):
 def appliances(tmp_path_factory):
     """Images with an agent: extents, 1 KiB blocks, block maps, no 64 bit, small inodes."""
     tree = agent_tree(tmp_path_factory.mktemp("tree"))
-    kinds = (["ext4"], ["ext4", "-b", "1024"], ["ext2", "-b", "4096"], ["ext4", "-O", "^64bit"], ["ext4", "-I", "128"])
+    kinds = (
+        ["ext4"], ["ext4", "-b", "1024"], ["ext2", "-b", "4096"], ["ext4", "-O", "^64bit"],
+        ["ext4", "-I", "128"],
+    )
     images = []
+
     for number, options in enumerate(kinds):
         images.append(tmp_path_factory.getbasetemp() / f"agent{number}.img")
-        subprocess.run(["/sbin/mke2fs", "-q", "-F", "-d", tree, "-t", *options, images[-1], "12M"], check=True)
+        subprocess.run(
+            ["/sbin/mke2fs", "-q", "-F", "-d", tree, "-t", *options, images[-1], "12M"], check=True
+        )
     return images
 
 
@@ -465,9 +565,11 @@ def appliances(tmp_path_factory):
 def test_the_agent_is_seen_in_an_image_from_outside(appliances, number):
     image = appliances[number]
     assert apppot_start.find_missing_agent(str(image), 0) == ""
+
     shifted = image.with_suffix(".shifted")
     shifted.write_bytes(bytes(12345) + image.read_bytes())
     assert apppot_start.find_missing_agent(str(shifted), 12345) == ""
+
     for path, named in (
         ("/usr/bin/python3.11", "/bin/python3"),
         ("/usr/lib/apppot/apppot_init.py", "/usr/lib/apppot/apppot_init.py"),
@@ -475,7 +577,9 @@ def test_the_agent_is_seen_in_an_image_from_outside(appliances, number):
     ):
         copy = image.with_suffix(".copy")
         copy.write_bytes(image.read_bytes())
-        subprocess.run(["/sbin/debugfs", "-w", "-R", f"rm {path}", copy], check=True, capture_output=True)
+        subprocess.run(
+            ["/sbin/debugfs", "-w", "-R", f"rm {path}", copy], check=True, capture_output=True
+        )
         assert apppot_start.find_missing_agent(str(copy), 0) == named
 
 
@@ -496,7 +600,7 @@ def write_image(factory, content):
     return str(path)
 
 
-# --- Options ------------------------------------------------------------------------------------------------
+# --- Options --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -543,7 +647,8 @@ def write_image(factory, content):
 )
 def test_a_wrong_option_is_refused_by_name(image, words, said):
     result = run_runner(
-        "--image", image, *[word.format(image) for word in words], *(["true"] if len(words) > 1 else [])
+        "--image", image, *[word.format(image) for word in words],
+        *(["true"] if len(words) > 1 else []),
     )
     assert (result.returncode, result.stdout) == (125, b"")
     assert_error(result, said)
@@ -554,7 +659,9 @@ VALUED = [action for action in apppot_start.build_parser()._actions if action.na
 
 @pytest.mark.parametrize("name", [name for action in VALUED for name in action.option_strings])
 def test_an_option_with_an_empty_value_is_named_and_never_counts_as_not_given(name):
-    for words in ([name, ""], [name + "="], [name, " "], [name + "=\t\n"], ["-v", name, "", "true"]):
+    for words in (
+        [name, ""], [name + "="], [name, " "], [name + "=\t\n"], ["-v", name, "", "true"],
+    ):
         with pytest.raises(apppot_start.Fatal) as caught:
             apppot_start.build_parser().split(words)
         assert caught.value.message.startswith(name + " ") and caught.value.hint
@@ -562,7 +669,9 @@ def test_an_option_with_an_empty_value_is_named_and_never_counts_as_not_given(na
 
 
 @pytest.mark.parametrize("variable", re.findall(r"APPPOT_[A-Z]+", apppot_start.EPILOG))
-def test_a_variable_that_is_blank_is_named_and_one_that_is_empty_is_not_set(image, kernel, variable):
+def test_a_variable_that_is_blank_is_named_and_one_that_is_empty_is_not_set(
+    image, kernel, variable
+):
     env = {"APPPOT_KERNEL": str(kernel), "APPPOT_IMAGE": str(image)}
     result = run_runner("--dry-run", "true", env={**env, variable: " \t"})
     assert result.returncode == 125
@@ -574,9 +683,11 @@ def test_a_variable_that_is_blank_is_named_and_one_that_is_empty_is_not_set(imag
 def test_no_kernel_and_no_image_are_told(tmp_path, image):
     lonely = tmp_path / "apppot_start.py"
     lonely.write_bytes((TOP / "apppot_start.py").read_bytes())
+
     for words, said in ((["--image", image], "kernel"), ([], "image")):
         result = subprocess.run(
-            [sys.executable, lonely, *words, "true"], cwd=tmp_path, env={"PATH": "/nowhere"}, capture_output=True
+            [sys.executable, lonely, *words, "true"], cwd=tmp_path, env={"PATH": "/nowhere"},
+            capture_output=True,
         )
         assert result.returncode == 125
         assert_error(result, "no " + said)
@@ -584,7 +695,9 @@ def test_no_kernel_and_no_image_are_told(tmp_path, image):
 
 
 @pytest.mark.parametrize("what, name", [("kernel", "linux"), ("image", "apppot.img")])
-def test_kernel_and_image_are_looked_for_in_the_order_that_the_help_gives(tmp_path, monkeypatch, what, name):
+def test_kernel_and_image_are_looked_for_in_the_order_that_the_help_gives(
+    tmp_path, monkeypatch, what, name
+):
     places = ["option", "environment", "script", "script/build", "current", "path"]
     for place in places:
         (tmp_path / place).mkdir()
@@ -605,7 +718,10 @@ def test_kernel_and_image_are_looked_for_in_the_order_that_the_help_gives(tmp_pa
     assert [found_in(str(tmp_path / "option" / name)), found_in()] == places[:2]
     monkeypatch.delenv(variable)
     on_path = ["path"] if what == "kernel" else []
-    assert [found_in() for _ in ["script", "build", "current", *on_path]] == [*places[2:5], *on_path]
+    assert [found_in() for _ in ["script", "build", "current", *on_path]] == [
+        *places[2:5],
+        *on_path,
+    ]
     with pytest.raises(apppot_start.Fatal, match=f"no {what} found"):
         found_in()
 
@@ -626,24 +742,35 @@ def test_help_and_version_and_dry_run(image, kernel):
     text = run_runner("--help", env={**os.environ, "COLUMNS": "80"}).stdout.decode()
     for action in apppot_start.build_parser()._actions:
         assert all(option in text for option in action.option_strings)
-    assert all(group in text for group in ("\nappliance:", "\ncommand:", "\nrun:", "\ninformation:", "\nexit status:"))
+    assert all(
+        group in text
+        for group in ("\nappliance:", "\ncommand:", "\nrun:", "\ninformation:", "\nexit status:")
+    )
     assert "SLURM_" in text and max(map(len, text.splitlines())) <= 80
     assert run_runner("-V").stdout.decode() == f"AppPot {apppot_start.VERSION}\n"
+
     line = run_runner(
-        "--dry-run", "--image", image, "--kernel", kernel, "--mem", "300", "--id", "me", "-X", "quiet", "true"
+        "--dry-run", "--image", image, "--kernel", kernel, "--mem", "300", "--id", "me", "-X",
+        "quiet", "true",
     ).stdout.decode()
     assert re.match(rf"{re.escape(str(kernel))} ubd0c=cow,\S+ root=/dev/ubda rw mem=300M ", line)
     assert " umid=me " in line and line.endswith(" quiet\n")
 
 
-# --- The files ----------------------------------------------------------------------------------------------
+# --- The files ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["apppot_start.py", "apppot_init.py", "changes.py"])
 def test_a_file_is_python_3_6_and_needs_the_standard_library_only(name):
     tree = ast.parse((TOP / name).read_text(), feature_version=(3, 6))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
     own = {"changes"} if name == "apppot_init.py" else set()  # in the image they are neighbours
     assert {module.split(".")[0] for module in imported} - own <= set(sys.stdlib_module_names)
 
@@ -651,9 +778,13 @@ def test_a_file_is_python_3_6_and_needs_the_standard_library_only(name):
 def test_a_current_directory_that_is_gone_is_told(tmp_path, image):
     script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
     result = subprocess.run(
-        ["sh", "-c", script, "-", sys.executable, TOP / "apppot_start.py", "--image", image, "true"],
+        [
+            "sh", "-c", script, "-", sys.executable, TOP / "apppot_start.py", "--image", image,
+            "true",
+        ],
         cwd=tmp_path,
         capture_output=True,
     )
+
     assert result.returncode == 125
     assert_error(result, "current directory")
