@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import tokenize
 from types import SimpleNamespace
 
 import pytest
@@ -192,6 +193,7 @@ CONTAINER = {
     "/proc/self/mountinfo": "24 23 0:25 /docker/abc /sys/fs/cgroup ro - cgroup2 cgroup ro\n",
     "/sys/fs/cgroup/memory.max": "536870912\n",
 }
+WORDS_OF_UML = ("uml", "hostfs", "ubd", "mconsole", "ptrace", "seccomp")
 MACHINE_AD = 'Name = "slot1_1@vm"\nTotalMemory = 99999\nMemory = 2048\nCpus = 3\nTotalCpus = 9.0\n'
 
 
@@ -311,6 +313,26 @@ def test_cgroup_limits_are_found_up_to_the_root(files, mem, cpus):
 )
 def test_the_guest_s_memory_leaves_room_in_the_least_limit(environment, files, machine_mib, mem):
     assert apppot_start.default_mem(find_grants(environment, files, machine_mib)).value == mem
+
+
+def test_nothing_but_its_own_sections_knows_user_mode_linux():
+    """A second VMM then has one place: what the seam and the choice of a VMM name is all that others know."""
+    known = set()
+    section = ""
+    with open(TOP / "apppot_start.py", "rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.string.startswith("# --- "):
+                section = token.string
+            elif token.type == tokenize.NAME and "User-Mode Linux" not in section:
+                known |= {token.string for word in WORDS_OF_UML if word in token.string.lower()}
+    assert known == {"Uml", "ptrace", "examine_ptrace", "examine_seccomp", "check_hostfs"}
+
+
+def test_the_seam_is_all_that_a_vmm_must_have():
+    for seam, uml in (("Vmm", "Uml"), ("Console", "UmlConsole"), ("Watch", "UmlWatch")):
+        methods = inspect.getmembers(getattr(apppot_start, seam), inspect.isfunction)
+        missing = [name for name, method in methods if "NotImplementedError" in inspect.getsource(method)]
+        assert missing and set(missing) <= set(vars(getattr(apppot_start, uml)))
 
 
 def test_how_system_calls_are_trapped_is_chosen_and_extra_overrides():
