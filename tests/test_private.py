@@ -476,7 +476,7 @@ def test_an_ordinary_user_of_the_guest_does_not_reach_the_spool(kernel, image):
 
 def test_a_spool_that_root_of_the_guest_has_removed_is_named(node):
     process = node.start_ready("exec cat", stdin=subprocess.PIPE)
-    shutil.rmtree(next(node.scratch.glob("apppot-*/hostfs/spool")))
+    shutil.rmtree(next(node.scratch.glob("apppot-*/spool")))
     _, stderr = process.communicate(bytes(100000), timeout=60)
     assert process.returncode == 125
     assert_told(stderr, "stdin cannot be passed on")
