@@ -87,7 +87,7 @@ def test_each_section_in_it_is_a_section_of_a_program():
     # A word of code there, other than the names of files.
     words = set(re.findall(r"`(\w+)`", text))
     assert words and all(
-        re.search(rf"^(class )?{word}\b", programs["apppot_start.py"], re.MULTILINE)
+        re.search(rf"^(class |def )?{word}\b", programs["apppot_start.py"], re.MULTILINE)
         for word in words
     )
 
