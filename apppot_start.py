@@ -3008,6 +3008,7 @@ class Vmm:
     interfaces: Dict[str, str]       # each kind of network that a guest can have, and its interface
     line_window: int                 # bytes that may be on their way to the agent
     can_enlarge_disk: bool           # beyond the size of its image
+    reserved_names: Tuple[str, ...]  # which the VMM uses itself, so that no guest can have them
 
     # The runner calls these before there is a guest.
 
@@ -3973,6 +3974,7 @@ class Uml(Vmm):
     # not be full: `empty` moves bytes one way at a time, so it and the agent would each wait for the
     # other to read. If its write is interrupted, it forgets the rest.
     line_window = 3072
+    reserved_names = RESERVED_NAMES
 
     def __init__(self, kernel: str, features: Features, ptrace: bool, extra: Sequence[str]) -> None:
         self.program = kernel
@@ -4075,6 +4077,11 @@ class Uml(Vmm):
 
     def resume(self, guest: Guest, directory: int, supervisor: int) -> None:
         resume_guest(supervisor, directory, guest.name)
+
+
+def find_uml(kernel: Optional[str], ptrace: bool, extra: Sequence[str]) -> Uml:
+    path = check_kernel(find_part(kernel, KERNEL_NAMES, "kernel", True))
+    return Uml(path, read_features(path), ptrace, extra)
 
 
 # --- User-Mode Linux: what the doctor says -------------------------------------------------------------------
@@ -5996,14 +6003,9 @@ def find_image(options: argparse.Namespace) -> Tuple[str, Optional[str]]:
     return split_image(find_part(options.image, IMAGE_NAMES, "image", False))
 
 
-def find_kernel(options: argparse.Namespace) -> str:
-    return check_kernel(find_part(options.kernel, KERNEL_NAMES, "kernel", True))
-
-
 def find_vmm(options: argparse.Namespace) -> Uml:
     """The VMM that the kernel file is for: a second VMM is chosen here."""
-    kernel = find_kernel(options)
-    return Uml(kernel, read_features(kernel), options.ptrace, options.extra)
+    return find_uml(options.kernel, options.ptrace, options.extra)
 
 
 def split_image(text: str) -> Tuple[str, Optional[str]]:
@@ -6031,10 +6033,10 @@ def choose_image(options: argparse.Namespace) -> Tuple[str, Optional[str], RootD
     return image, cow, root
 
 
-def choose_name(options: argparse.Namespace) -> str:
+def choose_name(options: argparse.Namespace, vmm: Vmm) -> str:
     """The name of the guest. This checks all words of the user on the kernel command line."""
     umid = options.umid or "guest"
-    if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in RESERVED_NAMES:
+    if not re.match(r"[\w.-]{1,60}$", umid, re.ASCII) or umid in vmm.reserved_names:
         raise Fatal("--id is not a name: {!r}".format(umid), "use up to 60 letters, digits and -_.")
     for word in options.extra:
         if not word or re.search(r"\s", word):
@@ -6167,7 +6169,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...],
         shares=list_shares(job),
         mem_mib=mem.value,
         cpus=cpus.value,
-        name=choose_name(options),
+        name=choose_name(options, vmm),
         network=choose_network(options, vmm.program, vmm.interfaces),
         extra=tuple(options.extra),
         scratch=choose_scratch(scratch_candidates(options.tmpdir)),
@@ -6475,7 +6477,7 @@ def find_ignored_signals(parent: int) -> Tuple[int, ...]:
 
 def follow_parent(parent: int) -> None:
     if not try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGTERM):
-        raise Fatal("--die-with-parent cannot be had: this Python has no ctypes", "leave it out")
+        raise Fatal("--die-with-parent does not work: this Python has no ctypes", "leave it out")
     if os.getppid() != parent:                    # it ended meanwhile
         os.kill(os.getpid(), signal.SIGTERM)
 
