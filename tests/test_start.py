@@ -325,7 +325,9 @@ def test_nothing_but_its_own_sections_knows_user_mode_linux():
                 section = token.string
             elif token.type == tokenize.NAME and "User-Mode Linux" not in section:
                 known |= {token.string for word in WORDS_OF_UML if word in token.string.lower()}
-    assert known == {"Uml", "ptrace", "examine_ptrace", "examine_seccomp", "check_hostfs"}
+    assert known == {
+        "Uml", "find_uml", "ptrace", "examine_ptrace", "examine_seccomp", "check_hostfs",
+    }
 
 
 def test_the_seam_is_all_that_a_vmm_must_have():
@@ -732,8 +734,11 @@ def test_kernel_and_image_are_looked_for_in_the_order_that_the_help_gives(
     monkeypatch.chdir(tmp_path / "current")
 
     def found_in(option=None):
-        found = getattr(apppot_start, f"find_{what}")(SimpleNamespace(**{what: option}))
-        path = pathlib.Path(found if what == "kernel" else found[0]).resolve()
+        if what == "kernel":
+            found = apppot_start.find_uml(option, False, []).program
+        else:
+            found = apppot_start.find_image(SimpleNamespace(image=option))[0]
+        path = pathlib.Path(found).resolve()
         path.unlink()
         return str(path.parent.relative_to(tmp_path))
 
