@@ -5402,8 +5402,8 @@ class Ending:
         """Do what each deadline is for that is over."""
         now = time.monotonic()
         for action in [action for action, due in self._deadlines.items() if due <= now]:
-            del self._deadlines[action]
-            action()
+            if self._deadlines.pop(action, None) is not None:  # none before has done it
+                action()
 
     def _follow_ancestor(self) -> None:
         if self._spec.ancestor and is_called(*self._spec.ancestor):
@@ -6297,8 +6297,8 @@ def check_cpus(basis: Basis) -> Finding:
     reason = basis.vmm.explain_one_cpu() if basis.vmm else None
     cpus, note = decide_cpus(basis.options.cpus, basis.grants, reason)
     if note:
-        hint = "run several appliances at once, or use a kernel with CONFIG_SMP"
-        return Finding("warn", note, hint)
+        cure = "leave out --ptrace" if basis.options.ptrace else "use a kernel with CONFIG_SMP"
+        return Finding("warn", note, "run several appliances at once, or " + cure)
     return Finding("ok", describe_cpus(cpus))
 
 

@@ -437,6 +437,10 @@ def test_cpus_that_the_kernel_cannot_have_are_a_warning(node, kernel):
         assert (result.returncode, result.stdout) == (0, b"1\n")
         assert re.fullmatch(rb"apppot: warning: [^\n]*=4 [^\n]*%s[^\n]*\n" % reason, result.stderr)
 
+    verdict, said = examine(node, "--cpus", "4", *lacking)["cpus"]
+    cure = "leave out --ptrace" if lacking else "use a kernel with CONFIG_SMP"
+    assert verdict == "warn" and said.endswith(cure)
+
     quiet = node.run(*lacking, "nproc", env={"SLURM_CPUS_PER_TASK": "2"})
     assert (quiet.stdout, quiet.stderr) == (b"1\n", b"")
 

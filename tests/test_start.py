@@ -7,6 +7,7 @@ import inspect
 import os
 import pathlib
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nodes import TOP, assert_error, kernel_has
-from test_init import GUEST
+from test_init import GUEST, SPEC
 
 import apppot_init
 import apppot_start
@@ -44,6 +45,21 @@ def test_frames_survive_any_split(frames, data):
 def test_a_frame_too_long_is_no_frame():
     with pytest.raises(ValueError):
         apppot_start.decode_frames(bytearray(struct.pack("<BI", 2, apppot_start.FRAME_MAX + 1)))
+
+
+def test_deadlines_that_are_over_at_once_are_met_once(monkeypatch):
+    """As after a long stop: the walltime's SIGTERM is the second, and so kills, as the first's does."""
+    clock = [0.0]
+    posted = []
+    monkeypatch.setattr(apppot_start.time, "monotonic", lambda: clock[0])
+    channel = SimpleNamespace(post=lambda kind, payload: posted.append(payload[0]))
+    ending = apppot_start.Ending(channel, SPEC._replace(timeout_s=20.0, kill_after_s=10.0))
+    ending.note_start()
+    ending.forward(signal.SIGTERM)
+
+    clock[0] = 60.0
+    ending.review()
+    assert posted == [signal.SIGTERM, signal.SIGKILL] and ending.is_time_over
 
 
 @given(
