@@ -4522,7 +4522,10 @@ def supervise(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
     os.chdir("/")
     for directory in directories.list_distinct():
         remove_private(directory)
-    os.write(report, encode_frame(ENDED, encode_end(end)))
+    try:
+        os.write(report, encode_frame(ENDED, encode_end(end)))
+    except BrokenPipeError:                       # the runner was killed
+        pass
 
 
 def describe_bug() -> End:

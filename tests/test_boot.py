@@ -297,10 +297,13 @@ def test_what_was_synced_survives_a_kill_while_writing(node, image, kind):
 def test_the_look_at_what_is_left_sees_a_process_and_a_file(kernel, image):
     node = Node(kernel, image, os.getuid())
     stray = subprocess.Popen(
-        ["setsid", "sleep", "100"], env={"PATH": os.environ["PATH"], "APPPOT_TEST": node.mark}
+        ["sleep", "100"], start_new_session=True,
+        env={"PATH": os.environ["PATH"], "APPPOT_TEST": node.mark},
     )
 
     try:
+        # While it executes a program, a process shows no environment.
+        wait_for(lambda: node.processes() == [stray.pid])
         with pytest.raises(AssertionError):
             node.wait_until_gone(0.3)
         stray.kill(), stray.wait()
