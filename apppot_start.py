@@ -1609,8 +1609,10 @@ def read_slurm(job: Statements, read: Reader) -> Tuple[Amounts, Amounts]:
         return pick_slurm(text, node)
 
     tasks = job.read("SLURM_STEP_TASKS_PER_NODE", of_node)
-    on_node = job.read("SLURM_CPUS_ON_NODE", int) or job.read("SLURM_JOB_CPUS_PER_NODE", of_node)
-    cpus = job.read("SLURM_CPUS_PER_TASK", int) or divide(on_node, tasks)
+    cpus = job.read("SLURM_CPUS_PER_TASK", int)
+    if not cpus:
+        on_node = job.read("SLURM_CPUS_ON_NODE", int)
+        cpus = divide(on_node or job.read("SLURM_JOB_CPUS_PER_NODE", of_node), tasks)
 
     mem = divide(job.read("SLURM_MEM_PER_NODE", parse_mib), tasks)
     mem += multiply(job.read("SLURM_MEM_PER_CPU", parse_mib), cpus)

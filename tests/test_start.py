@@ -250,6 +250,8 @@ def test_the_limit_of_a_job_is_told_from_others(variables, limit, wanted, name):
             {"SLURM_MEM_PER_CPU": "1000", "SLURM_CPUS_PER_TASK": "2", "SLURM_CPUS_ON_NODE": "8"},
             "Slurm", [2000], [2],
         ),
+        # A variable that does not count is not complained about.
+        ({"SLURM_CPUS_PER_TASK": "2", "SLURM_CPUS_ON_NODE": "many"}, "Slurm", [], [2]),
         (
             {"SLURM_MEM_PER_CPU": "1000", "SLURM_JOB_CPUS_PER_NODE": "16(x2),8"}, "Slurm", [16000],
             [16],
