@@ -2327,7 +2327,7 @@ GUEST_ADDRESS, GATEWAY, NAMESERVER = "10.0.2.15", "10.0.2.2", "10.0.2.3"
 SLIRP4NETNS_MIN = (1, 2)             # the first with --target-type=bess
 # 100.64.0.0/10 (RFC 6598). Clusters use 10/8 and 172.16/12, which stay reachable.
 LAN_NET = (100 << 24 | 64 << 16, 10)
-LAN_GROUP = r"([0-9.]+):([0-9]{1,5})"
+LAN_GROUP = r"([0-9.]+):([0-9]{1,99})"    # a word with a port too large is no command either
 
 
 class Port(NamedTuple):

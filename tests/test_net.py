@@ -748,6 +748,7 @@ def test_lan_takes_a_group_and_no_command():
     split = apppot_start.build_parser().split
     assert split(["--lan", "ls"]) == (["--lan"], ("ls",))
     assert split(["--lan", "239.1.2.3:5000", "ls"]) == (["--lan", "239.1.2.3:5000"], ("ls",))
+    assert split(["--lan", "239.1.2.3:500000", "ls"])[1] == ("ls",), "a wrong group is no command"
     assert split(["--lan=239.1.2.3:5000", "ls"]) == (["--lan=239.1.2.3:5000"], ("ls",))
     assert split(["--lan", "--mem", "1G", "ls"]) == (["--lan", "--mem", "1G"], ("ls",))
     assert split(["--lan"]) == (["--lan"], ())
@@ -768,6 +769,7 @@ def test_the_lan_of_a_batch_job_is_its_own_and_addresses_are_unique():
     "where, address",
     [
         ("10.1.2.3:5000", ""), ("239.1.2.3", ""), ("239.1.2.3:0", ""), ("239.1.2.3:70000", ""),
+        ("239.1.2.3:500000", ""),
         ("239.1.2.300:5", ""), ("x", ""), ("", "10.1.1"), ("", "fe80::1"), ("", "10.1.1.1/31"),
         ("", "10.1.1.1/"), ("", "10.1.1.1/x"),
     ],
