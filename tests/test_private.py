@@ -216,6 +216,8 @@ def test_directories_of_the_user_s_own_stay(owner):
     assert [(path / "data").read_text() for path in paths] == [NONCE] * len(paths)
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o500}
     assert len(owner.list_private()) == len(paths) + 1
+    for path in paths:
+        path.chmod(0o700)                         # else an ordinary user cannot remove what is in it
 
 
 def test_a_run_that_lives_keeps_its_directory(owner):
