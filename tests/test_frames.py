@@ -358,9 +358,10 @@ def test_a_flood_takes_little_memory_and_time(guests, name, is_read):
         for _ in range(5):
             guest.say(flood)
             guest.shown.clear()
-        kept = tracemalloc.get_traced_memory()[0]
+        # The runner may be reading at this moment. The buffer of a read, 1 MiB, is not kept.
+        limit = 16 << 20 if "long" in name else 1 << 20
+        wait_for(lambda: tracemalloc.get_traced_memory()[0] < limit)
         tracemalloc.stop()
-        assert kept < (16 << 20 if "long" in name else 1 << 20)
         assert time.process_time() - started < 30
         # On a busy machine the time that a command has after a second SIGTERM may be over before
         # the channel ends.
