@@ -63,7 +63,7 @@ VERSION = "0.1"
 
 # --- What crosses host and guest (the other program has the same text; a test compares them) ----------------
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may carry noise before the agent owns it
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
@@ -241,6 +241,10 @@ SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO = 0x7FFF0000, 0x00050000
 # 32-bit words; include/uapi/linux/bpf_common.h
 BPF_LOAD, BPF_EQUAL, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x45, 0x06
 CAP_SYS_ADMIN = 21
+VIRTIO_FS = "apppot_virtiofs"        # on the kernel command line: which modules virtio-fs needs
+VIRTIO_FS_TAG = b"apppot"
+MODULES = "/run/apppot-modules"
+SYS_FINIT_MODULE = 313
 
 
 def open_channel() -> int:
@@ -257,14 +261,66 @@ def open_channel() -> int:
     return line
 
 
-def mount_share(tag: bytes, target: bytes, flags: int = 0) -> None:
-    """Mount the directory that the host shares under this tag."""
+def mount_hostfs(tag: bytes, place: bytes, flags: int) -> None:
+    """Mount a directory for which the host has this name."""
     try:
-        mount(b"none", target, b"hostfs", MS_NOSUID | MS_NODEV | flags, tag)
+        os.mkdir(place, 0o700)
+        mount(b"none", place, b"hostfs", MS_NOSUID | MS_NODEV | flags, tag)
     except OSError as error:
         raise Fatal(
             "directory of the host ({}) cannot be mounted: {}".format(tag.decode(), error.strerror),
             "is it still there, and may you search it? The kernel needs hostfs: see --doctor")
+
+
+def has_file_server() -> bool:
+    """Whether the shares come by virtio-fs. The kernel makes such words of its command line ours."""
+    return VIRTIO_FS in os.environ
+
+
+def load_modules(names: Iterable[str]) -> None:
+    """Load modules of the kernel that the host has."""
+    place = MODULES.encode()
+    mount_hostfs(b"modules", place, MS_RDONLY)
+    for name in names:
+        try:
+            file = os.open("{}/{}.ko".format(MODULES, name), os.O_RDONLY | os.O_CLOEXEC)
+            call_libc("syscall", SYS_FINIT_MODULE, file, b"", 0)
+            os.close(file)
+        except OSError as error:
+            raise Fatal(
+                "module {} of the kernel cannot be loaded: {}".format(name, error.strerror),
+                "is it of this kernel? -v shows the guest's console")
+    unmount(place)
+    os.rmdir(place)
+
+
+def mount_shares() -> None:
+    """Mount the one file system that has all shares, if the host has a file server."""
+    if not has_file_server():
+        return
+    load = os.environ[VIRTIO_FS]
+    if load:
+        load_modules(load.split(","))
+    try:
+        mount(VIRTIO_FS_TAG, PLACE.encode(), b"virtiofs", MS_NOSUID | MS_NODEV)
+    except OSError as error:
+        raise Fatal(
+            "files of the host cannot be mounted: {}".format(error.strerror),
+            "-v shows the guest's console; please report it")
+
+
+def reach_share(tag: bytes, only_file: bytes, flags: int = 0) -> bytes:
+    """The path of a share for root alone: of a directory, or of the only file in it that is shared."""
+    place = os.path.join(PLACE.encode(), tag)
+    if has_file_server():
+        return place
+    mount_hostfs(tag, place, flags)
+    return os.path.join(place, only_file) if only_file else place
+
+
+def leave_share(tag: bytes) -> None:
+    if not has_file_server():
+        unmount(os.path.join(PLACE.encode(), tag))
 
 
 def forbid_mounts() -> None:
@@ -753,8 +809,8 @@ def mount_cgroups() -> None:
 def prepare_system() -> None:
     mount_system(MOUNTS[1:])
     os.mkdir(PLACE, 0o700)
-    os.mkdir(SPOOL)
-    mount_share(b"spool", SPOOL.encode(), MS_NOEXEC)
+    mount_shares()
+    reach_share(b"spool", b"", MS_NOEXEC)
     mount_cgroups()
     for link_target, link in DEV_LINKS:
         if not os.path.lexists(link):
@@ -836,7 +892,7 @@ LOCALTIME = "/etc/localtime"
 TIMEZONE = "/etc/timezone"
 ZONES = "/usr/share/zoneinfo"        # the appliance's time zones
 NODE_ZONES = "/run/zoneinfo"         # for one of the node's
-NODE_FILES = PLACE + "/node"
+NODE_FILES = "/run/apppot-node"
 
 
 def choose_nameserver(text: bytes, nameserver: bytes) -> bytes:
@@ -1093,10 +1149,6 @@ def make_account(job: Job) -> Account:
 
 # --- The shares -----------------------------------------------------------------------------------
 
-# A share is mounted here, over the spool, until what is wanted of it is bound to its place.
-PARENT = SPOOL.encode()
-
-
 def make_mount_point(path: bytes, account: Account, is_directory: bool = True) -> None:
     """Make what is missing of a path, for the account, which can make neighbours as on the host."""
     missing: List[bytes] = []
@@ -1164,19 +1216,19 @@ class MountedShares:
 
     def _mount(self, share: Share) -> None:
         target = os.path.realpath(share.target)   # mount(2) follows links, too
-        source = os.path.join(PARENT, share.only_file)
+        flags = MS_RDONLY if share.read_only else 0
         try:
             self._make_place(target, not share.only_file)
-            # Only a directory can be shared. The descriptor is of a mount of its own, which nothing
-            # hides and which is in nobody's way. syncfs(2) on it tells of all errors since now.
-            mount_share(share.tag, PARENT, MS_RDONLY if share.read_only else 0)
+            source = reach_share(share.tag, share.only_file, flags)
             self._open(source, target)
             mount(source, target, b"", MS_BIND)
+            if flags:
+                mount(b"", target, b"", MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | flags)
         except OSError as error:
             raise Fatal(
                 "cannot bind to {!r}: {}".format(os.fsdecode(share.target), error.strerror),
                 "DST must be free or of the same kind as SRC, and what it is in, writable")
-        unmount(PARENT)
+        leave_share(share.tag)
         self._mounted[target] = share.tag
 
     def _open(self, path: bytes, place: bytes) -> None:
@@ -1261,29 +1313,22 @@ def blame_host_paths(fatal: "changes.Fatal", paths: Iterable[Tuple[bytes, bytes]
     return Fatal(message, hint)
 
 
-def mount_for_changes(tag: bytes, flags: int) -> bytes:
-    place = os.path.join(PLACE.encode(), tag)
-    os.mkdir(place, 0o700)
-    mount_share(tag, place, flags)
-    return place
-
-
 def merge_layers(job: Job, channel: Channel) -> None:
     """Apply the layers. Nothing else of the host is mounted yet, and the layers only until then."""
     import changes
 
     changes.spare_memory()
     layers = job.changes.layers
-    places = [mount_for_changes(b"layer%d" % number, MS_RDONLY) for number in range(len(layers))]
-    paths = [os.path.join(place, os.path.basename(layer)) for place, layer in zip(places, layers)]
+    tags = [b"layer%d" % number for number in range(len(layers))]
+    paths = [reach_share(tag, os.path.basename(layer), MS_RDONLY) for tag, layer in zip(tags, layers)]
     try:
         report = make_report(job.disk, channel)
         changes.run_apply(paths, b"/", False, job.changes.force, report)
     except changes.Fatal as fatal:
         raise blame_host_paths(fatal, zip(paths, layers))
     finally:
-        for place in places:
-            unmount(place)
+        for tag in tags:
+            leave_share(tag)
 
 
 class OwnFiles:
@@ -1335,14 +1380,13 @@ def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
 
     channel.send(SAVING)
     changes.spare_memory()
-    place = mount_for_changes(b"save", 0)
-    path = os.path.join(place, job.changes.saved_name)
+    path = os.path.join(reach_share(b"save", b""), job.changes.saved_name)
     try:
         changes.save_changes(b"/", path, [], make_report(job.disk, channel), known)
     except changes.Fatal as fatal:
         raise blame_host_paths(fatal, [(path, job.changes.saved)])
     finally:
-        unmount(place)
+        leave_share(b"save")
 
 
 # --- The command ----------------------------------------------------------------------------------

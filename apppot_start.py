@@ -43,6 +43,7 @@ from typing import (
     Container,
     Deque,
     Dict,
+    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -61,7 +62,7 @@ AnyPath = Union[str, bytes]
 
 # --- What crosses host and guest (the other program has the same text; a test compares them) ----------------
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may carry noise before the agent owns it
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
@@ -597,18 +598,23 @@ def list_tasks(kernel: int) -> Iterator[int]:
         yield from list_children(kernel, thread)
 
 
-def kill_children(spared: Optional[int] = None) -> None:
-    """Kill and reap all children but one.
+def kill_children(spared: Container[int] = ()) -> None:
+    """Kill and reap all children but some.
 
     We are the subreaper, so their orphans become our children in turn.
     """
     pids = [0]
     while pids:
-        pids = [pid for pid in list_children(os.getpid()) if pid != spared]
+        pids = [pid for pid in list_children(os.getpid()) if pid not in spared]
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         for pid in pids:
             os.waitpid(pid, 0)
+
+
+def forbid_core() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 def tie_to_us(leash: int, owner: int) -> None:
@@ -1020,7 +1026,7 @@ def is_confined(empty: Optional[str]) -> bool:
 
 def describe_confinement(empty: Optional[str]) -> str:
     by = "Landlock" if is_confined(empty) else "the guest's agent, as there is no Landlock"
-    return "confined by " + by
+    return "kernel is confined by " + by
 
 
 def list_program_rules(program: str) -> List[Rule]:
@@ -2648,6 +2654,11 @@ def describe_share(share: Share) -> str:
     return "share {} is {}{}".format(share.tag, os.fsdecode(share.path), mode)
 
 
+def list_share_rules(shares: Iterable[Share]) -> List[Rule]:
+    """The rights of the process that opens the files of the shares."""
+    return [(share.path, READ_ONLY if share.read_only else READ_WRITE) for share in shares]
+
+
 def make_share(tag: str, path: bytes, read_only: bool) -> Share:
     """A VMM shares directories only, so a file is shared with the directory that it is in."""
     if os.path.isdir(path):
@@ -2809,10 +2820,24 @@ class MountPoints:
             file.write(word + b"\0")
 
 
+# --- Virtio-fs ----------------------------------------------------------------------------------------------
+
+HAS_FILE_SERVER = False              # until it is written
+
+
+def serve_shares(listener: Any, shares: Sequence[Share]) -> None:
+    """Accept one VMM, and serve its requests until it hangs up.
+
+    Misfit if the guest breaks the protocol. The process is confined already.
+    """
+    raise NotImplementedError
+
+
 # --- A guest ------------------------------------------------------------------------------------------------
 # Values that any VMM understands.
 
 SPOOL = "spool"                      # in the run directory: what is too long for the channel
+SHARES_SOCKET = "shares"             # in the run directory: where the file server waits for the VMM
 GIVEN = "given"                      # in the directory of --save-changes: what the guest gets of it
 
 
@@ -2878,6 +2903,13 @@ def find_room(guest: Guest) -> int:
     room = status.f_bavail * status.f_frsize
     written = guest.disk.written_file
     return room if written is None else room + os.stat(written).st_blocks * 512
+
+
+def explain_memory_lost(guest: Guest) -> Fatal:
+    """Why a process got SIGBUS when it used the guest's memory, which is a file."""
+    message = "directory for the guest's memory became full: {}, where it may have {}"
+    return Fatal(message.format(guest.ram_directory, format_mib(guest.mem_mib)),
+                 "other files took its room; --tmpdir names another one")
 
 
 def explain_disk_failure(guest: Guest, said: bytes) -> Fatal:
@@ -3010,6 +3042,7 @@ class Vmm:
     interfaces: Dict[str, str]       # each kind of network that a guest can have, and its interface
     line_window: int                 # bytes that may be on their way to the agent
     can_enlarge_disk: bool           # beyond the size of its image
+    has_virtio_fs: bool              # it gets the shares from the file server, and opens none itself
     reserved_names: Tuple[str, ...]  # which the VMM uses itself, so that no guest can have them
 
     # The runner calls these before there is a guest.
@@ -3040,6 +3073,10 @@ class Vmm:
 
     def describe(self, guest: Guest, directories: Directories) -> str:
         """A line for -v."""
+        raise NotImplementedError
+
+    def describe_files(self) -> str:
+        """How the shares reach the guest, for -v."""
         raise NotImplementedError
 
     def open_console(self, guest: Guest) -> Console:
@@ -3089,7 +3126,7 @@ class Launch(NamedTuple):
     environment: Dict[str, str]
     enter_child: Callable[[], None]
     lifeline: int
-    helper: Optional[int]            # pid of the network helper, another child
+    helpers: FrozenSet[int]          # other children: the file server and the network helper
 
 
 def spawn(argv: List[str], launch: Launch) -> int:
@@ -3124,8 +3161,7 @@ def spawn(argv: List[str], launch: Launch) -> int:
 
 def enter_child(launch: Launch) -> None:
     launch.enter_child()
-    # A panic leaves no core.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    forbid_core()                                 # of a panic
     os.umask(0)                                   # the guest has its own, and both would apply in shares
 
     high = {there: fcntl.fcntl(here, fcntl.F_DUPFD, 32) for there, here in launch.keep.items()}
@@ -3145,14 +3181,21 @@ KERNEL_ANSWER_S = 10.0               # for `linux --version`
 CONFIG_MARK = b"# Automatically generated file; DO NOT EDIT.\n"
 CONFIG_SPAN = 256 << 10
 SECCOMP_HELP = b"seccomp=<on/auto/off>"    # of `linux --help`, which stands behind all constants
-FEATURE_SETTINGS = (                 # name for the user and setting of each Feature but the last
+FEATURE_SETTINGS = (                 # name for the user and setting of each Feature but the last two
     ("SMP", b"CONFIG_SMP=y"),
     ("hostfs", b"CONFIG_HOSTFS=y"),
     ("mconsole", b"CONFIG_MCONSOLE=y"),
     ("vector network", b"CONFIG_UML_NET_VECTOR=y"),
     ("slirp network", b"CONFIG_UML_NET_SLIRP=y"),
     ("multicast network", b"CONFIG_UML_NET_MCAST=y"),
-    ("--disk", b"CONFIG_DM_INIT=y"))
+    ("--disk", b"CONFIG_DM_INIT=y"),
+    ("virtio devices", b"CONFIG_VIRTIO_UML=y"),
+    ("virtio-fs", b"CONFIG_VIRTIO_FS="))           # =y or =m
+CONFIG_VERSION = br"# Linux/um (\d\S*) Kernel Configuration"
+# Of virtio-fs where it is no part of the kernel, in the order in which they are loaded.
+MODULES = ("fuse", "virtiofs")
+MODULE_MAX = 4 << 20
+MODULE_PLACE = "/usr/lib/uml/modules/{}/kernel/fs/fuse"        # of Debian's package
 
 
 class Features(NamedTuple):
@@ -3164,7 +3207,10 @@ class Features(NamedTuple):
     slirp_network: bool = False
     multicast: bool = False
     device_mapper: bool = False      # by the kernel command line
+    virtio: bool = False
+    virtio_fs: bool = False          # built in or by modules
     seccomp_mode: bool = False
+    needs_modules: Optional[str] = None  # for virtio-fs, made for this version; None: it is built in
 
 
 def check_kernel(path: str) -> str:
@@ -3196,8 +3242,26 @@ def read_features(kernel: str) -> Features:
         settings = content[start:end]
         has_seccomp_mode = content.find(SECCOMP_HELP, start) >= 0
     has = [setting in settings for _, setting in FEATURE_SETTINGS]
-    has.append(has_seccomp_mode)
-    return Features(*has)
+    needs_modules = b"CONFIG_VIRTIO_FS=m" in settings
+    version = re.search(CONFIG_VERSION, settings) if needs_modules else None
+    return Features._make((*has, has_seccomp_mode, version.group(1).decode() if version else None))
+
+
+def find_modules(kernel: str, version: str) -> Optional[str]:
+    """The directory of the modules for virtio-fs: that of the kernel file, or of Debian's package."""
+    for place in (os.path.dirname(kernel), MODULE_PLACE.format(version)):
+        if all(is_module(os.path.join(place, name + ".ko"), version) for name in MODULES):
+            return place
+    return None
+
+
+def is_module(path: str, version: str) -> bool:
+    """Whether this is a module of a kernel of that version; another kernel would refuse it."""
+    try:
+        with open(path, "rb") as file:
+            return b"\0vermagic=" + version.encode() + b" " in file.read(MODULE_MAX)
+    except OSError:
+        return False
 
 
 def choose_mode(features: Features, ptrace: bool, extra: Sequence[str]) -> Optional[str]:
@@ -3550,17 +3614,28 @@ HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"
 SKIPPED_AT_BOOT = ["initcall_blacklist=raid6_select_algo,calibrate_xor_blocks", "lpj=25000000"]
 # Errors of the guest's disk come to the console, even if a program has called `dmesg -n`.
 SAYS_ALL = "ignore_loglevel"
+VIRTIO_FS_DEVICE = 26                # VIRTIO_ID_FS, include/uapi/linux/virtio_ids.h
 
 
-def build_kernel_args(kernel: str, mode: Optional[str], guest: Guest) -> List[str]:
+def build_kernel_args(kernel: str, mode: Optional[str], guest: Guest,
+                      share_args: Sequence[str]) -> List[str]:
     """argv of the kernel. Paths are relative to the run directory, so no blank or comma can hurt."""
     return [
         kernel,
         name_disk(guest.disk), *build_root_args(guest.disk), "rw", "mem={}M".format(guest.mem_mib),
         "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(INPUT_FD, OUTPUT_FD),
-        "uml_dir=.", "umid=" + guest.name, HOSTFS_ROOT,
+        "uml_dir=.", "umid=" + guest.name, HOSTFS_ROOT, *share_args,
         "init=" + AGENT, SAYS_ALL, *SKIPPED_AT_BOOT,
         *build_cpu_args(mode, guest), *build_network_args(guest.network), *guest.extra]
+
+
+def build_share_args(modules: Sequence[str]) -> List[str]:
+    """The device of the file server. The agent finds the second word in its environment.
+
+    It names the modules that the agent is to load before it mounts the shares.
+    """
+    device = "virtio_uml.device={}:{}".format(SHARES_SOCKET, VIRTIO_FS_DEVICE)
+    return [device, "apppot_virtiofs=" + ",".join(modules)]
 
 
 def name_disk(disk: Disk) -> str:
@@ -3612,7 +3687,8 @@ MCONSOLE = struct.Struct("=III512s")
 MCONSOLE_MAGIC, MCONSOLE_VERSION = 0xCAFEBABE, 2
 # What else is in the run directory.
 RESERVED_NAMES = (
-    ".", "..", "hostfs", "spool", "cow", "disk", "base", "image", "net", "net-api", "slirp")
+    ".", "..", "hostfs", SPOOL, SHARES_SOCKET, "cow", "disk", "base", "image", "net", "net-api",
+    "slirp")
 
 
 def ask_mconsole(directory: int, umid: str, command: bytes) -> None:
@@ -3946,9 +4022,7 @@ class UmlConsole(Console):
 
     def _explain_panic(self, what: str) -> Fatal:
         if MEMORY_LOST in what:
-            message = "directory for the guest's memory became full: {}, where it may have {}"
-            return Fatal(message.format(self._guest.ram_directory, format_mib(self._guest.mem_mib)),
-                         "other files took its room; --tmpdir names another one")
+            return explain_memory_lost(self._guest)
         if "mount root" in what:
             return Fatal("guest cannot mount its root file system: " + self._guest.disk.image,
                          "run with -v to see the guest's console; is the image damaged? "
@@ -3967,6 +4041,8 @@ class UmlConsole(Console):
 # --- User-Mode Linux: the VMM -------------------------------------------------------------------------------
 
 ADDR_NO_RANDOMIZE = 0x0040000                                  # include/uapi/linux/personality.h
+HOSTFS_LACKS = ("no lock reaches another run, appends of several runs get lost, times have whole "
+                "seconds and touch(1) changes none, no ACLs, no xattrs, no holes")
 
 
 class Uml(Vmm):
@@ -3984,6 +4060,10 @@ class Uml(Vmm):
         self.mode = choose_mode(features, ptrace, extra)
         self._ptrace = ptrace
         self.can_enlarge_disk = features.device_mapper
+        version = features.needs_modules
+        self._module_place = None if version is None else find_modules(kernel, version)
+        has_driver = HAS_FILE_SERVER and features.virtio and features.virtio_fs
+        self.has_virtio_fs = has_driver and (version is None or self._module_place is not None)
         drivers = (
             (features.vector_network, SLIRP4NETNS, "vec0"),
             (features.slirp_network, SLIRP, "eth0"),
@@ -4015,7 +4095,9 @@ class Uml(Vmm):
         run = directories.run.path
         hostfs = os.path.join(run, "hostfs")
         os.mkdir(hostfs)
-        for share in guest.shares:
+        if self._module_place is not None:
+            os.symlink(self._module_place, os.path.join(hostfs, "modules"))
+        for share in () if self.has_virtio_fs else guest.shares:
             os.symlink(share.directory, os.path.join(os.fsencode(hostfs), share.tag.encode()))
 
         disk = guest.disk
@@ -4032,11 +4114,27 @@ class Uml(Vmm):
             os.symlink(helper.program, os.path.join(run, "slirp"))
 
     def build_argv(self, guest: Guest) -> List[str]:
-        return build_kernel_args(self.program, self.mode, guest)
+        modules = () if self._module_place is None else MODULES
+        share_args = build_share_args(modules) if self.has_virtio_fs else []
+        return build_kernel_args(self.program, self.mode, guest, share_args)
 
     def describe(self, guest: Guest, directories: Directories) -> str:
         path = os.path.join(directories.run.path, guest.name, "mconsole")
         return "management console: uml_mconsole " + path
+
+    def describe_files(self) -> str:
+        if self.has_virtio_fs:
+            return "files of the host come by virtio-fs and are as on this node"
+        return "files of the host come by hostfs, as {}: {}".format(self.explain_hostfs(), HOSTFS_LACKS)
+
+    def explain_hostfs(self) -> str:
+        """Why the shares do not come by virtio-fs."""
+        version = self.features.needs_modules
+        if version is None:
+            return "the kernel has no virtio-fs"
+        files = " and ".join(name + ".ko" for name in MODULES)
+        return "{} of kernel {} are neither beside it nor in {}".format(
+            files, version, MODULE_PLACE.format(version))
 
     def open_console(self, guest: Guest) -> Console:
         return UmlConsole(guest, self.program, self.mode)
@@ -4046,6 +4144,10 @@ class Uml(Vmm):
         devices = ("null", "zero", "ptmx", "pts", "tty")
         rules += [("/dev/" + name, READ_FILE | WRITE_FILE) for name in devices]
         rules += list_program_rules(self.program)
+
+        if self._module_place is not None:
+            files = (os.path.join(self._module_place, name + ".ko") for name in MODULES)
+            rules += [(path, READ_FILE) for path in files]
 
         helper = guest.network.helper
         if helper and helper.kind == SLIRP:       # the kernel executes it
@@ -4094,12 +4196,23 @@ def examine_kernel(vmm: Uml) -> Finding:
     names = [name for name, _ in FEATURE_SETTINGS] + ["seccomp mode"]
     has = [name for name, is_there in zip(names, vmm.features) if is_there]
     lacks = [name for name in names if name not in has]
-    if not vmm.features.hostfs:
-        raise Fatal("kernel has no hostfs: " + kernel, "build it with CONFIG_HOSTFS=y")
+    if not vmm.features.hostfs and not vmm.has_virtio_fs:
+        raise Fatal("kernel has no virtio-fs and no hostfs: " + kernel,
+                    "build it with CONFIG_VIRTIO_FS=y, as `make kernel` does")
 
     linking = "with its shared libraries" if read_loader(kernel) else "static"
     return Finding("ok", "{} {}, {}, has {}; no {}".format(
         kernel, version, linking, ", ".join(has), ", ".join(lacks) or "lack"))
+
+
+def examine_files(vmm: Optional[Uml], confinement: str) -> Finding:
+    if not vmm:
+        return Finding("ok", confinement)
+    what = "{}; {}".format(vmm.describe_files(), confinement)
+    if vmm.has_virtio_fs:
+        return Finding("ok", what)
+    return Finding("warn", what, "use a kernel with CONFIG_VIRTIO_FS, as `make kernel` builds one, "
+                   "or put its modules beside it")
 
 
 def examine_ptrace(vmm: Optional[Uml]) -> Finding:
@@ -4231,7 +4344,7 @@ class Empty(Carrier):
     def start(self, argv: List[str], launch: Launch) -> Optional[Kernel]:
         # `empty` does not tell whether the VMM can be executed, so this does.
         spawn([argv[0], "--version"], launch._replace(keep={}))
-        kill_children(launch.helper)
+        kill_children(launch.helpers)
 
         started = self._start_carried(argv, launch)
         if started or self._is_required:
@@ -4258,7 +4371,7 @@ class Empty(Carrier):
                     tie_to_us(leashes[0], -kernel)
                     tie_to_us(leashes[1], empty)
                     return CarriedKernel(kernel, empty)
-                kill_children(launch.helper)
+                kill_children(launch.helpers)
                 for name in (EMPTY_PID, EMPTY_TO_GUEST, EMPTY_FROM_GUEST):
                     remove_entry(name, launch.run)
         except CannotExecute:
@@ -4311,7 +4424,7 @@ def find_carried_kernel(first: int, launch: Launch, deadline: float) -> Optional
         except (OSError, ValueError):
             pass                                  # not yet
 
-        ours = [pid for pid in list_children(os.getpid()) if pid != launch.helper]
+        ours = [pid for pid in list_children(os.getpid()) if pid not in launch.helpers]
         if not ours:
             return None
         dead = [pid for pid in ours if os.waitpid(pid, os.WNOHANG)[0]]
@@ -4432,6 +4545,97 @@ def describe_keeping(spec: RunSpec, home_stays: bool) -> Tuple[str, str]:
             "what you wrote{} is gone".format(" outside of " + kept if kept else ""))
 
 
+# --- The file server ----------------------------------------------------------------------------------------
+# It serves the shares of a run to the guest, in a process of its own, if the VMM has virtio-fs.
+
+FILE_SERVER = "the file server of the run"
+GUEST_AT_FAULT = 1                   # exit status: the guest has broken the protocol
+HANG_UP_S = 5.0                      # between the hang-up of a VMM and its end
+
+
+class FileServer:
+    """The process that serves the shares, as the supervisor sees it."""
+
+    def __init__(self, pid: int, report: int, guest: Guest) -> None:
+        self.pid = pid
+        self._report = report                     # read end: why it has failed
+        self._guest = guest
+        self._hung_up: Optional[float] = None     # when it ended because the VMM hung up
+
+    def check(self) -> None:
+        """Raise what the run ends with if the server has ended before the VMM."""
+        if self._hung_up is None and read_stat(self.pid).state == "Z":
+            self._take_end()
+        if self._hung_up is not None and time.monotonic() > self._hung_up + HANG_UP_S:
+            raise Fatal("guest's kernel lives, but has hung up on " + FILE_SERVER,
+                        "run with -v to see the guest's console")
+
+    def _take_end(self) -> None:
+        over_limit = blame_cpu_limit(self.pid, FILE_SERVER)
+        status = os.waitpid(self.pid, 0)[1]
+        said = os.read(self._report, 4096)
+        if status == 0:
+            self._hung_up = time.monotonic()
+        elif status == signal.SIGBUS:
+            raise explain_memory_lost(self._guest)
+        elif os.WIFSIGNALED(status):
+            raise over_limit or Fatal(FILE_SERVER + " was killed", LOOK_FOR_KILLER)
+        elif os.WEXITSTATUS(status) == GUEST_AT_FAULT:
+            what = "guest's kernel broke the protocol of its file system: "
+            raise Fatal(what + said.decode("utf-8", "replace"),
+                        "did root of the guest load code into it? -v shows its console")
+        else:
+            raise Bug(said)
+
+
+def start_file_server(guest: Guest) -> FileServer:
+    """Fork the server, which waits for the VMM at SHARES_SOCKET in the current directory."""
+    import socket
+
+    supervisor = os.getpid()
+    report, to_supervisor = os.pipe()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(SHARES_SOCKET)
+    listener.listen(1)
+
+    def live() -> int:
+        try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != supervisor:
+            return EXIT_FAILED
+        try:
+            confine_file_server({listener.fileno(), to_supervisor}, guest.shares)
+            serve_shares(listener, guest.shares)
+        except ConnectionError:                   # the VMM was killed
+            pass
+        except Misfit as misfit:
+            os.write(to_supervisor, str(misfit).encode("utf-8", "replace")[:TRACE_MAX])
+            return GUEST_AT_FAULT
+        except BaseException:
+            os.write(to_supervisor, describe_exception())
+            return EXIT_FAILED
+        return 0
+
+    pid = fork_child(FILE_SERVER, live)
+    os.close(to_supervisor)
+    listener.close()
+    return FileServer(pid, report, guest)
+
+
+def confine_file_server(ours: Set[int], shares: Sequence[Share]) -> None:
+    """Leave to this process its descriptors and the files of the shares."""
+    import traceback  # noqa: F401
+
+    # With Landlock it could not be imported later, to describe a bug.
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    close_all_but({0, 1, 2} | ours)
+    forbid_core()
+    if find_landlock():
+        confine(list_share_rules(shares))
+    else:
+        try_libc("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
 # --- The supervisor -----------------------------------------------------------------------------------------
 
 CLEAN_S = 5.0                        # for the supervisor to end the guest and clean up
@@ -4461,8 +4665,8 @@ def list_rules(spec: RunSpec, directories: Directories) -> List[Rule]:
     """Which files of the host the VMM may open: a program of the guest's root can open no others."""
     disk = spec.guest.disk
     rules: List[Rule] = [(directories.run.path, READ_WRITE), (directories.ram.path, READ_WRITE)]
-    for share in spec.guest.shares:
-        rules.append((share.path, READ_ONLY if share.read_only else READ_WRITE))
+    if not spec.vmm.has_virtio_fs:
+        rules += list_share_rules(spec.guest.shares)
     rules.append((disk.image, READ_FILE | (WRITE_FILE if disk.write else 0)))
     if disk.cow:
         rules.append((disk.cow, READ_FILE | WRITE_FILE))
@@ -4477,7 +4681,7 @@ def start_vmm(spec: RunSpec, launch: Launch) -> Optional[Kernel]:
 
 
 def watch_guest(kernel: Kernel, spec: RunSpec, launch: Launch, wakeup: int,
-                check_helper: Callable[[], None]) -> End:
+                check_helpers: Callable[[], None]) -> End:
     """Wait for the guest's end or the runner's. Pause the guest while the runner is stopped.
 
     A stopped runner means a suspended job. A paused guest runs nothing. A SIGSTOP that follows then
@@ -4495,10 +4699,10 @@ def watch_guest(kernel: Kernel, spec: RunSpec, launch: Launch, wakeup: int,
             return End(RUNNER)
         if wakeup in ready:
             os.read(wakeup, 512)
+        check_helpers()              # a kernel without its file server may panic
         end = kernel.find_end()
         if end:
             return end
-        check_helper()
 
         is_suspended = read_stat(runner).state == "T"
         if is_suspended and not was_suspended:
@@ -4542,9 +4746,12 @@ def run_guest(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
     signal.set_wakeup_fd(to_wakeup)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     helper: Optional[int] = None
+    server: Optional[FileServer] = None
 
-    def check_helper() -> None:
+    def check_helpers() -> None:
         nonlocal helper
+        if server:
+            server.check()
         if helper and os.waitpid(helper, os.WNOHANG)[0]:
             helper = None
             os.write(report, encode_frame(NETWORK_ENDED))
@@ -4556,14 +4763,18 @@ def run_guest(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
         helper, keep[NETWORK_FD] = start_slirp4netns(
             network.helper.program, network.published, lifeline)
 
+    if spec.vmm.has_virtio_fs:
+        server = start_file_server(spec.guest)
+
+    helpers = frozenset(([helper] if helper else []) + ([server.pid] if server else []))
     rules = list_rules(spec, directories) if is_confined(spec.carrier.program) else []
     environment = spec.vmm.build_environment(spec.guest, directories)
     launch = Launch(
-        directories.run.fd, rules, keep, environment, spec.vmm.enter_child, lifeline, helper)
+        directories.run.fd, rules, keep, environment, spec.vmm.enter_child, lifeline, helpers)
     kernel = start_vmm(spec, launch)
     for number in {1, INPUT_FD, OUTPUT_FD, NETWORK_FD} & set(keep):
         os.close(keep[number])                    # so that they end with the VMM
-    return watch_guest(kernel, spec, launch, wakeup, check_helper) if kernel else End(CARRIER)
+    return watch_guest(kernel, spec, launch, wakeup, check_helpers) if kernel else End(CARRIER)
 
 
 @contextmanager
@@ -6240,7 +6451,8 @@ def run(spec: RunSpec, started: float) -> Result:
         for note in (*spec.notes, *map(describe_share, shares)):
             reporter.say(note)
         reporter.say(describe(spec.guest.network))
-        reporter.say("hostfs is " + describe_confinement(spec.carrier.program))
+        reporter.say(spec.vmm.describe_files())
+        reporter.say(describe_confinement(spec.carrier.program))
         reporter.say(spec.vmm.describe(spec.guest, directories))
 
         machine = stack.enter_context(start_machine(spec, stdio.terminal, directories, locks))
@@ -6336,8 +6548,9 @@ def check_agent(basis: Basis) -> Finding:
     return Finding("ok", AGENT + " is in the image")
 
 
-def check_hostfs(basis: Basis) -> Finding:
-    return Finding("ok", describe_confinement(find_carrier(basis.options.io, basis.options.empty).program))
+def check_files(basis: Basis) -> Finding:
+    empty = find_carrier(basis.options.io, basis.options.empty).program
+    return examine_files(basis.vmm, describe_confinement(empty))
 
 
 def check_network(basis: Basis) -> Finding:
@@ -6412,7 +6625,7 @@ CHECKS: Tuple[Tuple[str, Callable[[Basis], Finding]], ...] = (
     ("scratch", check_scratch),
     ("image", check_image),
     ("agent", check_agent),
-    ("hostfs", check_hostfs),
+    ("files", check_files),
     ("network", check_network),
     ("empty", check_empty),
     ("limits", check_node_limits),

@@ -49,9 +49,9 @@ def skip_unless(exists, reason):
         pytest.skip(reason)
 
 
-def kernel_has(kernel, setting):
+def kernel_has(kernel, setting, values="y"):
     settings = subprocess.run([kernel, "--showconfig"], stdout=subprocess.PIPE, text=True).stdout
-    return f"{setting}=y" in settings.split()
+    return any(f"{setting}={value}" in settings.split() for value in values)
 
 
 def read_version(kernel):

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nodes import TOP, assert_error, kernel_has
+from nodes import TOP, assert_error, kernel_has, read_version
 from test_init import GUEST, SPEC
 
 import apppot_init
@@ -344,7 +344,7 @@ def test_nothing_but_its_own_sections_knows_user_mode_linux():
             elif token.type == tokenize.NAME and "User-Mode Linux" not in section:
                 known |= {token.string for word in WORDS_OF_UML if word in token.string.lower()}
     assert known == {
-        "Uml", "find_uml", "ptrace", "examine_ptrace", "examine_seccomp", "check_hostfs",
+        "Uml", "find_uml", "ptrace", "examine_ptrace", "examine_seccomp",
     }
 
 
@@ -364,9 +364,13 @@ def test_how_system_calls_are_trapped_is_chosen_and_extra_overrides():
 
 
 def test_a_kernel_file_says_what_the_kernel_does(kernel):
-    *has, has_seccomp_mode = apppot_start.read_features(str(kernel))
+    *has, has_seccomp_mode, needs_modules = apppot_start.read_features(str(kernel))
     settings = [setting.decode().partition("=")[0] for _, setting in apppot_start.FEATURE_SETTINGS]
-    assert has == [kernel_has(kernel, setting) for setting in settings]
+    values = ["ym" if setting == "CONFIG_VIRTIO_FS" else "y" for setting in settings]
+    assert has == [kernel_has(kernel, *pair) for pair in zip(settings, values)]
+    version = "{}.{}.".format(*read_version(kernel))
+    assert (needs_modules is not None) == kernel_has(kernel, "CONFIG_VIRTIO_FS", "m")
+    assert needs_modules is None or needs_modules.startswith(version)
     helped = subprocess.run([kernel, "--help"], stdout=subprocess.PIPE, text=True).stdout
     assert has_seccomp_mode == ("seccomp=<" in helped)
 
@@ -378,7 +382,7 @@ def test_a_feature_is_found_wherever_the_configuration_stands(tmp_path, mark, is
     parts = [mark + bytes(8), settings] if is_behind else [settings + bytes(8), mark]
     path = tmp_path / "linux"
     path.write_bytes(bytes(1 << 20) + b"".join(parts) + bytes(1 << 20) + apppot_start.SECCOMP_HELP)
-    assert all(apppot_start.read_features(str(path)))
+    assert all(apppot_start.read_features(str(path))[:-1])
     path.write_bytes(bytes(1 << 20) + mark)
     assert not any(apppot_start.read_features(str(path)))
 
