@@ -323,6 +323,21 @@ def leave_share(tag: bytes) -> None:
         unmount(os.path.join(PLACE.encode(), tag))
 
 
+def await_end_without_files() -> None:
+    """Return if the shares are still served.
+
+    If the file server is dead, the host ends the guest and knows why better than the agent. What the
+    command has made of its errors is no result.
+    """
+    try:
+        os.statvfs(PLACE)            # this asks the server
+    except FileNotFoundError:        # the agent has failed before it made the place
+        pass
+    except OSError:
+        while True:
+            time.sleep(3600)
+
+
 def forbid_mounts() -> None:
     """Take new mounts from every process, this one included. Bind mounts and remounts stay.
 
@@ -1185,7 +1200,7 @@ class MountedShares:
         self._channel = channel
         self._mounted: Dict[bytes, bytes] = {}    # place to tag
         self._has_unread = False                  # something is mounted that cannot be opened
-        self._roots: Dict[int, bytes] = {}        # descriptor of each share to its place
+        self._roots: Dict[int, List[bytes]] = {}  # descriptor of each file system to the places
 
         # Those that hold the job directory come before it: later they would hide it.
         binds = sorted(job.binds, key=lambda bind: bind.target.count(b"/"))
@@ -1232,9 +1247,17 @@ class MountedShares:
         self._mounted[target] = share.tag
 
     def _open(self, path: bytes, place: bytes) -> None:
+        """Keep a descriptor for syncfs(2), which then tells of all errors since now.
+
+        It leads to a mount that nothing hides and that is in nobody's way.
+        """
+        if has_file_server() and self._roots:     # the shares are one file system
+            for places in self._roots.values():
+                places.append(place)
+            return
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            self._roots[descriptor] = place
+            self._roots[descriptor] = [place]
         except OSError:              # nobody may read it: find_losses() does without
             self._has_unread = True
 
@@ -1263,16 +1286,16 @@ class MountedShares:
         self._mounted[alias] = b"job"
         return job.job_alias
 
-    def find_losses(self) -> Dict[bytes, int]:
-        """Write what programs changed through mmap(2); return the errno by place where that fails."""
-        losses = {}
+    def find_losses(self) -> List[Tuple[str, int]]:
+        """Write what programs changed through mmap(2); return where that fails, with the errno."""
+        losses = []
         if self._has_unread:
             call_libc("sync")        # it tells of no error
-        for descriptor, place in self._roots.items():
+        for descriptor, places in self._roots.items():
             try:
                 call_libc("syncfs", descriptor)
             except OSError as error:
-                losses[place] = error.errno or errno.EIO
+                losses.append((" or ".join(map(show_path, places)), error.errno or errno.EIO))
         return losses
 
 
@@ -1779,6 +1802,48 @@ def must_programs_wait() -> bool:
     return changed > (begin + limit) // 2
 
 
+# --- Locks that wait ------------------------------------------------------------------------------
+# The file server does not hear that a signal has come for a process that waits for a lock: Linux's
+# virtio-fs cannot tell. So a thread looks, as long as locks wait.
+
+WAITING = PLACE + "/waiting"         # of the file server: a read returns when a lock waits
+WAITER = struct.Struct("<QII")       # the number of the request, pid of the thread that waits, 0
+LOOK_S = 0.02
+
+
+def start_lock_watch() -> None:
+    if has_file_server():
+        import _thread
+
+        _thread.start_new_thread(watch_locks, ())
+
+
+def watch_locks() -> None:
+    """Have the server interrupt those locks for whose thread a signal has come."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))           # they are the main thread's
+    try:
+        waiting = os.open(WAITING, os.O_RDWR | os.O_CLOEXEC)
+        while True:
+            for unique, pid, _ in WAITER.iter_unpack(os.read(waiting, READ_SIZE)):
+                if has_signal(pid):
+                    os.write(waiting, struct.pack("<Q", unique))
+            time.sleep(LOOK_S)
+    except OSError:                  # the server is dead, and with it the run
+        pass
+
+
+def has_signal(pid: int) -> bool:
+    """Whether a signal has woken a thread that waits for the server.
+
+    It then goes on to wait, but uninterruptibly: request_wait_answer() of fs/fuse/dev.c.
+    """
+    try:
+        words = read_file("/proc/{}/stat".format(pid)).rpartition(b")")[2].split()
+    except OSError:                  # it has ended
+        return False
+    return words[:1] == [b"D"]
+
+
 # --- Relaying -------------------------------------------------------------------------------------
 
 class Feed:
@@ -2023,10 +2088,10 @@ def flush_mounts(shares: MountedShares, disk: RootDisk, job: Job, status: Option
     """Write what the host would miss, as it ends this kernel when it hears of the command's end."""
     kill_everything()
     reap_everything()
-    for place, number in shares.find_losses().items():
+    for places, number in shares.find_losses():
         raise Fatal(
             "files in {} could not be written, {}; {}".format(
-                show_path(place), os.strerror(number), describe_end(status)),
+                places, os.strerror(number), describe_end(status)),
             "what was changed there through mmap is lost: is the disk full, or the quota used up?")
 
     if job.disk.is_kept or job.changes.saved or status is None:
@@ -2079,6 +2144,7 @@ def run_job(channel: Channel, wakeup: int) -> bytes:
     streams = connect_stdio(job.stdio, account)
     pid = start_command(job, account, shares.job_directory, streams)
     channel.send(STARTED, bytes([describe_start(job, account, shares)]))
+    start_lock_watch()
     relay = Relay(channel, pid, streams, wakeup)
     relay.run()
 
@@ -2105,6 +2171,7 @@ def serve(channel: Channel, wakeup: int) -> None:
         result = encode_failure(Fatal(
             "the agent in the appliance failed: {}: {}".format(type(error).__name__, error),
             "run again with -v for the guest's console; please report it"))
+    await_end_without_files()
     channel.send(RESULT, result)
 
 

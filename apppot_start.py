@@ -4553,7 +4553,7 @@ GUEST_AT_FAULT = 1                   # exit status: the guest has broken the pro
 HANG_UP_S = 5.0                      # between the hang-up of a VMM and its end
 
 
-class FileServer:
+class ServerProcess:
     """The process that serves the shares, as the supervisor sees it."""
 
     def __init__(self, pid: int, report: int, guest: Guest) -> None:
@@ -4588,7 +4588,7 @@ class FileServer:
             raise Bug(said)
 
 
-def start_file_server(guest: Guest) -> FileServer:
+def start_file_server(guest: Guest) -> ServerProcess:
     """Fork the server, which waits for the VMM at SHARES_SOCKET in the current directory."""
     import socket
 
@@ -4618,7 +4618,7 @@ def start_file_server(guest: Guest) -> FileServer:
     pid = fork_child(FILE_SERVER, live)
     os.close(to_supervisor)
     listener.close()
-    return FileServer(pid, report, guest)
+    return ServerProcess(pid, report, guest)
 
 
 def confine_file_server(ours: Set[int], shares: Sequence[Share]) -> None:
@@ -4746,7 +4746,7 @@ def run_guest(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
     signal.set_wakeup_fd(to_wakeup)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     helper: Optional[int] = None
-    server: Optional[FileServer] = None
+    server: Optional[ServerProcess] = None
 
     def check_helpers() -> None:
         nonlocal helper
