@@ -35,8 +35,9 @@ import termios
 import threading
 import time
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import (
+    TYPE_CHECKING,
     Any,
     BinaryIO,
     Callable,
@@ -56,6 +57,9 @@ from typing import (
     Tuple,
     Union,
 )
+
+if TYPE_CHECKING:
+    import socket
 
 VERSION = "0.1"
 AnyPath = Union[str, bytes]
@@ -404,11 +408,18 @@ def signals_held() -> Iterator[Set[int]]:
             signal.signal(number, handler)
 
 
+@lru_cache(maxsize=None)
+def open_libc() -> Any:
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def call_libc(name: str, *arguments: Union[int, bytes, None]) -> int:
     """Call what the standard library does not offer; ImportError if this Python has no ctypes."""
     import ctypes
 
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = open_libc()
     words = [ctypes.c_long(word) if isinstance(word, int) else word for word in arguments]
     result = int(getattr(libc, name)(*words))
     if result == -1:
@@ -2820,17 +2831,1636 @@ class MountPoints:
             file.write(word + b"\0")
 
 
-# --- Virtio-fs ----------------------------------------------------------------------------------------------
+# --- Virtio-fs: the guest's memory and its queues -----------------------------------------------------------
+# A virtqueue (virtio 1.2, section 2.7) is in the guest's memory. All that is read from it may come from a
+# hostile kernel, so every number is checked. A wrong one is a Misfit, which ends the run.
 
-HAS_FILE_SERVER = False              # until it is written
+REGIONS_MAX = 8                      # of the guest's memory
+QUEUE_MAX = 1024                     # descriptors of a queue
+DESCRIPTOR = struct.Struct("<QIHH")  # address, length, flags, number of the next one
+HAS_NEXT, IS_WRITABLE = 1, 2         # flags of a descriptor
+NO_INTERRUPT = 1                     # flag of the available ring
+RING_INDEX = struct.Struct("<H")
+USED = struct.Struct("<II")          # head of the chain, bytes that were written
+Views = List[memoryview]
 
 
-def serve_shares(listener: Any, shares: Sequence[Share]) -> None:
-    """Accept one VMM, and serve its requests until it hangs up.
+class Region(NamedTuple):
+    """A part of the guest's memory."""
+    start: int                       # address in the guest
+    vmm_start: int                   # address in the VMM, by which the queues are placed
+    size: int
+    content: memoryview
 
-    Misfit if the guest breaks the protocol. The process is confined already.
+
+class GuestMemory:
+    def __init__(self) -> None:
+        self._regions: List[Region] = []
+        self.size = 0
+
+    def clear(self) -> None:
+        self._regions = []
+        self.size = 0
+
+    def add(self, start: int, vmm_start: int, size: int, descriptor: int, offset: int) -> None:
+        if len(self._regions) == REGIONS_MAX or not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise Misfit("a region of memory that is no file, or one too many")
+        before = offset % mmap.PAGESIZE
+        rights = mmap.PROT_READ | mmap.PROT_WRITE
+        try:
+            mapped = mmap.mmap(
+                descriptor, size + before, mmap.MAP_SHARED, rights, offset=offset - before)
+        except (OSError, OverflowError, ValueError) as error:
+            raise Misfit("a region of memory that cannot be mapped: {}".format(error))
+
+        content = memoryview(mapped)[before:]
+        self._regions.append(Region(start, vmm_start, size, content))
+        self.size += size
+
+    def find(self, address: int, length: int) -> memoryview:
+        for start, _, size, content in self._regions:
+            offset = address - start
+            if 0 <= offset <= size - length:
+                return content[offset:offset + length]
+        raise Misfit("{} bytes at {:#x}, where there is no memory".format(length, address))
+
+    def find_ring(self, address: int, length: int) -> memoryview:
+        """By an address in the VMM."""
+        for _, start, size, content in self._regions:
+            offset = address - start
+            if 0 <= offset <= size - length:
+                return content[offset:offset + length]
+        raise Misfit("a ring at {:#x}, where there is no memory".format(address))
+
+
+class Chain(NamedTuple):
+    """A request: buffers that the guest has filled, and buffers for the answer."""
+    head: int
+    filled: Views
+    empty: Views
+
+
+class Queue:
+    """A split virtqueue, as its device sees it."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self._size = 0
+        self._descriptors = self._available = self._used = memoryview(b"")
+        self._used_index = 0
+        self._call = -1              # descriptor: tells the guest that chains were given back
+        self.next = 0                # index of the next chain in the available ring
+
+    def resize(self, size: int) -> None:
+        if not 0 < size <= QUEUE_MAX or size & (size - 1):
+            raise Misfit("a queue of {} descriptors".format(size))
+        self._size = size
+        self._descriptors = memoryview(b"")
+
+    def place(self, descriptors: int, used: int, available: int) -> None:
+        if not self._size:
+            raise Misfit("a queue without a size")
+        find = self._memory.find_ring
+        self._available = find(available, 4 + 2 * self._size)
+        self._used = find(used, 4 + 8 * self._size)
+        self._used_index, = RING_INDEX.unpack_from(self._used, 2)
+        self._descriptors = find(descriptors, 16 * self._size)
+
+    def replace_call(self, descriptor: int) -> None:
+        if self._call >= 0:
+            os.close(self._call)
+        self._call = descriptor
+        if descriptor >= 0:
+            os.set_blocking(descriptor, False)
+
+    def has_chain(self) -> bool:
+        if not self._descriptors:
+            return False
+        return bool(RING_INDEX.unpack_from(self._available, 2)[0] != self.next)
+
+    def take(self) -> Chain:
+        """The next chain, after has_chain()."""
+        head, = RING_INDEX.unpack_from(self._available, 4 + 2 * (self.next % self._size))
+        self.next = (self.next + 1) & 0xFFFF
+
+        filled: Views = []
+        empty: Views = []
+        number = head
+        for _ in range(self._size):
+            if number >= self._size:
+                raise Misfit("a descriptor that its queue does not have")
+            address, length, flags, following = DESCRIPTOR.unpack_from(
+                self._descriptors, 16 * number)
+            view = self._memory.find(address, length)
+            (empty if flags & IS_WRITABLE else filled).append(view)
+            if not flags & HAS_NEXT:
+                return Chain(head, filled, empty)
+            number = following
+        raise Misfit("a chain that never ends")
+
+    def give_back(self, chain: Chain, written: int) -> None:
+        slot = 4 + 8 * (self._used_index % self._size)
+        USED.pack_into(self._used, slot, chain.head, written)
+        self._used_index = (self._used_index + 1) & 0xFFFF
+        RING_INDEX.pack_into(self._used, 2, self._used_index)
+
+    def notify(self) -> None:
+        """Tell the guest that chains were given back, if it wants to know."""
+        if self._call < 0 or self._available[0] & NO_INTERRUPT:
+            return
+        try:
+            os.write(self._call, b"\1\0\0\0\0\0\0\0")
+        except BlockingIOError:                   # it was told often enough
+            pass
+
+
+# --- Virtio-fs: requests ------------------------------------------------------------------------------------
+# FUSE 7.38, include/uapi/linux/fuse.h. An operation takes a Request and returns the payload of the answer,
+# or raises OSError.
+
+IN_HEADER = struct.Struct("<IIQQIIIHH")           # struct fuse_in_header
+OUT_HEADER = struct.Struct("<IiQ")                # length, -errno, unique
+BODY_MAX = 128 << 10                 # of a request other than WRITE; a value of an attribute has 64 KiB
+DATA_MAX = 1 << 20                   # bytes of one READ or WRITE
+
+
+class Request(NamedTuple):
+    opcode: int
+    unique: int                      # number of the request
+    node: int
+    uid: int
+    gid: int
+    pid: int                         # in the guest; of the thread
+    chain: Chain
+
+    def read_body(self) -> bytes:
+        return peek(self.chain.filled, IN_HEADER.size, BODY_MAX)
+
+    def unpack(self, layout: struct.Struct) -> Tuple[Any, ...]:
+        """The fixed part of the body."""
+        body = peek(self.chain.filled, IN_HEADER.size, layout.size)
+        if len(body) < layout.size:
+            raise failure(errno.EINVAL)
+        return layout.unpack(body)
+
+    def unpack_names(self, layout: struct.Struct, count: int) -> Tuple[Tuple[Any, ...], List[bytes]]:
+        """The fixed part of the body and the names behind it."""
+        body = self.read_body()
+        names = body[layout.size:].split(b"\0")
+        if len(body) < layout.size or len(names) <= count:
+            raise failure(errno.EINVAL)
+        return layout.unpack_from(body), names[:count]
+
+
+# The payload, or the number of bytes of it that are in the guest's memory already. None: no answer yet.
+Payload = Union[bytes, int, None]
+Operation = Callable[[Request], Payload]
+
+
+def failure(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def peek(views: Views, start: int, size: int) -> bytes:
+    """Up to `size` bytes of the buffers, from `start` on."""
+    if len(views) == 2 and len(views[0]) == start and len(views[1]) <= size:
+        return bytes(views[1])                    # as Linux fills them
+    return b"".join(skip(views, start, size))
+
+
+def skip(views: Views, start: int, size: int) -> Views:
+    """The buffers from `start` on, with `size` bytes at most."""
+    parts: Views = []
+    for view in views:
+        part = view[start:start + size]
+        start = max(0, start - len(view))
+        size -= len(part)
+        if part:
+            parts.append(part)
+    return parts
+
+
+def decode_request(chain: Chain) -> Request:
+    filled = chain.filled
+    is_alone = filled and len(filled[0]) == IN_HEADER.size
+    header = filled[0] if is_alone else b"".join(skip(filled, 0, IN_HEADER.size))
+    if len(header) < IN_HEADER.size:
+        raise Misfit("a request without a header")
+    _, opcode, unique, node, uid, gid, pid, _, _ = IN_HEADER.unpack(header)
+    return Request(opcode, unique, node, uid, gid, pid, chain)
+
+
+def encode_answer(request: Request, payload: Union[bytes, int], error: int = 0) -> int:
+    """Fill the buffers for the answer; return the number of bytes."""
+    views = request.chain.empty
+    if not views:                                 # the guest wants none
+        return 0
+    if isinstance(payload, int):
+        length = OUT_HEADER.size + payload
+        scatter(memoryview(OUT_HEADER.pack(length, 0, request.unique)), views)
+        return length
+
+    length = OUT_HEADER.size + len(payload)
+    head = OUT_HEADER.pack(length, -error, request.unique)
+    if len(views[0]) == OUT_HEADER.size and len(views) > 1 and len(views[1]) >= len(payload):
+        views[0][:] = head
+        views[1][:len(payload)] = payload
+        return length
+
+    if sum(map(len, views)) < length:
+        raise Misfit("an answer of {} bytes has no room".format(length))
+    scatter(memoryview(head + payload), views)
+    return length
+
+
+def scatter(content: memoryview, views: Views) -> None:
+    for view in views:
+        piece = content[:len(view)]
+        view[:len(piece)] = piece
+        content = content[len(piece):]
+
+
+# --- Virtio-fs: the files -----------------------------------------------------------------------------------
+# A node is a file that the guest's kernel knows by a number, a handle is one that it has open. The server
+# uses a single name at a time, from a descriptor of its directory on, and follows no link.
+
+ROOT_NODE, LOCKS_NODE = 1, 2         # FUSE_ROOT_ID, and the file with the locks that wait
+PINS_MAX = 4096                      # directories that are kept open
+PINS_SHARE = 4                       # the part for them of the files that the server may have open
+NODES_MIN = 1 << 16                  # that the guest's kernel may know, whatever its memory
+NODE_MEMORY = 1024                   # bytes that a kernel needs at least for a file that it knows
+OPENED = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+PATH_ONLY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+WRITES = os.O_WRONLY | os.O_RDWR
+LARGEST = (1 << 64) - 1
+ANY_FILE = (0, 0)                    # device and inode of a share that is one file, known by its name
+# struct fuse_attr
+ATTRIBUTES = struct.Struct("<QQQqqqIIIIIIIIII")
+Handles = Dict[int, "Handle"]
+
+
+class Node:
+    __slots__ = ("number", "share", "parent", "name", "file", "lookups", "pin", "handles", "lockers")
+
+    def __init__(self, share: int, parent: Optional["Node"], name: bytes, file: Tuple[int, int]) -> None:
+        self.number = 0
+        self.share = share           # index
+        self.parent = parent         # None: `pin` is open for good
+        self.name = name             # by which the node was found last
+        self.file = file             # device and inode
+        self.lookups = 0             # of the guest's kernel, which forgets them in the end
+        self.pin = -1                # descriptor of a directory (O_PATH)
+        self.handles: Tuple["Handle", ...] = ()
+        self.lockers: Dict[int, int] = NO_LOCKERS  # by owner: descriptor that has its locks
+
+
+NO_LOCKERS: Dict[int, int] = {}
+
+
+class Handle:
+    __slots__ = ("node", "fd", "flags", "unappended", "owners", "entries")
+
+    def __init__(self, node: Node, fd: int, flags: int) -> None:
+        self.node = node
+        self.fd = fd                 # -1 of a directory
+        self.flags = flags
+        self.unappended = -1         # the same without O_APPEND
+        self.owners: Set[int] = set()             # whose locks came by this handle
+        self.entries: Optional["Entries"] = None  # of a directory
+
+
+class Files:
+    """What the guest's kernel knows of the shares."""
+
+    def __init__(self, shares: Sequence[Share]) -> None:
+        self.shares = shares
+        self.nodes_max = NODES_MIN
+        self.roots: Dict[bytes, Node] = {}
+        self.nodes: Dict[int, Node] = {}
+        self.handles: Handles = {}
+        self._known: Dict[Tuple[int, int, int], Node] = {}    # by share, device and inode
+        self._last_number = LOCKS_NODE
+        self._last_handle = 0
+        self._devices: Dict[int, int] = {}
+        # Those in use, the one that was used last at the end.
+        self._pinned: "collections.OrderedDict[Node, None]" = collections.OrderedDict()
+        self._pins_max = min(PINS_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // PINS_SHARE)
+
+        for index, share in enumerate(shares):
+            self.roots[share.tag.encode()] = self._open_root(index, share)
+
+    def _open_root(self, index: int, share: Share) -> Node:
+        pin = os.open(share.directory, PATH_ONLY | os.O_DIRECTORY)
+        status = os.fstat(pin)
+        root = Node(index, None, b"", (status.st_dev, status.st_ino))
+        root.pin = pin
+        if share.only_file is not None:
+            root = Node(index, root, share.only_file, ANY_FILE)
+        self._number(root)
+        return root
+
+    def _number(self, node: Node) -> None:
+        if len(self.nodes) >= self.nodes_max:
+            raise failure(errno.ENFILE)
+        self._last_number += 1
+        node.number = self._last_number
+        self.nodes[node.number] = node
+
+    def find(self, number: int) -> Node:
+        node = self.nodes.get(number)
+        if node is None:
+            raise failure(errno.ESTALE)
+        return node
+
+    def check_writable(self, node: Node) -> None:
+        if self.shares[node.share].read_only:
+            raise failure(errno.EROFS)
+
+    def look_up(self, directory: Node, name: bytes) -> Tuple[Node, os.stat_result]:
+        status = os.stat(check_name(name), dir_fd=self.pin(directory), follow_symlinks=False)
+        return self.know(directory, name, status), status
+
+    def know(self, directory: Node, name: bytes, status: os.stat_result) -> Node:
+        """The node of a file that the guest's kernel has come across."""
+        file = status.st_dev, status.st_ino
+        key = (directory.share, *file)
+        node = self._known.get(key)
+        if node is None:
+            node = Node(directory.share, directory, name, file)
+            self._number(node)
+            self._known[key] = node
+        elif node.parent is not None:
+            node.parent = directory
+            node.name = name
+        node.lookups += 1
+        return node
+
+    def forget(self, number: int, lookups: int) -> None:
+        node = self.nodes.get(number)
+        if node is None:
+            return
+        node.lookups -= lookups
+        is_root = node.parent is None or node.file == ANY_FILE
+        if node.lookups > 0 or node.handles or is_root:
+            return
+        del self.nodes[number]
+        self.renounce(node)
+        if node.pin >= 0:
+            del self._pinned[node]
+            os.close(node.pin)
+            node.pin = -1
+
+    def renounce(self, node: Node) -> None:
+        """Its inode number may come again, of another file."""
+        key = (node.share, *node.file)
+        if self._known.get(key) is node:
+            del self._known[key]
+
+    def find_last_name(self, directory: Node, name: bytes) -> Optional[Node]:
+        """The known node that loses its last name with this one."""
+        try:
+            status = os.stat(name, dir_fd=self.pin(directory), follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        is_last = status.st_nlink == 1 or stat.S_ISDIR(status.st_mode)
+        key = directory.share, status.st_dev, status.st_ino
+        return self._known.get(key) if is_last else None
+
+    # Descriptors.
+
+    def pin(self, node: Node) -> int:
+        """A descriptor (O_PATH) of a directory. It stays open for some other pins."""
+        if node.pin < 0:
+            self._open_pins(node)
+        elif node.parent is not None:
+            self._pinned.move_to_end(node)
+        return node.pin
+
+    def pin_parent(self, node: Node) -> int:
+        if node.parent is None:                   # a share, which the guest takes for something else
+            raise failure(errno.EINVAL)
+        return self.pin(node.parent)
+
+    def _open_pins(self, node: Node) -> None:
+        missing = [node]
+        above = node.parent
+        while above is not None and above.pin < 0:
+            missing.append(above)
+            above = above.parent
+            if len(missing) > self.nodes_max:    # others move directories into one another
+                raise failure(errno.ESTALE)
+        if above is None:
+            raise failure(errno.ESTALE)
+
+        for below in reversed(missing):
+            below.pin = self._open_same(below, above.pin, PATH_ONLY | os.O_DIRECTORY)
+            self._pinned[below] = None
+            if len(self._pinned) > max(2, self._pins_max):
+                self._unpin()
+            above = below
+
+    def _unpin(self) -> None:
+        oldest, _ = self._pinned.popitem(last=False)
+        os.close(oldest.pin)
+        oldest.pin = -1
+
+    def open_file(self, directory: int, name: bytes, flags: int, mode: int = 0) -> int:
+        """As os.open(). If this process has too many files open, pins make room."""
+        while True:
+            try:
+                return os.open(name, flags | OPENED, mode, dir_fd=directory)
+            except OSError as error:
+                if error.errno != errno.EMFILE or len(self._pinned) < 2:
+                    raise
+                self._unpin()
+
+    def _open_same(self, node: Node, directory: int, flags: int) -> int:
+        """Open a node by its name, if it is still that file."""
+        fd = self.open_file(directory, node.name, flags)
+        try:
+            self._check_same(node, os.fstat(fd))
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+
+    def _check_same(self, node: Node, status: os.stat_result) -> None:
+        if node.file not in ((status.st_dev, status.st_ino), ANY_FILE):
+            raise failure(errno.ESTALE)
+
+    def read_status(self, node: Node) -> os.stat_result:
+        if node.pin >= 0:
+            return os.fstat(node.pin)
+        if node.handles and node.file != ANY_FILE and node.handles[0].fd >= 0:
+            return os.fstat(node.handles[0].fd)
+        status = os.stat(node.name, dir_fd=self.pin_parent(node), follow_symlinks=False)
+        self._check_same(node, status)
+        return status
+
+    @contextmanager
+    def reach(self, node: Node) -> Iterator[bytes]:
+        """A path that leads to this very file, even if that is a link."""
+        fds = [handle.fd for handle in node.handles if handle.fd >= 0]
+        if node.pin >= 0 or fds:
+            yield b"/proc/self/fd/%d" % (node.pin if node.pin >= 0 else fds[0])
+            return
+        fd = self._open_same(node, self.pin_parent(node), os.O_PATH)
+        try:
+            yield b"/proc/self/fd/%d" % fd
+        finally:
+            os.close(fd)
+
+    def open(self, node: Node, flags: int) -> int:
+        """Open a regular file."""
+        try:
+            fd = self._open_same(node, self.pin_parent(node), flags)
+        except OSError as error:
+            gone = error.errno in (errno.ENOENT, errno.ESTALE)
+            fds = [handle.fd for handle in node.handles if handle.fd >= 0]
+            if not gone or not fds:
+                raise
+            fd = os.open(b"/proc/self/fd/%d" % fds[0], flags | os.O_CLOEXEC)
+        self.check_regular(fd)
+        return fd
+
+    def check_regular(self, fd: int) -> None:
+        """The guest's kernel opens what is not regular itself, so something took the file's place."""
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise failure(errno.ESTALE)
+
+    def add_handle(self, node: Node, fd: int, flags: int) -> int:
+        if len(self.handles) >= self.nodes_max:
+            raise failure(errno.ENFILE)
+        handle = Handle(node, fd, flags)
+        node.handles += (handle,)
+        self._last_handle += 1
+        self.handles[self._last_handle] = handle
+        return self._last_handle
+
+    def find_handle(self, number: int) -> Handle:
+        handle = self.handles.get(number)
+        if handle is None:
+            raise failure(errno.EBADF)
+        return handle
+
+    # Attributes.
+
+    def mix_inode(self, device: int, inode: int) -> int:
+        """The guest sees one device, so inodes of several get different numbers."""
+        index = self._devices.setdefault(device, len(self._devices))
+        return inode ^ (index << 48)
+
+    def encode_attributes(self, status: os.stat_result) -> bytes:
+        atime, mtime, ctime = status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns
+        second = 10 ** 9
+        return ATTRIBUTES.pack(
+            self.mix_inode(status.st_dev, status.st_ino) & LARGEST, status.st_size, status.st_blocks,
+            atime // second, mtime // second, ctime // second,
+            atime % second, mtime % second, ctime % second,
+            status.st_mode, status.st_nlink, status.st_uid, status.st_gid,
+            encode_device(status.st_rdev), status.st_blksize, 0)
+
+
+def drop_locks(node: Node, owner: int) -> None:
+    fd = node.lockers.pop(owner, -1)
+    if fd >= 0:
+        os.close(fd)
+
+
+def check_name(name: bytes) -> bytes:
+    if not name or name in (b".", b"..") or b"/" in name:
+        raise failure(errno.EINVAL)
+    return name
+
+
+def encode_device(device: int) -> int:
+    """As new_encode_dev() of the kernel."""
+    major, minor = os.major(device), os.minor(device)
+    return (minor & 0xFF | major << 8 | (minor & ~0xFF) << 12) & 0xFFFFFFFF
+
+
+def decode_device(number: int) -> int:
+    minor = number & 0xFF | number >> 12 & 0xFFF00
+    return os.makedev(number >> 8 & 0xFFF, minor)
+
+
+# --- Virtio-fs: operations on names -------------------------------------------------------------------------
+
+ENTRY_HEAD = struct.Struct("<QQQQII")             # struct fuse_entry_out before the attributes
+CREATE_IN, OPEN_OUT = struct.Struct("<IIII"), struct.Struct("<QII")
+MKNOD_IN, MKDIR_IN = struct.Struct("<IIII"), struct.Struct("<II")
+NUMBER, RENAME_IN, NO_FIXED = struct.Struct("<Q"), struct.Struct("<QII"), struct.Struct("")
+SYS_RENAMEAT2 = 316                               # of x86-64, where User-Mode Linux runs
+O_TMPFILE = getattr(os, "O_TMPFILE", 0o20000000 | os.O_DIRECTORY)
+# Flags of the guest's open(2) that the host's gets, too. O_DIRECT would ask for aligned buffers.
+PASSED_FLAGS = (os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_EXCL | os.O_SYNC | os.O_DSYNC
+                | os.O_NOATIME)
+FOPEN_DIRECT_IO = 1
+
+
+class NameOperations:
+    """Operations that find, make, rename and remove names."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._umask = os.umask(0)
+        os.umask(self._umask)
+        self._is_root = os.geteuid() == 0
+        self.open_flags = 0                       # for the answer to OPEN and CREATE
+
+    def list(self) -> Dict[int, Operation]:
+        return {1: self.look_up, 6: self.symlink, 8: self.mknod, 9: self.mkdir, 10: self.unlink,
+                11: self.rmdir, 12: self.rename, 13: self.link, 35: self.create, 45: self.rename2,
+                51: self.make_nameless}
+
+    def look_up(self, request: Request) -> bytes:
+        name = request.read_body().rstrip(b"\0")
+        return self._encode_entry(*self._files.look_up(self._files.find(request.node), name))
+
+    def symlink(self, request: Request) -> bytes:
+        _, (name, target) = request.unpack_names(NO_FIXED, 2)
+        directory = self._open_directory(request)
+        os.symlink(target, check_name(name), dir_fd=directory)
+        return self._finish(request, directory, name)
+
+    def mknod(self, request: Request) -> bytes:
+        (mode, device, umask, _), (name,) = request.unpack_names(MKNOD_IN, 1)
+        directory = self._open_directory(request)
+        self._set_umask(umask)
+        os.mknod(check_name(name), mode, decode_device(device), dir_fd=directory)
+        return self._finish(request, directory, name)
+
+    def mkdir(self, request: Request) -> bytes:
+        (mode, umask), (name,) = request.unpack_names(MKDIR_IN, 1)
+        directory = self._open_directory(request)
+        self._set_umask(umask)
+        os.mkdir(check_name(name), mode, dir_fd=directory)
+        return self._finish(request, directory, name)
+
+    def unlink(self, request: Request) -> bytes:
+        return self._remove(request, os.unlink)
+
+    def rmdir(self, request: Request) -> bytes:
+        return self._remove(request, os.rmdir)
+
+    def _remove(self, request: Request, remove: Callable[..., None]) -> bytes:
+        name = check_name(request.read_body().rstrip(b"\0"))
+        node = self._files.find_last_name(self._files.find(request.node), name)
+        remove(name, dir_fd=self._open_directory(request))
+        if node:
+            self._files.renounce(node)
+        return b""
+
+    def link(self, request: Request) -> bytes:
+        (number,), (name,) = request.unpack_names(NUMBER, 1)
+        node = self._files.find(number)
+        directory = self._open_directory(request)
+        self._check_one_share(node, self._files.find(request.node))
+        with self._files.reach(node) as path:
+            os.link(path, check_name(name), dst_dir_fd=directory, follow_symlinks=True)
+        return self._encode_entry(*self._files.look_up(self._files.find(request.node), name))
+
+    def rename(self, request: Request) -> bytes:
+        (number,), names = request.unpack_names(NUMBER, 2)
+        return self._rename(request, number, 0, names)
+
+    def rename2(self, request: Request) -> bytes:
+        (number, flags, _), names = request.unpack_names(RENAME_IN, 2)
+        return self._rename(request, number, flags, names)
+
+    def _rename(self, request: Request, number: int, flags: int, names: List[bytes]) -> bytes:
+        files = self._files
+        source, target = files.find(request.node), files.find(number)
+        old, new = map(check_name, names)
+        self._check_one_share(source, target)
+        files.check_writable(source)
+        replaced = files.find_last_name(target, new)
+
+        # To open the second directory may close the first.
+        first = os.dup(files.pin(source))
+        try:
+            second = files.pin(target)
+            if flags:
+                call_libc("syscall", SYS_RENAMEAT2, first, old, second, new, flags)
+            else:
+                os.rename(old, new, src_dir_fd=first, dst_dir_fd=second)
+        finally:
+            os.close(first)
+        if replaced and not flags:
+            files.renounce(replaced)
+        self._rename_known(target, new)
+        if flags:
+            self._rename_known(source, old)
+        return b""
+
+    def _rename_known(self, directory: Node, name: bytes) -> None:
+        """Take a new name of a file into its node."""
+        try:
+            node, _ = self._files.look_up(directory, name)
+        except FileNotFoundError:
+            return
+        node.lookups -= 1
+        self._files.forget(node.number, 0)
+
+    def create(self, request: Request) -> bytes:
+        (flags, mode, umask, _), (name,) = request.unpack_names(CREATE_IN, 1)
+        directory = self._open_directory(request)
+        self._set_umask(umask)
+        flags = flags & PASSED_FLAGS | os.O_CREAT
+        try:
+            fd = self._files.open_file(directory, check_name(name), flags | os.O_EXCL, mode)
+            self._give_away(request, directory, fd, mode)
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            fd = self._files.open_file(directory, name, flags, mode)
+        return self._open_made(request, name, fd, flags)
+
+    def make_nameless(self, request: Request) -> bytes:
+        (flags, mode, umask, _), _ = request.unpack_names(CREATE_IN, 0)
+        directory = self._open_directory(request)
+        self._set_umask(umask)
+        flags = flags & PASSED_FLAGS
+        path = b"/proc/self/fd/%d" % directory
+        fd = os.open(path, flags | O_TMPFILE | os.O_CLOEXEC, mode)
+        self._give_away(request, directory, fd, mode)
+        return self._open_made(request, b"", fd, flags)
+
+    def _open_made(self, request: Request, name: bytes, fd: int, flags: int) -> bytes:
+        self._files.check_regular(fd)
+        status = os.fstat(fd)
+        node = self._files.know(self._files.find(request.node), name, status)
+        number = self._files.add_handle(node, fd, flags)
+        return self._encode_entry(node, status) + OPEN_OUT.pack(number, self.open_flags, 0)
+
+    def _open_directory(self, request: Request) -> int:
+        """To change it."""
+        directory = self._files.find(request.node)
+        self._files.check_writable(directory)
+        return self._files.pin(directory)
+
+    def _check_one_share(self, one: Node, other: Node) -> None:
+        if one.share != other.share:
+            raise failure(errno.EXDEV)
+
+    def _set_umask(self, umask: int) -> None:
+        """The host applies it, because a default ACL comes before it."""
+        if umask != self._umask:
+            os.umask(umask)
+            self._umask = umask
+
+    def _finish(self, request: Request, directory: int, name: bytes) -> bytes:
+        node, status = self._files.look_up(self._files.find(request.node), name)
+        if self._has_other_owner(request):
+            gid = -1 if os.fstat(directory).st_mode & stat.S_ISGID else request.gid
+            os.chown(name, request.uid, gid, dir_fd=directory, follow_symlinks=False)
+            status = self._files.read_status(node)
+        return self._encode_entry(node, status)
+
+    def _give_away(self, request: Request, directory: int, fd: int, mode: int) -> None:
+        if self._has_other_owner(request):
+            gid = -1 if os.fstat(directory).st_mode & stat.S_ISGID else request.gid
+            os.fchown(fd, request.uid, gid)
+            if mode & (stat.S_ISUID | stat.S_ISGID):           # which fchown() has taken
+                os.fchmod(fd, mode & ~self._umask)
+
+    def _has_other_owner(self, request: Request) -> bool:
+        """Only root of the host can make files of others."""
+        return self._is_root and (request.uid, request.gid) != (0, 0)
+
+    def _encode_entry(self, node: Node, status: os.stat_result) -> bytes:
+        return ENTRY_HEAD.pack(node.number, 0, 0, 0, 0, 0) + self._files.encode_attributes(status)
+
+
+# --- Virtio-fs: operations on attributes --------------------------------------------------------------------
+
+ATTRIBUTES_HEAD = struct.Struct("<QII")           # struct fuse_attr_out before the attributes
+SETATTR_IN = struct.Struct("<I4xQQQqqqIIIIIII4x")
+SETXATTR_IN, XATTR_SIZE = struct.Struct("<II"), struct.Struct("<II")
+STATFS_OUT = struct.Struct("<QQQQQIII4x24x")
+# FATTR_ of include/uapi/linux/fuse.h
+SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1, 2, 4, 8, 16, 32
+SET_BY_HANDLE, SET_ATIME_NOW, SET_MTIME_NOW, DROP_SUID = 64, 128, 256, 2048
+TIMES = struct.Struct("@qqqq")                    # two of struct timespec
+NOW, OMIT = (1 << 30) - 1, (1 << 30) - 2          # UTIME_NOW, UTIME_OMIT
+AT_FDCWD = -100
+
+
+class AttributeOperations:
+    def __init__(self, files: Files) -> None:
+        self._files = files
+
+    def list(self) -> Dict[int, Operation]:
+        return {3: self.getattr, 4: self.setattr, 5: self.readlink, 17: self.statfs,
+                21: self.setxattr, 22: self.getxattr, 23: self.listxattr, 24: self.removexattr}
+
+    def getattr(self, request: Request) -> bytes:
+        return self._encode(self._files.read_status(self._files.find(request.node)))
+
+    def setattr(self, request: Request) -> bytes:
+        valid, handle, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid = \
+            request.unpack(SETATTR_IN)
+        node = self._files.find(request.node)
+        self._files.check_writable(node)
+
+        if valid & SET_SIZE:
+            self._truncate(node, handle if valid & SET_BY_HANDLE else None, size)
+        with self._files.reach(node) as path:
+            if valid & (SET_UID | SET_GID):
+                os.chown(path, uid if valid & SET_UID else -1, gid if valid & SET_GID else -1)
+            if valid & SET_MODE:
+                os.chmod(path, mode & 0o7777)
+            if valid & DROP_SUID and not valid & SET_MODE:
+                drop_suid(path)
+            if valid & (SET_ATIME | SET_MTIME):
+                times = (choose_time(valid & SET_ATIME, valid & SET_ATIME_NOW, atime, atime_ns)
+                         + choose_time(valid & SET_MTIME, valid & SET_MTIME_NOW, mtime, mtime_ns))
+                set_times(path, times)
+        return self._encode(self._files.read_status(node))
+
+    def _truncate(self, node: Node, number: Optional[int], size: int) -> None:
+        if number is not None:
+            os.ftruncate(self._files.find_handle(number).fd, size)
+            return
+        fd = self._files.open(node, os.O_WRONLY)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+
+    def readlink(self, request: Request) -> bytes:
+        node = self._files.find(request.node)
+        return os.readlink(node.name, dir_fd=self._files.pin_parent(node))
+
+    def statfs(self, request: Request) -> bytes:
+        node = self._files.find(request.node)
+        with self._files.reach(node) as path:
+            status = os.statvfs(path)
+        return STATFS_OUT.pack(
+            status.f_blocks, status.f_bfree, status.f_bavail, status.f_files, status.f_ffree,
+            status.f_bsize, status.f_namemax, status.f_frsize)
+
+    def setxattr(self, request: Request) -> bytes:
+        body = request.read_body()
+        size, flags = SETXATTR_IN.unpack_from(body)
+        name, _, value = body[SETXATTR_IN.size:].partition(b"\0")
+        if len(value) != size:
+            raise failure(errno.EINVAL)
+        node = self._files.find(request.node)
+        self._files.check_writable(node)
+        with self._files.reach(node) as path:
+            os.setxattr(path, name, value, flags)
+        return b""
+
+    def getxattr(self, request: Request) -> bytes:
+        (room, _), (name,) = request.unpack_names(XATTR_SIZE, 1)
+        with self._files.reach(self._files.find(request.node)) as path:
+            return self._fit(os.getxattr(path, name), room)
+
+    def listxattr(self, request: Request) -> bytes:
+        room, _ = request.unpack(XATTR_SIZE)
+        with self._files.reach(self._files.find(request.node)) as path:
+            names = [os.fsencode(name) + b"\0" for name in os.listxattr(path)]
+        return self._fit(b"".join(names), room)
+
+    def _fit(self, value: bytes, room: int) -> bytes:
+        """Without room only the size is asked for."""
+        if not room:
+            return XATTR_SIZE.pack(len(value), 0)
+        if len(value) > room:
+            raise failure(errno.ERANGE)
+        return value
+
+    def removexattr(self, request: Request) -> bytes:
+        _, (name,) = request.unpack_names(NO_FIXED, 1)
+        node = self._files.find(request.node)
+        self._files.check_writable(node)
+        with self._files.reach(node) as path:
+            os.removexattr(path, name)
+        return b""
+
+    def _encode(self, status: os.stat_result) -> bytes:
+        return ATTRIBUTES_HEAD.pack(0, 0, 0) + self._files.encode_attributes(status)
+
+
+def choose_time(is_set: int, is_now: int, seconds: int, nanoseconds: int) -> Tuple[int, int]:
+    if not is_set:
+        return 0, OMIT
+    return (0, NOW) if is_now else (seconds, nanoseconds)
+
+
+def set_times(path: bytes, times: Tuple[int, ...]) -> None:
+    """As utimensat(2), of which os.utime() cannot leave out one of the times."""
+    call_libc("utimensat", AT_FDCWD, path, TIMES.pack(*times), 0)
+
+
+def drop_suid(path: bytes) -> None:
+    """What the kernel does if somebody writes who is not root."""
+    mode = os.stat(path).st_mode
+    lost = mode & stat.S_ISUID | (mode & stat.S_ISGID if mode & stat.S_IXGRP else 0)
+    if lost and stat.S_ISREG(mode):
+        os.chmod(path, stat.S_IMODE(mode & ~lost))
+
+
+# --- Virtio-fs: operations on contents ----------------------------------------------------------------------
+
+OPEN_IN, READ_IN = struct.Struct("<II"), struct.Struct("<QQI")
+WRITE_IN, WRITE_OUT = struct.Struct("<QQIIQII"), struct.Struct("<II")
+RELEASE_IN, FLUSH_IN = struct.Struct("<QIIQ"), struct.Struct("<QIIQ")
+FSYNC_IN, FALLOCATE_IN = struct.Struct("<QII"), struct.Struct("<QQQII")
+LSEEK_IN, COPY_IN = struct.Struct("<QQI4x"), struct.Struct("<QQQQQQQ")
+DIRENT = struct.Struct("<QQII")
+FROM_CACHE, WRITE_DROPS_SUID, DATA_ONLY = 1, 4, 1
+COPY_MAX = 64 << 20                  # bytes at once, so that the others need not wait long
+DT_UNKNOWN, DT_DIR, DT_REG, DT_LNK = 0, 4, 8, 10
+
+
+class Entries:
+    """A stream of a directory's entries. An offset is the number of entries before it."""
+
+    def __init__(self, files: Files, directory: Node) -> None:
+        self._files = files
+        self._directory = directory
+        self._offset = -1
+        self._scan: Any = None
+        self._next: Optional["os.DirEntry[bytes]"] = None
+
+    def read(self, offset: int, room: int) -> bytes:
+        """As many entries as fit, from an offset on."""
+        if offset != self._offset:
+            self._seek(offset)
+        content = bytearray()
+        while self._offset < 2 or self._next is not None:
+            name, inode, kind = self._describe()
+            padding = bytes(-len(name) % 8)
+            entry = DIRENT.pack(inode, self._offset + 1, len(name), kind) + name + padding
+            if len(content) + len(entry) > room:
+                break
+            content += entry
+            self._advance()
+        return bytes(content)
+
+    def close(self) -> None:
+        if self._scan is not None:
+            self._scan.close()
+
+    def _seek(self, offset: int) -> None:
+        self.close()
+        self._scan = os.scandir(b"/proc/self/fd/%d" % self._files.pin(self._directory))
+        self._offset = 0
+        self._next = None
+        while self._offset < min(offset, 2) or self._offset < offset and self._next is not None:
+            self._advance()
+
+    def _advance(self) -> None:
+        self._offset += 1
+        if self._offset >= 2:
+            self._next = next(self._scan, None)
+
+    def _describe(self) -> Tuple[bytes, int, int]:
+        """Name, inode and type of the next entry. The first two are this directory and the one above."""
+        device = self._directory.file[0]
+        if self._next is None:
+            above = self._directory.parent
+            is_above = self._offset == 1 and above is not None
+            inode = (above if is_above and above else self._directory).file[1]
+            return b".." if self._offset else b".", self._files.mix_inode(device, inode), DT_DIR
+        entry = self._next
+        return entry.name, self._files.mix_inode(device, entry.inode()), find_kind(entry)
+
+
+def find_kind(entry: "os.DirEntry[bytes]") -> int:
+    try:
+        if entry.is_symlink():
+            return DT_LNK
+        if entry.is_dir(follow_symlinks=False):
+            return DT_DIR
+        return DT_REG if entry.is_file(follow_symlinks=False) else DT_UNKNOWN
+    except OSError:                               # a file system that does not tell
+        return DT_UNKNOWN
+
+
+class ContentOperations:
+    def __init__(self, files: Files, later: Callable[[Request, Callable[[], bytes]], None]) -> None:
+        self._files = files
+        self._later = later
+        self.open_flags = 0
+
+    def list(self) -> Dict[int, Operation]:
+        return {14: self.open, 15: self.read, 16: self.write, 18: self.release, 20: self.fsync,
+                27: self.opendir, 28: self.readdir, 29: self.release, 30: self.fsyncdir,
+                43: self.fallocate, 46: self.lseek, 47: self.copy}
+
+    def open(self, request: Request) -> bytes:
+        flags, _ = request.unpack(OPEN_IN)
+        node = self._files.find(request.node)
+        if flags & (WRITES | os.O_TRUNC):
+            self._files.check_writable(node)
+        flags &= PASSED_FLAGS & ~os.O_EXCL
+        number = self._files.add_handle(node, self._files.open(node, flags), flags)
+        return OPEN_OUT.pack(number, self.open_flags, 0)
+
+    def read(self, request: Request) -> int:
+        number, offset, size = request.unpack(READ_IN)
+        room = skip(request.chain.empty, OUT_HEADER.size, min(size, DATA_MAX))
+        fd = self._files.find_handle(number).fd
+        if hasattr(os, "preadv"):
+            return os.preadv(fd, room, check_offset(offset))
+
+        content = memoryview(os.pread(fd, sum(map(len, room)), check_offset(offset)))
+        scatter(content, room)
+        return len(content)
+
+    def write(self, request: Request) -> bytes:
+        number, offset, size, how, _, _, _ = request.unpack(WRITE_IN)
+        data = skip(request.chain.filled, IN_HEADER.size + WRITE_IN.size, min(size, DATA_MAX))
+        handle = self._files.find_handle(number)
+        self._files.check_writable(handle.node)
+        fd = handle.fd
+        if how & FROM_CACHE and handle.flags & os.O_APPEND:
+            fd = self._find_unappended(handle)
+        if how & WRITE_DROPS_SUID and os.geteuid() == 0:       # of others the host takes it
+            drop_suid(b"/proc/self/fd/%d" % fd)
+
+        if hasattr(os, "pwritev"):
+            written = os.pwritev(fd, data, check_offset(offset))
+        else:
+            written = os.pwrite(fd, b"".join(data), check_offset(offset))
+        return WRITE_OUT.pack(written, 0)
+
+    def _find_unappended(self, handle: Handle) -> int:
+        """What was mapped has its place, and any descriptor of the file may bring it back."""
+        if handle.unappended < 0:
+            flags = handle.flags & ~(os.O_APPEND | os.O_TRUNC | os.O_EXCL | os.O_CREAT)
+            path = "/proc/self/fd/{}".format(handle.fd)
+            handle.unappended = os.open(path, flags | os.O_CLOEXEC)
+        return handle.unappended
+
+    def release(self, request: Request) -> bytes:
+        number, _, _, _ = request.unpack(RELEASE_IN)
+        handle = self._files.find_handle(number)
+        del self._files.handles[number]
+        node = handle.node
+        node.handles = tuple(other for other in node.handles if other is not handle)
+        for owner in handle.owners:
+            drop_locks(node, owner)
+        for fd in (handle.fd, handle.unappended):
+            if fd >= 0:
+                os.close(fd)
+        if handle.entries:
+            handle.entries.close()
+        self._files.forget(node.number, 0)
+        return b""
+
+    def fsync(self, request: Request) -> None:
+        number, how, _ = request.unpack(FSYNC_IN)
+        self._sync(request, os.dup(self._files.find_handle(number).fd), how)
+
+    def fsyncdir(self, request: Request) -> None:
+        _, how, _ = request.unpack(FSYNC_IN)
+        directory = self._files.pin(self._files.find(request.node))
+        self._sync(request, os.open(b".", DIRECTORY, dir_fd=directory), how)
+
+    def _sync(self, request: Request, fd: int, how: int) -> None:
+        def sync() -> bytes:
+            try:
+                (os.fdatasync if how & DATA_ONLY else os.fsync)(fd)
+            finally:
+                os.close(fd)
+            return b""
+
+        self._later(request, sync)
+
+    def opendir(self, request: Request) -> bytes:
+        node = self._files.find(request.node)
+        entries = Entries(self._files, node)
+        entries.read(0, 0)                        # this fails if the directory cannot be read
+        number = self._files.add_handle(node, -1, 0)
+        self._files.handles[number].entries = entries
+        return OPEN_OUT.pack(number, 0, 0)
+
+    def readdir(self, request: Request) -> bytes:
+        number, offset, room = request.unpack(READ_IN)
+        entries = self._files.find_handle(number).entries
+        if entries is None:
+            raise failure(errno.ENOTDIR)
+        return entries.read(offset, min(room, BODY_MAX))
+
+    def fallocate(self, request: Request) -> bytes:
+        number, offset, length, mode, _ = request.unpack(FALLOCATE_IN)
+        handle = self._files.find_handle(number)
+        self._files.check_writable(handle.node)
+        call_libc("fallocate", handle.fd, mode, check_offset(offset), check_offset(length))
+        return b""
+
+    def lseek(self, request: Request) -> bytes:
+        number, offset, whence = request.unpack(LSEEK_IN)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise failure(errno.EINVAL)
+        handle = self._files.find_handle(number)
+        return NUMBER.pack(os.lseek(handle.fd, check_offset(offset), whence))
+
+    def copy(self, request: Request) -> bytes:
+        source, start, _, target, place, length, _ = request.unpack(COPY_IN)
+        if not hasattr(os, "copy_file_range"):
+            raise failure(errno.EOPNOTSUPP)
+        to = self._files.find_handle(target)
+        self._files.check_writable(to.node)
+        copied = os.copy_file_range(
+            self._files.find_handle(source).fd, to.fd, min(length, COPY_MAX),
+            check_offset(start), check_offset(place))
+        return WRITE_OUT.pack(copied, 0)
+
+
+def check_offset(number: int) -> int:
+    if number > FILE_MAX:
+        raise failure(errno.EINVAL)
+    return number
+
+
+# --- Virtio-fs: locks ---------------------------------------------------------------------------------------
+# A lock of flock(2) belongs to the descriptor that a handle has. A lock of fcntl(2) belongs to an owner,
+# a process of the guest, which gets a descriptor of its own for it in each file (F_OFD_SETLK). So the
+# host's kernel keeps all locks, and other runs and the host see them.
+
+LOCK_IN, LOCK_OUT = struct.Struct("<QQQQIIII"), struct.Struct("<QQII")
+F_OFD_GETLK, F_OFD_SETLKW = 36, 38                # include/uapi/linux/fcntl.h
+OF_FLOCK = 1                                      # FUSE_LK_FLOCK
+FLOCK_WORDS = (fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN)   # by F_RDLCK, F_WRLCK, F_UNLCK
+OFFSET_MAX = (1 << 63) - 1
+WAITERS_MAX = 1024
+WAKE = signal.SIGUSR1                             # to a thread whose lock is no longer wanted
+WAITER = struct.Struct("<QII")
+
+
+class Waiter:
+    """A request for a lock that another one has."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.thread = 0
+        self.is_cancelled = False
+
+
+class LockOperations:
+    def __init__(self, files: Files, later: Callable[[Request, Callable[[], bytes]], None]) -> None:
+        self._files = files
+        self._later = later
+        self.waiters: Dict[int, Waiter] = {}      # by the number of the request
+        signal.signal(WAKE, lambda number, frame: None)
+
+    def list(self) -> Dict[int, Operation]:
+        return {25: self.flush, 31: self.get, 32: self.set, 33: self.wait}
+
+    def flush(self, request: Request) -> bytes:
+        """A descriptor was closed: the process loses all its locks of the file."""
+        number, _, _, owner = request.unpack(FLUSH_IN)
+        handle = self._files.find_handle(number)
+        drop_locks(handle.node, owner)
+        if handle.flags & WRITES:                 # a file system of the network tells errors at close(2)
+            os.close(os.dup(handle.fd))
+        return b""
+
+    def get(self, request: Request) -> bytes:
+        number, owner, start, end, kind, _, _, _ = request.unpack(LOCK_IN)
+        handle = self._files.find_handle(number)
+        lock = encode_lock(kind, start, end)
+        found = fcntl.fcntl(self._find_locker(handle, owner), F_OFD_GETLK, lock)
+        kind, _, start, length, pid = FLOCK.unpack(found)
+        end = start + length - 1 if length else OFFSET_MAX
+        return LOCK_OUT.pack(start, end, kind, 0)
+
+    def set(self, request: Request) -> bytes:
+        self._prepare(request, True)()
+        return b""
+
+    def wait(self, request: Request) -> Optional[bytes]:
+        """In a thread of its own, if another one has the lock."""
+        try:
+            return self.set(request)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+        if len(self.waiters) >= WAITERS_MAX:
+            raise failure(errno.ENOLCK)
+
+        waiter = self.waiters[request.unique] = Waiter(request)
+        take = self._prepare(request, False)
+
+        def wait() -> bytes:
+            waiter.thread = threading.get_ident()
+            while not waiter.is_cancelled:
+                try:
+                    take()
+                    return b""
+                except InterruptedError:
+                    pass
+            raise failure(errno.EINTR)
+
+        self._later(request, wait)
+        return None
+
+    def _prepare(self, request: Request, is_now: bool) -> Callable[[], object]:
+        number, owner, start, end, kind, _, flags, _ = request.unpack(LOCK_IN)
+        handle = self._files.find_handle(number)
+        if kind >= len(FLOCK_WORDS):
+            raise failure(errno.EINVAL)
+        if flags & OF_FLOCK:
+            word = FLOCK_WORDS[kind]
+            return partial(call_libc, "flock", handle.fd, word | fcntl.LOCK_NB if is_now else word)
+
+        lock = encode_lock(kind, start, end)
+        if kind == fcntl.F_UNLCK and owner not in handle.node.lockers:
+            return int
+        locker = self._find_locker(handle, owner)
+        command = F_OFD_SETLK if is_now else F_OFD_SETLKW
+        return partial(call_libc, "fcntl", locker, command, lock)
+
+    def _find_locker(self, handle: Handle, owner: int) -> int:
+        """The descriptor for the locks of this owner, which can take both kinds if that is allowed."""
+        node = handle.node
+        if owner in node.lockers:
+            return node.lockers[owner]
+        path = "/proc/self/fd/{}".format(handle.fd)
+        mode = handle.flags & os.O_ACCMODE
+        try:
+            self._files.check_writable(node)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            try:
+                fd = os.open(path, mode | os.O_CLOEXEC)
+            except PermissionError:
+                fd = os.dup(handle.fd)
+
+        if node.lockers is NO_LOCKERS:
+            node.lockers = {}
+        node.lockers[owner] = fd
+        handle.owners.add(owner)
+        return fd
+
+    def list_waiting(self) -> bytes:
+        return b"".join(WAITER.pack(unique, waiter.request.pid, 0)
+                        for unique, waiter in self.waiters.items())
+
+    def cancel(self, unique: int) -> None:
+        """The process that waits has got a signal."""
+        waiter = self.waiters.get(unique)
+        if waiter and waiter.thread:
+            waiter.is_cancelled = True
+            signal.pthread_kill(waiter.thread, WAKE)
+
+
+def encode_lock(kind: int, start: int, end: int) -> bytes:
+    if not start <= end <= OFFSET_MAX:
+        raise failure(errno.EINVAL)
+    length = 0 if end == OFFSET_MAX else end - start + 1
+    return FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+
+
+# --- Virtio-fs: the root ------------------------------------------------------------------------------------
+# The device's root directory exists nowhere. It has an entry for each share, and the file `waiting`, by
+# which the guest's agent learns which locks wait, and says which of them are no longer wanted: Linux's
+# virtio-fs sends no FUSE_INTERRUPT.
+
+WAITING = b"waiting"
+
+
+class RootOperations:
+    def __init__(self, files: Files, locks: LockOperations) -> None:
+        self._files = files
+        self._locks = locks
+        self._readers: List[Request] = []
+
+    def list(self) -> Dict[int, Operation]:
+        return {1: self.look_up, 3: self.getattr, 14: self.open, 15: self.read, 16: self.write,
+                17: self.statfs, 18: self.release, 25: self.release, 27: self.open, 28: self.readdir,
+                29: self.release}
+
+    def look_up(self, request: Request) -> bytes:
+        name = request.read_body().rstrip(b"\0")
+        root = self._files.roots.get(name)
+        if request.node != ROOT_NODE or root is None and name != WAITING:
+            raise failure(errno.ENOENT)
+        if root is None:
+            return ENTRY_HEAD.pack(LOCKS_NODE, 0, 0, 0, 0, 0) + self._describe(LOCKS_NODE)
+
+        status = self._files.read_status(root)
+        root.lookups += 1
+        head = ENTRY_HEAD.pack(root.number, 0, 0, 0, 0, 0)
+        return head + self._files.encode_attributes(status)
+
+    def getattr(self, request: Request) -> bytes:
+        return ATTRIBUTES_HEAD.pack(0, 0, 0) + self._describe(request.node)
+
+    def _describe(self, node: int) -> bytes:
+        mode = stat.S_IFDIR | 0o500 if node == ROOT_NODE else stat.S_IFREG | 0o600
+        links = 2 if node == ROOT_NODE else 1
+        return ATTRIBUTES.pack(node, 0, 0, 0, 0, 0, 0, 0, 0, mode, links, 0, 0, 0, 4096, 0)
+
+    def statfs(self, request: Request) -> bytes:
+        return STATFS_OUT.pack(0, 0, 0, 0, 0, 4096, 255, 4096)
+
+    def open(self, request: Request) -> bytes:
+        return OPEN_OUT.pack(0, FOPEN_DIRECT_IO if request.node == LOCKS_NODE else 0, 0)
+
+    def release(self, request: Request) -> bytes:
+        return b""
+
+    def readdir(self, request: Request) -> bytes:
+        _, offset, room = request.unpack(READ_IN)
+        content = b""
+        for index, name in enumerate((b".", b"..", *self._files.roots), 1):
+            entry = DIRENT.pack(index, index, len(name), DT_UNKNOWN) + name + bytes(-len(name) % 8)
+            if index > offset and len(content) + len(entry) <= room:
+                content += entry
+        return content
+
+    def read(self, request: Request) -> None:
+        """Answered as soon as a lock waits."""
+        if request.node != LOCKS_NODE or len(self._readers) >= WAITERS_MAX:
+            raise failure(errno.EINVAL)
+        self._readers.append(request)
+
+    def take_answers(self) -> List[Tuple[Request, bytes]]:
+        """Answers that can be given now to those who read `waiting`."""
+        if not self._locks.waiters:
+            return []
+        content = self._locks.list_waiting()
+        readers = self._readers
+        self._readers = []
+        answers = []
+        for request in readers:
+            room = request.unpack(READ_IN)[2]
+            answers.append((request, content[:room - room % WAITER.size]))
+        return answers
+
+    def write(self, request: Request) -> bytes:
+        body = request.read_body()[WRITE_IN.size:]
+        if request.node != LOCKS_NODE or len(body) != NUMBER.size:
+            raise failure(errno.EINVAL)
+        self._locks.cancel(*NUMBER.unpack(body))
+        return WRITE_OUT.pack(len(body), 0)
+
+
+# --- Virtio-fs: the server ----------------------------------------------------------------------------------
+
+INIT_IN, INIT_OUT = struct.Struct("<IIIII"), struct.Struct("<IIIIHHIIHHII24x")
+FUSE_VERSION = 7, 38
+FUSE_FLAGS = sum(1 << bit for bit in (
+    0,                               # ASYNC_READ
+    1,                               # POSIX_LOCKS
+    3,                               # ATOMIC_O_TRUNC
+    5,                               # BIG_WRITES
+    6,                               # DONT_MASK
+    10,                              # FLOCK_LOCKS
+    12,                              # AUTO_INVAL_DATA
+    18,                              # PARALLEL_DIROPS
+    20,                              # POSIX_ACL
+    22,                              # MAX_PAGES
+    28,                              # HANDLE_KILLPRIV_V2
+    30,                              # INIT_EXT
+    36))                             # DIRECT_IO_ALLOW_MMAP
+DIRECT_IO_ALLOW_MMAP = 1 << 36
+FORGET, BATCH_FORGET, INIT, DESTROY, SYNCFS, IOCTL = 2, 42, 26, 38, 50, 39
+FORGET_ONE, FORGET_MANY = struct.Struct("<QQ"), struct.Struct("<I4x")
+ROUND = 256                          # requests until the server looks at other things
+
+
+
+class FuseServer:
+    """Answers the requests of one guest."""
+
+    def __init__(self, shares: Sequence[Share]) -> None:
+        self._files = Files(shares)
+        self._names = NameOperations(self._files)
+        self._contents = ContentOperations(self._files, self._answer_later)
+        self._locks = LockOperations(self._files, self._answer_later)
+        self._root = RootOperations(self._files, self._locks)
+        self._of_root = dict(self._root.list())
+        self._of_files: Dict[int, Operation] = {}
+        for operations in (self._names.list(), AttributeOperations(self._files).list(),
+                           self._contents.list(), self._locks.list()):
+            self._of_files.update(operations)
+        for known in (self._of_root, self._of_files):
+            known.update({INIT: self._initialise, DESTROY: ignore, SYNCFS: ignore, IOCTL: refuse_ioctl})
+
+        self._queue: Optional[Queue] = None       # that the current request came by
+        self._done: Deque[Tuple[Queue, Request, Payload, int]] = collections.deque()
+        self.wakeup, self._to_wakeup = os.pipe()  # an answer is in `_done`
+
+    def limit_nodes(self, memory: int) -> None:
+        """A kernel with so many bytes of memory has no room for more nodes."""
+        self._files.nodes_max = max(NODES_MIN, memory // NODE_MEMORY)
+
+    def serve(self, queue: Queue) -> None:
+        """Answer the requests that wait in a queue, up to a limit."""
+        self._queue = queue
+        count = 0
+        while count < ROUND and queue.has_chain():
+            count += 1
+            request = decode_request(queue.take())
+            if request.opcode in (FORGET, BATCH_FORGET):
+                self._forget(request)
+                queue.give_back(request.chain, 0)
+                continue
+            known = self._of_root if request.node <= LOCKS_NODE else self._of_files
+            operation = known.get(request.opcode, refuse)
+            payload, error = attempt(partial(operation, request))
+            if payload is not None:
+                queue.give_back(request.chain, encode_answer(request, payload, error))
+
+        for request, content in self._root.take_answers():
+            queue.give_back(request.chain, encode_answer(request, content))
+            count += 1
+        if count:
+            queue.notify()
+
+    def _answer_later(self, request: Request, work: Callable[[], bytes]) -> None:
+        """Work in a thread, so that other requests do not wait."""
+        queue = self._queue
+        assert queue
+
+        def live() -> None:
+            self._done.append((queue, request, *attempt(work)))
+            os.write(self._to_wakeup, b"1")
+
+        try:
+            threading.Thread(target=live, daemon=True).start()
+        except RuntimeError:                      # no process is left
+            raise failure(errno.ENOLCK)
+
+    def finish(self) -> None:
+        """Give the answers that threads have found."""
+        os.read(self.wakeup, 512)
+        while self._done:
+            queue, request, payload, error = self._done.popleft()
+            self._locks.waiters.pop(request.unique, None)
+            if payload is not None:
+                queue.give_back(request.chain, encode_answer(request, payload, error))
+            queue.notify()
+
+    def _forget(self, request: Request) -> None:
+        if request.opcode == FORGET:
+            self._files.forget(request.node, *request.unpack(NUMBER))
+            return
+        body = request.read_body()
+        count = min(FORGET_MANY.unpack_from(body)[0], (len(body) - FORGET_MANY.size) // FORGET_ONE.size)
+        for index in range(count):
+            self._files.forget(*FORGET_ONE.unpack_from(body, FORGET_MANY.size + index * FORGET_ONE.size))
+
+    def _initialise(self, request: Request) -> bytes:
+        body = request.read_body().ljust(INIT_IN.size, b"\0")
+        _, minor, read_ahead, flags, more_flags = INIT_IN.unpack_from(body)
+        flags = (flags | more_flags << 32) & FUSE_FLAGS
+        if flags & DIRECT_IO_ALLOW_MMAP:
+            self._names.open_flags = self._contents.open_flags = FOPEN_DIRECT_IO
+        return INIT_OUT.pack(
+            FUSE_VERSION[0], min(minor, FUSE_VERSION[1]), read_ahead, flags & 0xFFFFFFFF, 64, 48,
+            DATA_MAX, 1, DATA_MAX // mmap.PAGESIZE, 0, flags >> 32, 0)
+
+
+def attempt(work: Callable[[], Payload]) -> Tuple[Payload, int]:
+    """What it returns, and the errno if it fails."""
+    try:
+        return work(), 0
+    except OSError as error:
+        return b"", error.errno or errno.EIO
+    except (ValueError, OverflowError, struct.error):         # a request that Linux does not make
+        return b"", errno.EINVAL
+
+
+def ignore(request: Request) -> bytes:
+    return b""
+
+
+def refuse(request: Request) -> bytes:
+    raise failure(errno.ENOSYS)
+
+
+def refuse_ioctl(request: Request) -> bytes:
+    raise failure(errno.ENOTTY)
+
+
+# --- Virtio-fs: the device ----------------------------------------------------------------------------------
+# The VMM speaks vhost-user with the server, by a socket: it hands over the guest's memory and the queues.
+# qemu.org, docs/interop/vhost-user.rst. The VMM is as hostile as the guest's kernel.
+
+DEVICE_TAG = b"apppot"
+MESSAGE = struct.Struct("<III")                   # request, flags, bytes of the body
+MESSAGE_MAX = 4096
+DESCRIPTORS_OF_MESSAGE = 8
+VERSION_AND_REPLY = 1 | 4
+QUEUES = 2                           # for what has no answer, and for requests
+DEVICE_FEATURES = 1 << 32 | 1 << 30  # VIRTIO_F_VERSION_1, VHOST_USER_F_PROTOCOL_FEATURES
+# MQ; BACKEND_REQ, without which Linux 6.1 gets its own interrupts wrong; CONFIG.
+PROTOCOL_FEATURES = 1 << 0 | 1 << 5 | 1 << 9
+NO_DESCRIPTOR = 1 << 8               # flag of SET_VRING_KICK and SET_VRING_CALL
+WORD, PAIR, CONFIG_HEAD = struct.Struct("<Q"), struct.Struct("<II"), struct.Struct("<III")
+MEMORY_REGION, RING_ADDRESSES = struct.Struct("<QQQQ"), struct.Struct("<IIQQQQ")
+
+
+class Device:
+    """The back end of vhost-user."""
+
+    def __init__(self, connection: "socket.socket", server: FuseServer) -> None:
+        self._connection = connection
+        self._server = server
+        self._memory = GuestMemory()
+        self._queues = [Queue(self._memory) for _ in range(QUEUES)]
+        self._kicks: Dict[int, Queue] = {}
+        self._poll = select.poll()
+        self._handlers: Dict[int, Callable[[bytes, List[int]], Optional[bytes]]] = {
+            1: lambda body, fds: WORD.pack(DEVICE_FEATURES),
+            5: self._set_memory,
+            8: self._resize,
+            9: self._place,
+            10: self._set_next,
+            11: self._get_next,
+            12: self._set_kick,
+            13: self._set_call,
+            15: lambda body, fds: WORD.pack(PROTOCOL_FEATURES),
+            17: lambda body, fds: WORD.pack(QUEUES),
+            21: self._keep_back_channel,
+            24: self._get_config,
+        }
+
+    def serve(self) -> None:
+        """Until the VMM hangs up."""
+        wakeup = self._server.wakeup
+        for descriptor in (self._connection.fileno(), wakeup):
+            self._poll.register(descriptor, select.POLLIN)
+        while True:
+            for descriptor, _ in self._poll.poll():
+                if descriptor == wakeup:
+                    self._server.finish()
+                elif descriptor in self._kicks:
+                    self._take_kick(descriptor)
+                elif not self._receive():
+                    return
+
+    def _take_kick(self, descriptor: int) -> None:
+        try:
+            os.read(descriptor, 8)
+        except BlockingIOError:
+            pass
+        queue = self._kicks[descriptor]
+        self._server.serve(queue)
+        if queue.has_chain():
+            os.write(descriptor, WORD.pack(1))
+
+    def _receive(self) -> bool:
+        """Take one message of the VMM; whether there was one."""
+        head, fds = self._read(MESSAGE.size)
+        if len(head) < MESSAGE.size:
+            return False
+        number, _, size = MESSAGE.unpack(head)
+        if size > MESSAGE_MAX:
+            raise Misfit("a message of {} bytes of the VMM".format(size))
+        body, more = self._read(size)
+        fds += more
+
+        handler = self._handlers.get(number)
+        used = list(fds)
+        answer = handler(body, used) if handler else None
+        for descriptor in used:
+            os.close(descriptor)
+        if answer is not None:
+            self._connection.sendall(MESSAGE.pack(number, VERSION_AND_REPLY, len(answer)) + answer)
+        return True
+
+    def _read(self, size: int) -> Tuple[bytes, List[int]]:
+        import array
+        import socket
+
+        content = b""
+        fds = array.array("i")
+        while len(content) < size:
+            room = socket.CMSG_SPACE(DESCRIPTORS_OF_MESSAGE * fds.itemsize)
+            piece, ancillary, _, _ = self._connection.recvmsg(
+                size - len(content), room, socket.MSG_CMSG_CLOEXEC)
+            for _, kind, data in ancillary:
+                if kind == socket.SCM_RIGHTS:
+                    fds.frombytes(data[:len(data) - len(data) % fds.itemsize])
+            if not piece:
+                break
+            content += piece
+        return content, list(fds)
+
+    # Handlers of messages. A descriptor that they keep they take off the list.
+
+    def _set_memory(self, body: bytes, fds: List[int]) -> None:
+        count, _ = PAIR.unpack_from(body)
+        if count != len(fds) or len(body) < PAIR.size + count * MEMORY_REGION.size:
+            raise Misfit("a table of memory that does not fit")
+        self._memory.clear()
+        for index, descriptor in enumerate(fds):
+            start, size, vmm_start, offset = MEMORY_REGION.unpack_from(
+                body, PAIR.size + index * MEMORY_REGION.size)
+            self._memory.add(start, vmm_start, size, descriptor, offset)
+        self._server.limit_nodes(self._memory.size)
+
+    def _find_queue(self, index: int) -> Queue:
+        if index >= QUEUES:
+            raise Misfit("a queue with the number {}".format(index))
+        return self._queues[index]
+
+    def _resize(self, body: bytes, fds: List[int]) -> None:
+        index, size = PAIR.unpack(body)
+        self._find_queue(index).resize(size)
+
+    def _place(self, body: bytes, fds: List[int]) -> None:
+        index, _, descriptors, used, available, _ = RING_ADDRESSES.unpack(body)
+        self._find_queue(index).place(descriptors, used, available)
+
+    def _set_next(self, body: bytes, fds: List[int]) -> None:
+        index, number = PAIR.unpack(body)
+        self._find_queue(index).next = number & 0xFFFF
+
+    def _get_next(self, body: bytes, fds: List[int]) -> bytes:
+        """The VMM stops the queue."""
+        index, _ = PAIR.unpack(body)
+        return PAIR.pack(index, self._find_queue(index).next)
+
+    def _set_kick(self, body: bytes, fds: List[int]) -> None:
+        word, = WORD.unpack(body)
+        queue = self._find_queue(word & 0xFF)
+        for descriptor in [known for known, of in self._kicks.items() if of is queue]:
+            self._poll.unregister(descriptor)
+            os.close(descriptor)
+            del self._kicks[descriptor]
+        if fds and not word & NO_DESCRIPTOR:
+            descriptor = fds.pop()
+            os.set_blocking(descriptor, False)
+            self._kicks[descriptor] = queue
+            self._poll.register(descriptor, select.POLLIN)
+
+    def _set_call(self, body: bytes, fds: List[int]) -> None:
+        word, = WORD.unpack(body)
+        queue = self._find_queue(word & 0xFF)
+        queue.replace_call(fds.pop() if fds and not word & NO_DESCRIPTOR else -1)
+
+    def _keep_back_channel(self, body: bytes, fds: List[int]) -> None:
+        """Nothing is sent by it, but its end would disturb the VMM."""
+        fds.clear()
+
+    def _get_config(self, body: bytes, fds: List[int]) -> bytes:
+        """struct virtio_fs_config: the tag, and how many queues take requests."""
+        start, size, flags = CONFIG_HEAD.unpack_from(body)
+        config = DEVICE_TAG.ljust(36, b"\0") + struct.pack("<I", QUEUES - 1)
+        content = config[start:start + size]
+        return CONFIG_HEAD.pack(start, len(content), flags) + content
+
+
+def serve_shares(listener: "socket.socket", shares: Sequence[Share]) -> None:
+    """Accept one VMM and answer its requests until it hangs up.
+
+    Misfit if the VMM or the guest's kernel breaks the protocol, OSError if a share cannot be opened.
     """
-    raise NotImplementedError
+    server = FuseServer(shares)
+    connection, _ = listener.accept()
+    listener.close()
+    Device(connection, server).serve()
 
 
 # --- A guest ------------------------------------------------------------------------------------------------
@@ -4062,7 +5692,7 @@ class Uml(Vmm):
         self.can_enlarge_disk = features.device_mapper
         version = features.needs_modules
         self._module_place = None if version is None else find_modules(kernel, version)
-        has_driver = HAS_FILE_SERVER and features.virtio and features.virtio_fs
+        has_driver = features.virtio and features.virtio_fs
         self.has_virtio_fs = has_driver and (version is None or self._module_place is not None)
         drivers = (
             (features.vector_network, SLIRP4NETNS, "vec0"),
