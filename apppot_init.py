@@ -1192,6 +1192,13 @@ def covers_system(path: bytes) -> bool:
     return not os.path.isdir(path) or is_below(path, b"/proc") or is_below(path, b"/sys")
 
 
+def is_full(path: bytes) -> bool:
+    try:
+        return os.statvfs(path).f_bavail == 0
+    except OSError:
+        return False
+
+
 class MountedShares:
     """The directories and files of the host that the guest sees at their places."""
 
@@ -1200,7 +1207,8 @@ class MountedShares:
         self._channel = channel
         self._mounted: Dict[bytes, bytes] = {}    # place to tag
         self._has_unread = False                  # something is mounted that cannot be opened
-        self._roots: Dict[int, List[bytes]] = {}  # descriptor of each file system to the places
+        # By a descriptor of a file system the paths of its shares for root, and their places.
+        self._roots: Dict[int, Dict[bytes, bytes]] = {}
 
         # Those that hold the job directory come before it: later they would hide it.
         binds = sorted(job.binds, key=lambda bind: bind.target.count(b"/"))
@@ -1253,11 +1261,11 @@ class MountedShares:
         """
         if has_file_server() and self._roots:     # the shares are one file system
             for places in self._roots.values():
-                places.append(place)
+                places[path] = place
             return
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            self._roots[descriptor] = [place]
+            self._roots[descriptor] = {path: place}
         except OSError:              # nobody may read it: find_losses() does without
             self._has_unread = True
 
@@ -1295,7 +1303,9 @@ class MountedShares:
             try:
                 call_libc("syncfs", descriptor)
             except OSError as error:
-                losses.append((" or ".join(map(show_path, places)), error.errno or errno.EIO))
+                full = [place for path, place in places.items() if is_full(path)]
+                blamed = full or places.values()
+                losses.append((" or ".join(map(show_path, blamed)), error.errno or errno.EIO))
         return losses
 
 
@@ -1820,7 +1830,8 @@ def start_lock_watch() -> None:
 
 def watch_locks() -> None:
     """Have the server interrupt those locks for whose thread a signal has come."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))           # they are the main thread's
+    numbers = [*range(1, 32), *range(34, signal.NSIG)]         # the C library keeps the others
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)          # they are for the main thread
     try:
         waiting = os.open(WAITING, os.O_RDWR | os.O_CLOEXEC)
         while True:

@@ -6253,11 +6253,13 @@ def start_file_server(guest: Guest) -> ServerProcess:
 
 def confine_file_server(ours: Set[int], shares: Sequence[Share]) -> None:
     """Leave to this process its descriptors and the files of the shares."""
+    # With Landlock it could not be imported later, to describe a bug.
     import traceback  # noqa: F401
 
-    # With Landlock it could not be imported later, to describe a bug.
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # The signals that were blocked are ignored as well, but for the one that wakes a thread.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     close_all_but({0, 1, 2} | ours)
     forbid_core()
     if find_landlock():

@@ -62,6 +62,7 @@ KERNELS = {
     "test_placement.py": ("12", "1", "2"),
     "test_readme.py": ("12", "1", "2"),
     "test_run.py": ("12", "1", "2"),
+    "test_shares.py": ("12", "1", "2"),
     "test_terminal.py": ("12", "2", "1"),
 }
 

@@ -272,10 +272,10 @@ class Node:
         self.signal_all(signal.SIGKILL)
 
     def list_parts(self, process):
-        """The runner, its supervisor, `empty`, the kernel, and the kernel's first children."""
-        names = ["runner", "supervisor", "kernel", "first child", "second child"]
+        """Of a run without a network: runner, supervisor, file server, `empty`, kernel, its children."""
+        names = ["runner", "supervisor", "file server", "kernel", "first child", "second child"]
         if self.carrier == "empty":
-            names.insert(2, "empty")
+            names.insert(3, "empty")
         return dict(zip(names, [process.pid, *list_descendants(process.pid)]))
 
     def wait_until_gone(self, seconds=2):

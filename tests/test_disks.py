@@ -11,6 +11,7 @@ import tarfile
 
 import pytest
 from nodes import assert_error, assert_told, needs_root, read_version, writable_copy
+from test_faults import inject
 
 FILL = "head -c {} /dev/zero | tee {} | sha256sum"
 
@@ -233,6 +234,7 @@ def test_more_mapped_pages_than_may_wait_in_memory_are_written(node, small):
 def test_a_command_that_was_ended_for_lost_pages_has_no_status(node, small):
     """The agent does not know what root of the guest mounts. Linux 6.1 waits for ever here."""
     small(node.job, 5)
+    inject(node, "Uml.has_virtio_fs = property(lambda self: False, lambda self, value: None)")
     mount = "import ctypes; ctypes.CDLL(None).mount(b'none', b'/mnt', b'hostfs', 0, b'job')\n"
     script = mount + MAPPED + "sys.exit(7)"
     result = node.run("--root", "--mem", "64M", "python3", "-c", script, "/mnt/m", "30")

@@ -262,6 +262,7 @@ def test_a_frozen_cgroup_goes_on(node, freezer):
     [
         ("runner", None),
         ("supervisor", "supervisor"),
+        ("file server", "the file server of the run was killed"),
         ("kernel", "guest was killed"),
         ("first child", ""),
         ("second child", ""),
@@ -295,7 +296,7 @@ def kill_and_look(any_node, victim, words):
 
 @both_carriers
 def test_a_guest_ends_with_runner_and_supervisor_killed_at_once(node):
-    process = node.start_ready("while :; do :; done")
+    process = node.start_ready("while :; do :; done", "--net", "none")
     parts = node.list_parts(process)
     all_parts = list_descendants(process.pid)
     for name in ("runner", "supervisor"):
