@@ -1818,6 +1818,7 @@ def must_programs_wait() -> bool:
 
 WAITING = PLACE + "/waiting"         # of the file server: a read returns when a lock waits
 WAITER = struct.Struct("<QII")       # the number of the request, pid of the thread that waits, 0
+WAITERS_SIZE = 4096                  # more than they have together
 LOOK_S = 0.02
 
 
@@ -1835,7 +1836,7 @@ def watch_locks() -> None:
     try:
         waiting = os.open(WAITING, os.O_RDWR | os.O_CLOEXEC)
         while True:
-            for unique, pid, _ in WAITER.iter_unpack(os.read(waiting, READ_SIZE)):
+            for unique, pid, _ in WAITER.iter_unpack(os.read(waiting, WAITERS_SIZE)):
                 if has_signal(pid):
                     os.write(waiting, struct.pack("<Q", unique))
             time.sleep(LOOK_S)

@@ -2838,7 +2838,7 @@ class MountPoints:
 REGIONS_MAX = 8                      # of the guest's memory
 QUEUE_MAX = 1024                     # descriptors of a queue
 DESCRIPTOR = struct.Struct("<QIHH")  # address, length, flags, number of the next one
-HAS_NEXT, IS_WRITABLE = 1, 2         # flags of a descriptor
+HAS_NEXT, IS_WRITABLE, IS_TABLE = 1, 2, 4         # flags of a descriptor
 NO_INTERRUPT = NO_NOTIFY = 1         # flags of the available ring and of the used one
 RING_INDEX = struct.Struct("<H")
 USED = struct.Struct("<II")          # head of the chain, bytes that were written
@@ -2950,18 +2950,31 @@ class Queue:
 
         filled: Views = []
         empty: Views = []
-        number = head
-        for _ in range(self._size):
-            if number >= self._size:
-                raise Misfit("a descriptor that its queue does not have")
+        table, number = self._find_table(head)
+        count = len(table) // DESCRIPTOR.size
+        for _ in range(count):
+            if number >= count:
+                raise Misfit("a descriptor that its table does not have")
             address, length, flags, following = DESCRIPTOR.unpack_from(
-                self._descriptors, 16 * number)
+                table, DESCRIPTOR.size * number)
             view = self._memory.find(address, length)
             (empty if flags & IS_WRITABLE else filled).append(view)
             if not flags & HAS_NEXT:
                 return Chain(head, filled, empty)
             number = following
         raise Misfit("a chain that never ends")
+
+    def _find_table(self, head: int) -> Tuple[memoryview, int]:
+        """The table that holds the descriptors of a chain, and the number of the first."""
+        if head >= self._size:
+            raise Misfit("a chain that its queue does not have")
+        address, length, flags, _ = DESCRIPTOR.unpack_from(
+            self._descriptors, DESCRIPTOR.size * head)
+        if not flags & IS_TABLE:
+            return self._descriptors, head
+        if length > DESCRIPTOR.size * QUEUE_MAX:
+            raise Misfit("a table of {} bytes".format(length))
+        return self._memory.find(address, length), 0
 
     def give_back(self, chain: Chain, written: int) -> None:
         slot = 4 + 8 * (self._used_index % self._size)
@@ -3948,7 +3961,7 @@ F_OFD_GETLK, F_OFD_SETLKW = 36, 38                # include/uapi/linux/fcntl.h
 OF_FLOCK = 1                                      # FUSE_LK_FLOCK
 FLOCK_WORDS = (fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN)   # by F_RDLCK, F_WRLCK, F_UNLCK
 OFFSET_MAX = (1 << 63) - 1
-WAITERS_MAX = 1024
+WAITERS_MAX = 192                    # of the 256 requests that UML's queue has room for
 WAKE = signal.SIGUSR1                             # to a thread whose lock is no longer wanted
 WAITER = struct.Struct("<QII")
 
@@ -4312,7 +4325,9 @@ MESSAGE_MAX = 4096
 DESCRIPTORS_OF_MESSAGE = 8
 VERSION_AND_REPLY = 1 | 4
 QUEUES = 2                           # for what has no answer, and for requests
-DEVICE_FEATURES = 1 << 32 | 1 << 30  # VIRTIO_F_VERSION_1, VHOST_USER_F_PROTOCOL_FEATURES
+# VIRTIO_F_VERSION_1, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_INDIRECT_DESC. With the last one a
+# request takes one place in a queue. Without it those that wait for locks leave no room for a large one.
+DEVICE_FEATURES = 1 << 32 | 1 << 30 | 1 << 28
 # MQ; BACKEND_REQ, without which Linux 6.1 gets its own interrupts wrong; CONFIG.
 PROTOCOL_FEATURES = 1 << 0 | 1 << 5 | 1 << 9
 NO_DESCRIPTOR = 1 << 8               # flag of SET_VRING_KICK and SET_VRING_CALL
