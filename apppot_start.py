@@ -3147,6 +3147,13 @@ class Handle:
         self.owners: Set[int] = set()             # whose locks came by this handle
         self.entries: Optional["Entries"] = None  # of a directory
 
+    def close(self) -> None:
+        for descriptor in (self.fd, self.unappended):
+            if descriptor >= 0:
+                os.close(descriptor)
+        if self.entries:
+            self.entries.close()
+
 
 class Files:
     """What the guest's kernel knows of the shares."""
@@ -3363,6 +3370,14 @@ class Files:
         if handle is None:
             raise failure(errno.EBADF)
         return handle
+
+    def close(self) -> None:
+        for handle in self.handles.values():
+            handle.close()
+        for node in {*self.nodes.values(), *(root.parent or root for root in self.roots.values())}:
+            for descriptor in (node.pin, *node.lockers.values()):
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     # Attributes.
 
@@ -3877,11 +3892,7 @@ class ContentOperations:
         node.handles = tuple(other for other in node.handles if other is not handle)
         for owner in handle.owners:
             drop_locks(node, owner)
-        for fd in (handle.fd, handle.unappended):
-            if fd >= 0:
-                os.close(fd)
-        if handle.entries:
-            handle.entries.close()
+        handle.close()
         self._files.forget(node.number, 0)
         return b""
 
@@ -4220,6 +4231,12 @@ class FuseServer:
         self._done: Deque[Tuple[Queue, Request, Payload, int]] = collections.deque()
         self.wakeup, self._to_wakeup = os.pipe()  # an answer is in `_done`
 
+    def close(self) -> None:
+        """Close all descriptors; a server process leaves that to its end."""
+        self._files.close()
+        os.close(self.wakeup)
+        os.close(self._to_wakeup)
+
     def limit_nodes(self, memory: int) -> None:
         """A kernel with so many bytes of memory has no room for more nodes."""
         self._files.nodes_max = max(NODES_MIN, memory // NODE_MEMORY)
@@ -4232,7 +4249,7 @@ class FuseServer:
             count += 1
             request = decode_request(queue.take())
             if request.opcode in (FORGET, BATCH_FORGET):
-                self._forget(request)
+                attempt(partial(self._forget, request))        # it has no answer
                 queue.give_back(request.chain, 0)
                 continue
             known = self._of_root if request.node <= LOCKS_NODE else self._of_files
@@ -4275,6 +4292,7 @@ class FuseServer:
         if request.opcode == FORGET:
             self._files.forget(request.node, *request.unpack(NUMBER))
             return
+
         body = request.read_body()
         count = min(FORGET_MANY.unpack_from(body)[0], (len(body) - FORGET_MANY.size) // FORGET_ONE.size)
         for index in range(count):
