@@ -3874,6 +3874,13 @@ class ContentOperations:
             written = os.pwritev(fd, data, check_offset(offset))
         else:
             written = os.pwrite(fd, b"".join(data), check_offset(offset))
+        if how & FROM_CACHE and written < size:
+            # The guest's kernel would wait for ever for the rest of its pages, or forget them.
+            rest = memoryview(b"".join(data))[written:]
+            while rest:
+                count = os.pwrite(fd, rest, offset + written)
+                written += count
+                rest = rest[count:]
         return WRITE_OUT.pack(written, 0)
 
     def _find_unappended(self, handle: Handle) -> int:
@@ -4308,7 +4315,7 @@ class FuseServer:
             self._files.is_old_kernel = True
         return INIT_OUT.pack(
             FUSE_VERSION[0], min(minor, FUSE_VERSION[1]), read_ahead, flags & 0xFFFFFFFF, 64, 48,
-            DATA_MAX, 1, DATA_MAX // mmap.PAGESIZE, 0, flags >> 32, 0)
+            DATA_MAX, 1, DATA_MAX // mmap.PAGESIZE // 2, 0, flags >> 32, 0)
 
 
 def attempt(work: Callable[[], Payload]) -> Tuple[Payload, int]:
