@@ -4315,7 +4315,7 @@ class FuseServer:
             self._files.is_old_kernel = True
         return INIT_OUT.pack(
             FUSE_VERSION[0], min(minor, FUSE_VERSION[1]), read_ahead, flags & 0xFFFFFFFF, 64, 48,
-            DATA_MAX, 1, DATA_MAX // mmap.PAGESIZE // 2, 0, flags >> 32, 0)
+            DATA_MAX, 1, DATA_MAX // mmap.PAGESIZE, 0, flags >> 32, 0)
 
 
 def attempt(work: Callable[[], Payload]) -> Tuple[Payload, int]:
