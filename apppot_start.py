@@ -6,8 +6,8 @@ Usage: python3 apppot_start.py [option...] [command [argument...]]
 
 Constraint: this one file is copied alone to a node, so it imports the standard library only, Python 3.6 or newer.
 
-Three processes make a run: this runner, which relays bytes and signals; a supervisor forked from it, which owns the
-User-Mode Linux kernel and cleans up whatever happens to the runner; and the kernel itself.
+Four processes make a run: this runner, which relays bytes and signals; a supervisor forked from it, which owns the
+User-Mode Linux kernel and cleans up whatever happens to the runner; the kernel itself; and the server of its files.
 """
 import _signal  # type: ignore[import-not-found]
 

@@ -30,8 +30,15 @@ VERSION = "9.8.7"
 
 def test_it_is_short_and_fits_the_window():
     lines = README.splitlines()
-    assert len(lines) <= 300
+    assert len(lines) <= 400
     assert [line for line in lines if len(line) > 125] == []
+
+
+def test_its_contents_name_each_section():
+    sections = re.findall(r"^## (.*)$", README, re.MULTILINE)
+    contents = README.partition("\nContents: ")[2].partition("\n\n")[0]
+    links = re.findall(r"\[([^]]+)\]\(#([a-z-]+)\)", contents)
+    assert links == [(name, name.lower().replace(" ", "-")) for name in sections]
 
 
 def list_options(parser):
