@@ -6329,8 +6329,14 @@ def start_file_server(guest: Guest) -> ServerProcess:
 
 def confine_file_server(ours: Set[int], shares: Sequence[Share]) -> None:
     """Leave to this process its descriptors and the files of the shares."""
-    # With Landlock it could not be imported later, to describe a bug.
+    # With Landlock nothing could be loaded later: these, and what the C library of an old Python wants
+    # at the end of a thread.
+    import array  # noqa: F401
     import traceback  # noqa: F401
+
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
 
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
