@@ -3155,20 +3155,53 @@ class Handle:
             self.entries.close()
 
 
+class Attributes:
+    """What the guest's kernel is told of files."""
+
+    def __init__(self) -> None:
+        self._devices: Dict[int, int] = {}        # to their index
+
+    def mix_inode(self, device: int, inode: int) -> int:
+        """The guest sees one device, so inodes of several get different numbers."""
+        index = self._devices.setdefault(device, len(self._devices))
+        return inode ^ (index << 48)
+
+    def encode_entry(self, node: Node, status: os.stat_result) -> bytes:
+        """struct fuse_entry_out"""
+        return ENTRY_HEAD.pack(
+            node.number, 0, 0, 0, 0, self.find_validity(status)) + self.encode(status)
+
+    def find_validity(self, status: os.stat_result) -> int:
+        """Nanoseconds, which become a tick of the guest's kernel (10 ms).
+
+        Without them it asks for the attributes of a directory each time that it searches it.
+        """
+        return 1 if stat.S_ISDIR(status.st_mode) else 0
+
+    def encode(self, status: os.stat_result) -> bytes:
+        atime, mtime, ctime = status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns
+        second = 10 ** 9
+        return ATTRIBUTES.pack(
+            self.mix_inode(status.st_dev, status.st_ino) & LARGEST, status.st_size, status.st_blocks,
+            atime // second, mtime // second, ctime // second,
+            atime % second, mtime % second, ctime % second,
+            status.st_mode, status.st_nlink, status.st_uid, status.st_gid,
+            encode_device(status.st_rdev), status.st_blksize, 0)
+
+
 class Files:
     """What the guest's kernel knows of the shares."""
 
     def __init__(self, shares: Sequence[Share]) -> None:
         self.shares = shares
         self.nodes_max = NODES_MIN
-        self.is_old_kernel = False
+        self.attributes = Attributes()
         self.roots: Dict[bytes, Node] = {}
         self.nodes: Dict[int, Node] = {}
         self.handles: Handles = {}
         self._known: Dict[Tuple[int, int, int], Node] = {}    # by share, device and inode
         self._last_number = LOCKS_NODE
         self._last_handle = 0
-        self._devices: Dict[int, int] = {}
         # Those in use, the one that was used last at the end.
         self._pinned: "collections.OrderedDict[Node, None]" = collections.OrderedDict()
         self._pins_max = min(PINS_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // PINS_SHARE)
@@ -3379,36 +3412,6 @@ class Files:
                 if descriptor >= 0:
                     os.close(descriptor)
 
-    # Attributes.
-
-    def mix_inode(self, device: int, inode: int) -> int:
-        """The guest sees one device, so inodes of several get different numbers."""
-        index = self._devices.setdefault(device, len(self._devices))
-        return inode ^ (index << 48)
-
-    def encode_entry(self, node: Node, status: os.stat_result) -> bytes:
-        """struct fuse_entry_out"""
-        return ENTRY_HEAD.pack(
-            node.number, 0, 0, 0, 0, self.find_validity(status)) + self.encode_attributes(status)
-
-    def find_validity(self, status: os.stat_result) -> int:
-        """Nanoseconds, which become a tick of the guest's kernel.
-
-        An old kernel asks for the attributes of a directory each time that it searches it. Our own
-        kernel has a cure of its own (fuse-lookup.patch).
-        """
-        return 1 if self.is_old_kernel and stat.S_ISDIR(status.st_mode) else 0
-
-    def encode_attributes(self, status: os.stat_result) -> bytes:
-        atime, mtime, ctime = status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns
-        second = 10 ** 9
-        return ATTRIBUTES.pack(
-            self.mix_inode(status.st_dev, status.st_ino) & LARGEST, status.st_size, status.st_blocks,
-            atime // second, mtime // second, ctime // second,
-            atime % second, mtime % second, ctime % second,
-            status.st_mode, status.st_nlink, status.st_uid, status.st_gid,
-            encode_device(status.st_rdev), status.st_blksize, 0)
-
 
 def drop_locks(node: Node, owner: int) -> None:
     fd = node.lockers.pop(owner, -1)
@@ -3463,7 +3466,11 @@ class NameOperations:
 
     def look_up(self, request: Request) -> bytes:
         name = request.read_body().rstrip(b"\0")
-        return self._files.encode_entry(*self._files.look_up(self._files.find(request.node), name))
+        return self._look_up(request, name)
+
+    def _look_up(self, request: Request, name: bytes) -> bytes:
+        node, status = self._files.look_up(self._files.find(request.node), name)
+        return self._files.attributes.encode_entry(node, status)
 
     def symlink(self, request: Request) -> bytes:
         _, (name, target) = request.unpack_names(NO_FIXED, 2)
@@ -3506,7 +3513,7 @@ class NameOperations:
         self._check_one_share(node, self._files.find(request.node))
         with self._files.reach(node) as path:
             os.link(path, check_name(name), dst_dir_fd=directory, follow_symlinks=True)
-        return self._files.encode_entry(*self._files.look_up(self._files.find(request.node), name))
+        return self._look_up(request, name)
 
     def rename(self, request: Request) -> bytes:
         (number,), names = request.unpack_names(NUMBER, 2)
@@ -3579,7 +3586,7 @@ class NameOperations:
         status = os.fstat(fd)
         node = self._files.know(self._files.find(request.node), name, status)
         number = self._files.add_handle(node, fd, flags)
-        return self._files.encode_entry(node, status) + OPEN_OUT.pack(number, self.open_flags, 0)
+        return self._files.attributes.encode_entry(node, status) + OPEN_OUT.pack(number, self.open_flags, 0)
 
     def _open_directory(self, request: Request) -> int:
         """To change it."""
@@ -3603,7 +3610,7 @@ class NameOperations:
             gid = -1 if os.fstat(directory).st_mode & stat.S_ISGID else request.gid
             os.chown(name, request.uid, gid, dir_fd=directory, follow_symlinks=False)
             status = self._files.read_status(node)
-        return self._files.encode_entry(node, status)
+        return self._files.attributes.encode_entry(node, status)
 
     def _give_away(self, request: Request, directory: int, fd: int, mode: int) -> None:
         if self._has_other_owner(request):
@@ -3725,8 +3732,8 @@ class AttributeOperations:
         return b""
 
     def _encode(self, status: os.stat_result) -> bytes:
-        head = ATTRIBUTES_HEAD.pack(0, self._files.find_validity(status), 0)
-        return head + self._files.encode_attributes(status)
+        head = ATTRIBUTES_HEAD.pack(0, self._files.attributes.find_validity(status), 0)
+        return head + self._files.attributes.encode(status)
 
 
 def choose_time(is_set: int, is_now: int, seconds: int, nanoseconds: int) -> Tuple[int, int]:
@@ -3810,9 +3817,9 @@ class Entries:
             above = self._directory.parent
             is_above = self._offset == 1 and above is not None
             inode = (above if is_above and above else self._directory).file[1]
-            return b".." if self._offset else b".", self._files.mix_inode(device, inode), DT_DIR
+            return b".." if self._offset else b".", self._files.attributes.mix_inode(device, inode), DT_DIR
         entry = self._next
-        return entry.name, self._files.mix_inode(device, entry.inode()), find_kind(entry)
+        return entry.name, self._files.attributes.mix_inode(device, entry.inode()), find_kind(entry)
 
 
 def find_kind(entry: "os.DirEntry[bytes]") -> int:
@@ -4137,7 +4144,7 @@ class RootOperations:
 
         status = self._files.read_status(root)
         root.lookups += 1
-        return self._files.encode_entry(root, status)
+        return self._files.attributes.encode_entry(root, status)
 
     def getattr(self, request: Request) -> bytes:
         return ATTRIBUTES_HEAD.pack(0, 0, 0) + self._describe(request.node)
@@ -4311,8 +4318,6 @@ class FuseServer:
         flags = (flags | more_flags << 32) & FUSE_FLAGS
         if flags & DIRECT_IO_ALLOW_MMAP:
             self._names.open_flags = self._contents.open_flags = FOPEN_DIRECT_IO
-        else:
-            self._files.is_old_kernel = True
         return INIT_OUT.pack(
             FUSE_VERSION[0], min(minor, FUSE_VERSION[1]), read_ahead, flags & 0xFFFFFFFF, 64, 48,
             DATA_MAX, 1, DATA_MAX // mmap.PAGESIZE, 0, flags >> 32, 0)
@@ -4438,7 +4443,10 @@ class Device:
 
         handler = self._handlers.get(number)
         used = list(fds)
-        answer = handler(body, used) if handler else None
+        try:
+            answer = handler(body, used) if handler else None
+        except struct.error:
+            raise Misfit("a message of the VMM of the wrong size")
         for descriptor in used:
             os.close(descriptor)
         if answer is not None:
