@@ -73,7 +73,7 @@ SCREEN, STOPPED, RECEIVED, TERMINATE, WARNING, SAVING = 8, 9, 10, 11, 12, 13
 MOUNT_POINT = 14
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
-NETWORK_LOST, MADE = 42, 43
+NETWORK_LOST, MADE, LOCKS_WAIT = 42, 43, 44
 SPOOLED = 0x80
 IS_SHELL, HOME_STAYS = 1, 2          # bits of the byte in STARTED: an interactive shell; its home is the host's
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
@@ -1816,32 +1816,46 @@ def must_programs_wait() -> bool:
 # The file server does not hear that a signal has come for a process that waits for a lock: Linux's
 # virtio-fs cannot tell. So a thread looks, as long as locks wait.
 
-WAITING = PLACE + "/waiting"         # of the file server: a read returns when a lock waits
+WAITING = PLACE + "/waiting"         # of the file server: which locks wait
 WAITER = struct.Struct("<QII")       # the number of the request, pid of the thread that waits, 0
 WAITERS_SIZE = 4096                  # more than they have together
 LOOK_S = 0.02
 
 
-def start_lock_watch() -> None:
-    if has_file_server():
+class LockWatch:
+    """Has the server interrupt those locks for whose thread a signal has come."""
+
+    def __init__(self) -> None:
+        self._asked = 0                           # how often start() was called
+        self._runs = False
+
+    def start(self) -> None:
+        """Look until no lock waits any more."""
         import _thread
 
-        _thread.start_new_thread(watch_locks, ())
+        self._asked += 1
+        if not self._runs:
+            self._runs = True
+            _thread.start_new_thread(self._look, ())
 
-
-def watch_locks() -> None:
-    """Have the server interrupt those locks for whose thread a signal has come."""
-    numbers = [*range(1, 32), *range(34, signal.NSIG)]         # the C library keeps the others
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)          # they are for the main thread
-    try:
-        waiting = os.open(WAITING, os.O_RDWR | os.O_CLOEXEC)
-        while True:
-            for unique, pid, _ in WAITER.iter_unpack(os.read(waiting, WAITERS_SIZE)):
-                if has_signal(pid):
-                    os.write(waiting, struct.pack("<Q", unique))
-            time.sleep(LOOK_S)
-    except OSError:                  # the server is dead, and with it the run
-        pass
+    def _look(self) -> None:
+        numbers = [*range(1, 32), *range(34, signal.NSIG)]     # the C library keeps the others
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)      # they are for the main thread
+        try:
+            waiting = os.open(WAITING, os.O_RDWR | os.O_CLOEXEC)
+            while True:
+                asked = self._asked
+                records = os.pread(waiting, WAITERS_SIZE, 0)
+                for unique, pid, _ in WAITER.iter_unpack(records):
+                    if has_signal(pid):
+                        os.write(waiting, struct.pack("<Q", unique))
+                time.sleep(LOOK_S)
+                if not records and asked == self._asked:
+                    break
+            os.close(waiting)
+        except OSError:              # the server is dead, and with it the run
+            return
+        self._runs = False
 
 
 def has_signal(pid: int) -> bool:
@@ -1907,6 +1921,7 @@ class Relay:
     """Moves bytes between channel and command until the command has ended and its output is sent."""
 
     def __init__(self, channel: Channel, pid: int, streams: Streams, wakeup: int) -> None:
+        self._lock_watch = LockWatch()
         self._channel = channel
         self._pid = pid
         self._wakeup = wakeup
@@ -2025,6 +2040,8 @@ class Relay:
             self._close_output(payload[0])
         elif kind == NETWORK_LOST:
             lower_interface(payload)
+        elif kind == LOCKS_WAIT:
+            self._lock_watch.start()
         elif kind == WINDOW and self._terminal:
             fcntl.ioctl(self._terminal.master, termios.TIOCSWINSZ, payload)
         elif kind == FOREGROUND and self._terminal:
@@ -2156,7 +2173,6 @@ def run_job(channel: Channel, wakeup: int) -> bytes:
     streams = connect_stdio(job.stdio, account)
     pid = start_command(job, account, shares.job_directory, streams)
     channel.send(STARTED, bytes([describe_start(job, account, shares)]))
-    start_lock_watch()
     relay = Relay(channel, pid, streams, wakeup)
     relay.run()
 

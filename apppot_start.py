@@ -76,7 +76,7 @@ SCREEN, STOPPED, RECEIVED, TERMINATE, WARNING, SAVING = 8, 9, 10, 11, 12, 13
 MOUNT_POINT = 14
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
-NETWORK_LOST, MADE = 42, 43
+NETWORK_LOST, MADE, LOCKS_WAIT = 42, 43, 44
 SPOOLED = 0x80
 IS_SHELL, HOME_STAYS = 1, 2          # bits of the byte in STARTED: an interactive shell; its home is the host's
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
@@ -4001,9 +4001,11 @@ class Waiter:
 
 
 class LockOperations:
-    def __init__(self, files: Files, later: Callable[[Request, Callable[[], bytes]], None]) -> None:
+    def __init__(self, files: Files, later: Callable[[Request, Callable[[], bytes]], None],
+                 tell_waiting: Callable[[], None]) -> None:
         self._files = files
         self._later = later
+        self._tell_waiting = tell_waiting
         self.waiters: Dict[int, Waiter] = {}      # by the number of the request
         signal.signal(WAKE, lambda number, frame: None)
 
@@ -4056,6 +4058,8 @@ class LockOperations:
             raise failure(errno.EINTR)
 
         self._later(request, wait)
+        if len(self.waiters) == 1:
+            self._tell_waiting()
         return None
 
     def _prepare(self, request: Request, is_now: bool) -> Callable[[], object]:
@@ -4116,9 +4120,9 @@ def encode_lock(kind: int, start: int, end: int) -> bytes:
 
 
 # --- Virtio-fs: the root ------------------------------------------------------------------------------------
-# The device's root directory exists nowhere. It has an entry for each share, and the file `waiting`, by
-# which the guest's agent learns which locks wait, and says which of them are no longer wanted: Linux's
-# virtio-fs sends no FUSE_INTERRUPT.
+# The device's root directory exists nowhere. It has an entry for each share, and the file `waiting`, for
+# Linux's virtio-fs sends no FUSE_INTERRUPT: the guest's agent is told by the channel that locks wait. It
+# reads which ones, and writes which of them are no longer wanted.
 
 WAITING = b"waiting"
 
@@ -4127,7 +4131,6 @@ class RootOperations:
     def __init__(self, files: Files, locks: LockOperations) -> None:
         self._files = files
         self._locks = locks
-        self._readers: List[Request] = []
 
     def list(self) -> Dict[int, Operation]:
         return {1: self.look_up, 3: self.getattr, 14: self.open, 15: self.read, 16: self.write,
@@ -4172,24 +4175,12 @@ class RootOperations:
                 content += entry
         return content
 
-    def read(self, request: Request) -> None:
-        """Answered as soon as a lock waits."""
-        if request.node != LOCKS_NODE or len(self._readers) >= WAITERS_MAX:
-            raise failure(errno.EINVAL)
-        self._readers.append(request)
-
-    def take_answers(self) -> List[Tuple[Request, bytes]]:
-        """Answers that can be given now to those who read `waiting`."""
-        if not self._locks.waiters:
-            return []
-        content = self._locks.list_waiting()
-        readers = self._readers
-        self._readers = []
-        answers = []
-        for request in readers:
-            room = request.unpack(READ_IN)[2]
-            answers.append((request, content[:room - room % WAITER.size]))
-        return answers
+    def read(self, request: Request) -> bytes:
+        """The locks that wait. There is no offset: a read brings them as they are now."""
+        if request.node != LOCKS_NODE:
+            raise failure(errno.EISDIR)
+        room = request.unpack(READ_IN)[2]
+        return self._locks.list_waiting()[:room - room % WAITER.size]
 
     def write(self, request: Request) -> bytes:
         body = request.read_body()[WRITE_IN.size:]
@@ -4227,11 +4218,11 @@ ROUND = 256                          # requests until the server looks at other 
 class FuseServer:
     """Answers the requests of one guest."""
 
-    def __init__(self, shares: Sequence[Share]) -> None:
+    def __init__(self, shares: Sequence[Share], tell_waiting: Callable[[], None]) -> None:
         self._files = Files(shares)
         self._names = NameOperations(self._files)
         self._contents = ContentOperations(self._files, self._answer_later)
-        self._locks = LockOperations(self._files, self._answer_later)
+        self._locks = LockOperations(self._files, self._answer_later, tell_waiting)
         self._root = RootOperations(self._files, self._locks)
         self._of_root = dict(self._root.list())
         self._of_files: Dict[int, Operation] = {}
@@ -4272,9 +4263,6 @@ class FuseServer:
             if payload is not None:
                 queue.give_back(request.chain, encode_answer(request, payload, error))
 
-        for request, content in self._root.take_answers():
-            queue.give_back(request.chain, encode_answer(request, content))
-            count += 1
         if count:
             queue.notify()
 
@@ -4536,12 +4524,15 @@ class Device:
         return CONFIG_HEAD.pack(start, len(content), flags) + content
 
 
-def serve_shares(listener: "socket.socket", shares: Sequence[Share]) -> None:
+def serve_shares(listener: "socket.socket", shares: Sequence[Share],
+                 tell_waiting: Callable[[], None]) -> None:
     """Accept one VMM and answer its requests until it hangs up.
+
+    `tell_waiting` is called when a lock waits and none did before.
 
     Misfit if the VMM or the guest's kernel breaks the protocol, OSError if a share cannot be opened.
     """
-    server = FuseServer(shares)
+    server = FuseServer(shares, tell_waiting)
     connection, _ = listener.accept()
     listener.close()
     Device(connection, server).serve()
@@ -6262,6 +6253,8 @@ def describe_keeping(spec: RunSpec, home_stays: bool) -> Tuple[str, str]:
 # --- The file server ----------------------------------------------------------------------------------------
 # It serves the shares of a run to the guest, in a process of its own, if the VMM has virtio-fs.
 
+# Frames of the supervisor and the file server to the runner. The payload of ENDED is an End in fields.
+NETWORK_ENDED, ENDED, LOCK_WAITS = 65, 66, 67
 FILE_SERVER = "the file server of the run"
 GUEST_AT_FAULT = 1                   # exit status: the guest has broken the protocol
 HANG_UP_S = 5.0                      # between the hang-up of a VMM and its end
@@ -6302,7 +6295,7 @@ class ServerProcess:
             raise Bug(said)
 
 
-def start_file_server(guest: Guest) -> ServerProcess:
+def start_file_server(guest: Guest, to_runner: int) -> ServerProcess:
     """Fork the server, which waits for the VMM at SHARES_SOCKET in the current directory."""
     import socket
 
@@ -6312,13 +6305,17 @@ def start_file_server(guest: Guest) -> ServerProcess:
     listener.bind(SHARES_SOCKET)
     listener.listen(1)
 
+    def tell_waiting() -> None:
+        if select.select([], [to_runner], [], 0)[1]:           # a stopped runner reads nothing
+            os.write(to_runner, encode_frame(LOCK_WAITS))
+
     def live() -> int:
         try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != supervisor:
             return EXIT_FAILED
         try:
-            confine_file_server({listener.fileno(), to_supervisor}, guest.shares)
-            serve_shares(listener, guest.shares)
+            confine_file_server({listener.fileno(), to_supervisor, to_runner}, guest.shares)
+            serve_shares(listener, guest.shares, tell_waiting)
         except ConnectionError:                   # the VMM was killed
             pass
         except Misfit as misfit:
@@ -6361,8 +6358,6 @@ def confine_file_server(ours: Set[int], shares: Sequence[Share]) -> None:
 # --- The supervisor -----------------------------------------------------------------------------------------
 
 CLEAN_S = 5.0                        # for the supervisor to end the guest and clean up
-# Frames of the supervisor to the runner. The payload of ENDED is an End in fields.
-NETWORK_ENDED, ENDED = 65, 66
 
 
 def encode_end(end: End) -> bytes:
@@ -6486,7 +6481,7 @@ def run_guest(spec: RunSpec, directories: Directories, keep: Dict[int, int], lif
             network.helper.program, network.published, lifeline)
 
     if spec.vmm.has_virtio_fs:
-        server = start_file_server(spec.guest)
+        server = start_file_server(spec.guest, report)
 
     helpers = frozenset(([helper] if helper else []) + ([server.pid] if server else []))
     rules = list_rules(spec, directories) if is_confined(spec.carrier.program) else []
@@ -7681,6 +7676,8 @@ class Session:
         for kind, payload in decode_frames(self._reported):
             if kind == NETWORK_ENDED:
                 self._lose_network()
+            elif kind == LOCK_WAITS:              # of the file server
+                self._channel.post(LOCKS_WAIT)
             else:
                 self._end = decode_end(payload)
         if content and not self._end:

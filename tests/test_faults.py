@@ -67,14 +67,14 @@ def run_with_signal(node, moment, number, *options, **more):
     return result, directories
 
 
-# While the three directories are made, one of them in shared memory; the links in them; the COW
+# While the three directories are made, one of them in shared memory; the spool in them; the COW
 # file, which is the second that is truncated; the supervisor's start.
 EARLY = [
     ("os.mkdir 1", signal.SIGTERM),
     ("os.mkdir 1", signal.SIGHUP),
     ("os.mkdir 2", signal.SIGINT),
     ("os.mkdir 3", signal.SIGTERM),
-    ("os.symlink 1", signal.SIGUSR1),
+    ("os.mkdir 4", signal.SIGUSR1),
     ("os.truncate 2", signal.SIGINT),
     ("os.fork 1", signal.SIGTERM),
     ("os.fork 1", signal.SIGHUP),

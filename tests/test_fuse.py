@@ -46,7 +46,7 @@ class FakeGuest:
         self.queue = Queue(self.memory)
         self.queue.resize(64)
         self.queue.place(DESCRIPTORS, USED, AVAILABLE)
-        self.server = FuseServer(shares)
+        self.server = FuseServer(shares, lambda: None)
         self.ask(INIT, 0, struct.pack("<IIIII", 7, 38, 1 << 17, 0xFFFFFFFF, 0xFF) + bytes(44))
 
     def describe(self, number, address, length, flags, following):
@@ -255,7 +255,9 @@ def test_random_messages_of_the_vmm_are_taken_or_a_misfit(messages):
                 theirs.sendmsg([MESSAGE.pack(number, 1, len(body)) + body],
                                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
             theirs.shutdown(socket.SHUT_WR)
-            server = FuseServer([Share("job", os.fsencode(place), None, False)])
+            server = FuseServer(
+                [Share("job", os.fsencode(place), None, False)], lambda: None
+            )
             try:
                 Device(ours, server).serve()
             except Misfit:
