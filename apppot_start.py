@@ -3449,6 +3449,11 @@ PASSED_FLAGS = (os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_EXCL | os.O_SYNC 
 FOPEN_DIRECT_IO, FOPEN_NOFLUSH = 1, 1 << 5
 
 
+def find_open_flags(flags: int) -> int:
+    """For the guest's kernel. By way of its cache, Linux 6.1 tears an append where a page ends."""
+    return FOPEN_DIRECT_IO if flags & os.O_APPEND else 0
+
+
 class NameOperations:
     """Operations that find, make, rename and remove names."""
 
@@ -3586,7 +3591,8 @@ class NameOperations:
         status = os.fstat(fd)
         node = self._files.know(self._files.find(request.node), name, status)
         number = self._files.add_handle(node, fd, flags)
-        return self._files.attributes.encode_entry(node, status) + OPEN_OUT.pack(number, self.open_flags, 0)
+        return self._files.attributes.encode_entry(node, status) + OPEN_OUT.pack(
+            number, self.open_flags | find_open_flags(flags), 0)
 
     def _open_directory(self, request: Request) -> int:
         """To change it."""
@@ -3853,7 +3859,8 @@ class ContentOperations:
         number = self._files.add_handle(node, self._files.open(node, flags), flags)
         # A close must be told if it takes locks away, or brings an error of writing.
         is_silent = not flags & WRITES and not node.lockers
-        return OPEN_OUT.pack(number, self.open_flags | (FOPEN_NOFLUSH if is_silent else 0), 0)
+        how = self.open_flags | find_open_flags(flags) | (FOPEN_NOFLUSH if is_silent else 0)
+        return OPEN_OUT.pack(number, how, 0)
 
     def read(self, request: Request) -> int:
         number, offset, size = request.unpack(READ_IN)
