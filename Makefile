@@ -57,10 +57,13 @@ KERNEL_DEPS := gcc:gcc libc6-dev:/usr/include/stdio.h binutils:ld bc:bc flex:fle
 RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml) slirp4netns:slirp4netns
 TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl \
               procps:ps uidmap:newuidmap \
+              git:git rsync:rsync acl:setfacl attr:setfattr \
               umoci:umoci buildah:buildah slurmctld:slurmctld slurmd:slurmd slurm-client:sbatch munge:munged
 BENCH_DEPS := proot:proot bubblewrap:bwrap charliecloud-runtime:ch-run qemu-system-x86:qemu-system-x86_64 \
               busybox-static:busybox cpio:cpio gnuplot-nox:gnuplot
-TEST_DEPS  := python3-pytest:pytest.py python3-hypothesis:hypothesis.py
+# With the tests of Python itself, which run in the guest, too.
+TEST_DEPS   = python3-pytest:pytest.py python3-hypothesis:hypothesis.py \
+              libpython$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-testsuite:test.test_os.py
 LINT_DEPS  := python3-pip:pip.py
 CHECK_DEPS  = $(BUILD_DEPS) $(RUN_DEPS) $(KERNEL_DEPS) $(TOOL_DEPS) $(TEST_DEPS) $(LINT_DEPS)
 

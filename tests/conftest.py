@@ -5,10 +5,13 @@ values and files  shape, start, init, changes, foreign, frames: they boot little
 a run             boot, run, identity, limits, terminal, placement: what caller and command see
 its end           end, kills, faults, areas, mconsole: signals, limits, bugs; nothing is left
 its disks         disks, layers, bind, private: images, changes files, directories of the host
+files of the host files: each operation as on the host, for several runs and the host at once;
+                  shares: the file server's end, and locks that wait
 its network       net; in empty the program that may carry the channel
 set-up            setup, stage, readme, doctor: what make builds; what reader and admin are told
 batch systems     slurm, condor, gridengine, arc, on the sites of engines.py
-no tests          nodes.py helps all tests, empty.py stands in for `empty`, bench.py measures
+no tests          nodes.py helps all tests, empty.py stands in for `empty`, bench.py measures;
+                  filecases.py and filework.py run in guests and on the host, and are compared
 """
 
 import os
@@ -54,6 +57,7 @@ KERNELS = {
     "test_disks.py": ("12", "2", "1"),
     "test_doctor.py": ("12", "1", "2"),
     "test_end.py": ("12", "1", "2"),
+    "test_files.py": ("12", "1", "2"),
     "test_identity.py": ("12", "2", "1"),
     "test_kills.py": ("12", "1", "2"),
     "test_limits.py": ("12", "2", "1"),

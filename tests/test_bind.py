@@ -7,33 +7,20 @@ import pathlib
 import pwd
 import shlex
 import subprocess
-import sys
 
 import pytest
-from nodes import assert_error, make_node, needs_root, wait_for
+from nodes import assert_error, make_node, needs_root, wait_for, without_landlock
 
 import apppot_start
 
 NONCE = os.urandom(8).hex()
-
-# Runs its arguments on a machine without Landlock: a seccomp filter answers ENOSYS (38) to
-# landlock_create_ruleset.
-WITHOUT_LANDLOCK = """
-import ctypes, os, struct, sys
-steps = (0x20, 0, 0, 0), (0x15, 0, 1, 444), (0x06, 0, 0, 0x00050026), (0x06, 0, 0, 0x7fff0000)
-code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-libc = ctypes.CDLL(None, use_errno=True)
-assert libc.prctl(38, 1, 0, 0, 0) == 0
-assert libc.prctl(22, 2, struct.pack("HP", len(steps), ctypes.addressof(code))) == 0
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
 
 
 @pytest.fixture(params=["host", "guest"])
 def confined_by(request):
     """What keeps hostfs to what was asked for: Landlock or, without it, the guest's agent."""
     if request.param == "guest":
-        return (sys.executable, "-c", WITHOUT_LANDLOCK)
+        return without_landlock
     return ()
 
 
