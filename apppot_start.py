@@ -4902,7 +4902,10 @@ FEATURE_SETTINGS = (                 # name for the user and setting of each Fea
     ("multicast network", b"CONFIG_UML_NET_MCAST=y"),
     ("--disk", b"CONFIG_DM_INIT=y"),
     ("virtio devices", b"CONFIG_VIRTIO_UML=y"),
-    ("virtio-fs", b"CONFIG_VIRTIO_FS="))           # =y or =m
+    ("virtio-fs", b"CONFIG_VIRTIO_FS="),           # =y or =m
+    ("large pages", b"CONFIG_TRANSPARENT_HUGEPAGE=y"),
+    # A patch of AppPot's, which `make kernel` tells in CONFIG_BUILD_SALT.
+    ("any number of memory areas", b"-empty-stub"))
 CONFIG_VERSION = br"# Linux/um (\d\S*) Kernel Configuration"
 # Of virtio-fs where it is no part of the kernel, in the order in which they are loaded.
 MODULES = ("fuse", "virtiofs")
@@ -4921,6 +4924,8 @@ class Features(NamedTuple):
     device_mapper: bool = False      # by the kernel command line
     virtio: bool = False
     virtio_fs: bool = False          # built in or by modules
+    large_pages: bool = False
+    any_areas: bool = False          # a process may have more than vm.max_map_count allows
     seccomp_mode: bool = False
     needs_modules: Optional[str] = None  # for virtio-fs, made for this version; None: it is built in
 
@@ -5324,12 +5329,15 @@ HOSTFS_ROOT = "hostfs=/proc/self/cwd/hostfs"
 # Debian's kernels time every algorithm of RAID 5 and 6 at each boot, for 0.5 s. No guest has an array.
 # All kernels count for 0.05 s how many loops make a tick, for drivers that wait so. A guest has none.
 SKIPPED_AT_BOOT = ["initcall_blacklist=raid6_select_algo,calibrate_xor_blocks", "lpj=25000000"]
+# A page fault of User-Mode Linux costs six times as much as one of the host, almost the same for a
+# megabyte as for a page. A process gets large pages for what it uses next to each other.
+LARGE_PAGES = ["thp_anon=16K-1M:always;2M:madvise", "thp_shmem=64K:always"]
 # Errors of the guest's disk come to the console, even if a program has called `dmesg -n`.
 SAYS_ALL = "ignore_loglevel"
 VIRTIO_FS_DEVICE = 26                # VIRTIO_ID_FS, include/uapi/linux/virtio_ids.h
 
 
-def build_kernel_args(kernel: str, mode: Optional[str], guest: Guest,
+def build_kernel_args(kernel: str, mode: Optional[str], features: Features, guest: Guest,
                       share_args: Sequence[str]) -> List[str]:
     """argv of the kernel. Paths are relative to the run directory, so no blank or comma can hurt."""
     return [
@@ -5338,6 +5346,7 @@ def build_kernel_args(kernel: str, mode: Optional[str], guest: Guest,
         "con=null", "con0=null,fd:1", "ssl0=fd:{},fd:{}".format(INPUT_FD, OUTPUT_FD),
         "uml_dir=.", "umid=" + guest.name, HOSTFS_ROOT, *share_args,
         "init=" + AGENT, SAYS_ALL, *SKIPPED_AT_BOOT,
+        *(LARGE_PAGES if features.large_pages else []),
         *build_cpu_args(mode, guest), *build_network_args(guest.network), *guest.extra]
 
 
@@ -5628,7 +5637,8 @@ class Placer:
 class AreaWatch:
     """Finds a process of the guest that has as many separate memory areas as the host allows.
 
-    A kernel in its seccomp mode then tries for ever to map what the process wants to use next.
+    A kernel in its seccomp mode then tries for ever to map what the process wants to use next, unless
+    AppPot's patch makes it forget what the process has used before.
     """
 
     def __init__(self, kernel: int) -> None:
@@ -5669,15 +5679,16 @@ class AreaWatch:
 
 
 class UmlWatch(Watch):
-    def __init__(self, kernel: int, guest: Guest) -> None:
+    def __init__(self, kernel: int, features: Features, guest: Guest) -> None:
         self._placer = Placer(kernel, guest.cpus)
-        self._areas = AreaWatch(kernel)
+        self._areas = None if features.any_areas else AreaWatch(kernel)
         self._corpses = CorpseWatch(kernel)
         self.interval_s = self._placer.interval_s
 
     def review(self, is_suspended: bool) -> Optional[End]:
         self._placer.review()
-        self._areas.review()
+        if self._areas:
+            self._areas.review()
         return self._corpses.review(is_suspended)
 
 
@@ -5828,7 +5839,7 @@ class Uml(Vmm):
     def build_argv(self, guest: Guest) -> List[str]:
         modules = () if self._module_place is None else MODULES
         share_args = build_share_args(modules) if self.has_virtio_fs else []
-        return build_kernel_args(self.program, self.mode, guest, share_args)
+        return build_kernel_args(self.program, self.mode, self.features, guest, share_args)
 
     def describe(self, guest: Guest, directories: Directories) -> str:
         path = os.path.join(directories.run.path, guest.name, "mconsole")
@@ -5886,7 +5897,7 @@ class Uml(Vmm):
         return explain_exec_failure(number, self.program)
 
     def watch(self, kernel: int, guest: Guest) -> Watch:
-        return UmlWatch(kernel, guest)
+        return UmlWatch(kernel, self.features, guest)
 
     def pause(self, guest: Guest, directory: int) -> None:
         ask_mconsole(directory, guest.name, b"stop")

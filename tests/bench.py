@@ -30,6 +30,7 @@ IMAGE = os.environ.get("APPPOT_IMAGE") or str(BUILD / "apppot.img")
 DEBIANS = shutil.which("linux.uml") or ""
 KERNEL = os.environ.get("APPPOT_KERNEL") or str(BUILD / "linux")
 RUNNER = [sys.executable, str(TOP / "apppot_start.py"), "--image", IMAGE, "--kernel"]
+SCIENCE = str(BUILD / "science.img")  # with numpy and gcc
 MARKS = ("", "kernel started", "agent ", "command started", "result record", "nothing left", "exit")
 PHASES = (
     "Python, and the runner", "guest kernel, Python of the agent", "agent",
@@ -212,6 +213,210 @@ def measure_cpus(repeat: int) -> Rows:
         ["--cpus 2: one process that computes", show(one), ""],
         ["--cpus 2: two of them at once", show(two), judge(divide(two, one), "of one", 1.15)],
     ]
+
+
+# Each line of its output is a name and what one operation of that name takes, in microseconds.
+PAGES_SOURCE = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { PAGE = 4096, MIB = 1 << 20 };
+
+static double now(void)
+{
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1e6 + time.tv_nsec / 1e3;
+}
+
+static void *get(size_t size)
+{
+    return mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+}
+
+/* Leaves no two free pages next to 63 others. */
+static void fragment(size_t size)
+{
+    char *memory = get(size);
+
+    madvise(memory, size, 15);
+    for (size_t at = 0; at < size; at += PAGE)
+        memory[at] = 1;
+    for (size_t at = 0; at < size; at += 64 * PAGE)
+        madvise(memory + at, 63 * PAGE, MADV_DONTNEED);
+}
+
+static double touch(size_t size, int is_random)
+{
+    char *memory = get(size);
+    size_t pages = size / PAGE;
+    double start = now();
+
+    for (size_t page = 0; page < pages; page++)
+        memory[(is_random ? page * 2654435761u % pages : page) * PAGE] = 1;
+    return now() - start;
+}
+
+static void measure_areas(void)
+{
+    double start, faults = 0, unmaps = 0;
+
+    for (int round = 0; round < 10; round++) {
+        char *memory = get(32 * MIB);
+
+        start = now();
+        for (size_t at = 0; at < 32 * MIB; at += PAGE)
+            memory[at] = 1;
+        faults += now() - start;
+
+        start = now();
+        munmap(memory, 32 * MIB);
+        unmaps += now() - start;
+    }
+    printf("fault %f\nmunmap %f\n", faults / 10 / (32 * MIB / PAGE), unmaps / 10);
+}
+
+static void measure_stream(void)
+{
+    size_t count = 128 * MIB / sizeof(double);
+    double *a = get(128 * MIB), *b = get(128 * MIB), *c = get(128 * MIB), start = now();
+
+    for (size_t i = 0; i < count; i++) {
+        a[i] = 1;
+        b[i] = 2;
+        c[i] = 0;
+    }
+    for (int round = 0; round < 10; round++)
+        for (size_t i = 0; i < count; i++)
+            c[i] = a[i] + round * b[i];
+    printf("stream %f\n", now() - start);
+}
+
+static void measure_processes(void)
+{
+    double start = now();
+
+    for (int round = 0; round < 1000; round++) {
+        pid_t pid = fork();
+
+        if (pid == 0)
+            _exit(0);
+        waitpid(pid, 0, 0);
+    }
+    printf("fork %f\n", (now() - start) / 1000);
+
+    start = now();
+    for (int round = 0; round < 100000; round++)
+        syscall(SYS_getppid);
+    printf("call %f\n", (now() - start) / 100000);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 1) {
+        if (argv[1][0] == 'f')
+            fragment(2240ul * MIB);
+        printf("touch %f\n", touch(2048ul * MIB, argv[1][0] == 'r'));
+        return 0;
+    }
+    measure_processes();
+    measure_areas();
+    measure_stream();
+    return 0;
+}
+"""
+PROGRAMS_SCRIPT = """
+import subprocess, time
+
+def measure(name, action):
+    start = time.monotonic()
+    action()
+    print(name, (time.monotonic() - start) * 1e6)
+
+def make_temporaries():
+    a = numpy.ones(1 << 20)
+    for _ in range(200):
+        b = a + 1.0
+
+for _ in range(2):                               # the second time files are in the page cache
+    start = time.monotonic()
+    subprocess.run(["python3", "-c", "import numpy"], check=True)
+    print("numpy", (time.monotonic() - start) * 1e6)
+    measure("gcc", lambda: subprocess.run(["gcc", "-c", "-o", "/tmp/a.o", "/bench/pages.c"], check=True))
+import numpy
+measure("temporaries", make_temporaries)
+"""
+
+
+def measure_pages(repeat: int) -> Rows:
+    """Page faults, process starts and programs of science, beside the node with the same files."""
+    goals = {
+        "call": ("a system call", 1000),
+        "fault": ("a page fault of fresh memory", 2.5),
+        "munmap": ("munmap of 32 MiB", 2),
+        "stream": ("first touch of 384 MiB, then 10 times c = a + k b", 1.5),
+        "fork": ("fork and exit of a static program", 1000),
+        "temporaries": ("200 temporaries of numpy of 8 MB", 2),
+        "numpy": ("`python3 -c 'import numpy'`", 1000),
+        "gcc": ("`gcc -c`", 1000),
+        "order": ("2 GiB touched page by page, in order", 4),
+        "random": ("2 GiB touched page by page, in random order", 4),
+        "fragmented": ("2 GiB touched in order, memory in pieces", 4),
+    }
+    found: Dict[str, Dict[str, List[float]]] = {name: {} for name in goals}
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        directory = pathlib.Path(name)
+        (directory / "tree").mkdir()
+        subprocess.run(
+            ["debugfs", "-R", "rdump / {}/tree".format(name), SCIENCE], stderr=subprocess.DEVNULL, check=True
+        )
+        (directory / "pages.c").write_text(PAGES_SOURCE)
+        (directory / "programs.py").write_text(PROGRAMS_SCRIPT)
+        subprocess.run(
+            ["gcc", "-O1", "-static", "-o", directory / "pages", directory / "pages.c"], check=True
+        )
+
+        tree = ["bwrap", "--bind", str(directory / "tree"), "/", "--dev", "/dev", "--proc", "/proc"]
+        ours = [*RUNNER[:2], "--image", SCIENCE, "--kernel", KERNEL, "--mem", "2560M", "--root"]
+        prefixes = {
+            "host": [*tree, "--bind", name, "/bench"],
+            "ours": [*ours, "--bind", name + ":/bench"],
+        }
+        commands = [["/bench/pages"], ["python3", "/bench/programs.py"]]
+        commands += [["/bench/pages", how] for how in ("order", "random", "fragmented")]
+        for _ in range(repeat):
+            for command in commands:
+                for where, prefix in prefixes.items():
+                    output = subprocess.run(
+                        [*prefix, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True
+                    ).stdout.decode()
+                    last = dict(line.split() for line in output.splitlines())
+                    for what, microseconds in last.items():
+                        name_of = command[1] if what == "touch" else what
+                        found[name_of].setdefault(where, []).append(float(microseconds))
+
+    return [
+        [
+            goals[name][0] + "; on the node",
+            "{}; {}".format(*(show_microseconds(times[where]) for where in ("ours", "host"))),
+            judge(divide(times["ours"], times["host"]), "of the node", goals[name][1]),
+        ]
+        for name, times in found.items()
+    ]
+
+
+def show_microseconds(values: Sequence[float]) -> str:
+    middle = statistics.median(values)
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if middle >= size / 10:
+            return "{:.2f} {}".format(middle / size, unit)
+    return "{:.2f} µs".format(middle)
 
 
 def sum_pss(parent: int) -> int:
@@ -758,6 +963,7 @@ def main(argv: List[str]) -> int:
         "start": measure_start,
         "memory": measure_memory_sizes,
         "cpus": measure_cpus,
+        "pages": measure_pages,
         "streams": measure_streams,
         "network": measure_network,
         "rate": lambda repeat: measure_rate(16),

@@ -5,6 +5,7 @@ import contextlib
 import glob
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -52,6 +53,13 @@ def skip_unless(exists, reason):
 def kernel_has(kernel, setting, values="y"):
     settings = subprocess.run([kernel, "--showconfig"], stdout=subprocess.PIPE, text=True).stdout
     return any(f"{setting}={value}" in settings.split() for value in values)
+
+
+def read_patches(kernel):
+    """Names of the patches that `make kernel` applied, without their numbers."""
+    settings = subprocess.run([kernel, "--showconfig"], stdout=subprocess.PIPE, text=True).stdout
+    salt = re.search(r'^CONFIG_BUILD_SALT="(.*)"$', settings, re.MULTILINE)
+    return {name.partition("-")[2] for name in salt.group(1).split()} if salt else set()
 
 
 def read_version(kernel):
