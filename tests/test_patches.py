@@ -6,12 +6,11 @@ APPPOT_TEST_STEPS=100000 APPPOT_TEST_SEED=7 pytest tests/test_patches.py -k camp
 """
 
 import os
-import pathlib
 import signal
 import subprocess
 
 import pytest
-from nodes import DEADLINE_S, list_children, read_patches, send, skip_unless, wait_for
+from nodes import DEADLINE_S, is_idle, list_children, read_patches, send, skip_unless, wait_for
 
 pytestmark = pytest.mark.own_kernel
 MODES = [[], ["--ptrace"]]
@@ -315,14 +314,8 @@ print(os.waitpid(pid, 0)[1] >> 8)
 # --- Processes of the host ------------------------------------------------------------------------
 
 
-def count_areas(pid):
-    areas = pathlib.Path("/proc", str(pid), "maps").read_text().splitlines()
-    return sum("[vsyscall]" not in area for area in areas)
-
-
 def find_idle(kernel):
-    """Processes of the host that wait for a new process of the guest: with the kernel's pages only."""
-    return [child for child in list_children(kernel) if count_areas(child) == 2]
+    return list(filter(is_idle, list_children(kernel)))
 
 
 def test_processes_of_the_host_are_used_again_and_a_dead_one_is_not(node, patched):
