@@ -586,7 +586,8 @@ build/linux: FORCE deps-kernel
 	@$(WITH_CACHE)
 	export patches=$$PWD/.kernel
 	key=$$({
-	    uname -m; gcc -dumpfullversion; echo "$(KERNEL_SUITE) $$BUILD_KERNEL"; grep '' "$$patches"/*.patch
+	    uname -m; gcc -dumpfullversion; echo "$(KERNEL_SUITE) $$BUILD_KERNEL"
+	    cd "$$patches"; sed -s -n '1F; /^Options: /p; /^diff /,$$p' *.patch
 	} | sha256sum | cut -c 1-16)
 	if [ -e $@ ] && [ "$$(cat $@.key 2>/dev/null)" = "$$key" ]; then say "$@ is up to date"; exit; fi
 	enter_cache kernel
