@@ -495,6 +495,15 @@ def test_the_label_says_what_it_is(place):
     assert info.mtime == pytest.approx((root / "etc/one").stat().st_mtime, abs=1e-6)
 
 
+def test_a_tree_with_times_in_the_future_gives_the_same_bytes_at_any_moment(place, monkeypatch):
+    (place / "old").mkdir(), (place / "new").mkdir()
+    (place / "new/file").touch()
+    os.utime(place / "new/file", ns=(0, 2**33 * 10**9))
+    first = diff(place / "old", place / "new", place / "first.tar.gz").read_bytes()
+    monkeypatch.setattr(changes.time, "time", lambda: 10**9)
+    assert diff(place / "old", place / "new", place / "second.tar.gz").read_bytes() == first
+
+
 @pytest.mark.parametrize("text", [b"\x1b[2J", b"\xc2\x9b2J", b"9" * 5000, b'"'])
 def test_a_label_writes_nothing_to_a_terminal_but_text(place, text):
     fields = b"".join(b'"%b": "%b",\n' % (key, text) for key in (b"base", b"created", b"tool"))
