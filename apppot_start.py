@@ -2840,8 +2840,10 @@ QUEUE_MAX = 1024                     # descriptors of a queue
 DESCRIPTOR = struct.Struct("<QIHH")  # address, length, flags, number of the next one
 HAS_NEXT, IS_WRITABLE, IS_TABLE = 1, 2, 4         # flags of a descriptor
 NO_INTERRUPT = NO_NOTIFY = 1         # flags of the available ring and of the used one
-RING_INDEX = struct.Struct("<H")
+FLAGS, INDEX = 0, 1                  # numbers of two bytes at the head of a ring
+HEAD = struct.Struct("<H")           # in the available ring: number of the first descriptor
 USED = struct.Struct("<II")          # head of the chain, bytes that were written
+ZEROS = memoryview(bytes(mmap.PAGESIZE))
 Views = List[memoryview]
 
 
@@ -2877,12 +2879,23 @@ class GuestMemory:
         self._regions.append(Region(start, vmm_start, size, content))
         self.size += size
 
-    def find(self, address: int, length: int) -> memoryview:
+    def find(self, address: int, length: int, is_filled: bool = False) -> memoryview:
         for start, _, size, content in self._regions:
             offset = address - start
             if 0 <= offset <= size - length:
                 return content[offset:offset + length]
+        if is_filled and self._may_be_zeros(address, length):
+            return ZEROS[:length]
         raise Misfit("{} bytes at {:#x}, where there is no memory".format(length, address))
+
+    def _may_be_zeros(self, address: int, length: int) -> bool:
+        """Whether this is the page of zeros, or in a place where only that is ever sent from.
+
+        A program that writes memory it has never touched sends this page. Linux 7.2 has it in its
+        image, which lies before all memory that is shared.
+        """
+        first = min((region.start for region in self._regions), default=0)
+        return address % mmap.PAGESIZE + length <= mmap.PAGESIZE and address + length <= first
 
     def find_ring(self, address: int, length: int) -> memoryview:
         """By an address in the VMM."""
@@ -2907,6 +2920,10 @@ class Queue:
         self._memory = memory
         self._size = 0
         self._descriptors = self._available = self._used = memoryview(b"")
+        # The heads of both rings. Both sides use them at once, so a number is to be read or written
+        # whole. A memoryview of numbers does that; struct goes byte by byte, and writes zeros before.
+        self._offered = self._answered = memoryview(bytes(4)).cast("H")
+        self._fence = threading.Lock()
         self._used_index = 0
         self._call = -1              # descriptor: tells the guest that chains were given back
         self.next = 0                # index of the next chain in the available ring
@@ -2923,13 +2940,24 @@ class Queue:
         find = self._memory.find_ring
         self._available = find(available, 4 + 2 * self._size)
         self._used = find(used, 4 + 8 * self._size)
-        self._used_index, = RING_INDEX.unpack_from(self._used, 2)
+        self._offered, self._answered = self._available[:4].cast("H"), self._used[:4].cast("H")
+        self._used_index = self._answered[INDEX]
         self._descriptors = find(descriptors, 16 * self._size)
 
     def want_kicks(self, is_wanted: bool) -> None:
         """Without kicks somebody looks for chains."""
         if self._descriptors:
-            RING_INDEX.pack_into(self._used, 0, 0 if is_wanted else NO_NOTIFY)
+            self._answered[FLAGS] = 0 if is_wanted else NO_NOTIFY
+            self._order()
+
+    def _order(self) -> None:
+        """See to it that the guest sees what was written before anything is read of it after this.
+
+        Processors may do it the other way round, and both sides would wait for each other. To take
+        a lock orders them.
+        """
+        with self._fence:
+            pass
 
     def replace_call(self, descriptor: int) -> None:
         if self._call >= 0:
@@ -2941,11 +2969,11 @@ class Queue:
     def has_chain(self) -> bool:
         if not self._descriptors:
             return False
-        return bool(RING_INDEX.unpack_from(self._available, 2)[0] != self.next)
+        return bool(self._offered[INDEX] != self.next)
 
     def take(self) -> Chain:
         """The next chain, after has_chain()."""
-        head, = RING_INDEX.unpack_from(self._available, 4 + 2 * (self.next % self._size))
+        head, = HEAD.unpack_from(self._available, 4 + 2 * (self.next % self._size))
         self.next = (self.next + 1) & 0xFFFF
 
         filled: Views = []
@@ -2957,7 +2985,7 @@ class Queue:
                 raise Misfit("a descriptor that its table does not have")
             address, length, flags, following = DESCRIPTOR.unpack_from(
                 table, DESCRIPTOR.size * number)
-            view = self._memory.find(address, length)
+            view = self._memory.find(address, length, not flags & IS_WRITABLE)
             (empty if flags & IS_WRITABLE else filled).append(view)
             if not flags & HAS_NEXT:
                 return Chain(head, filled, empty)
@@ -2980,11 +3008,14 @@ class Queue:
         slot = 4 + 8 * (self._used_index % self._size)
         USED.pack_into(self._used, slot, chain.head, written)
         self._used_index = (self._used_index + 1) & 0xFFFF
-        RING_INDEX.pack_into(self._used, 2, self._used_index)
+        self._answered[INDEX] = self._used_index
 
     def notify(self) -> None:
         """Tell the guest that chains were given back, if it wants to know."""
-        if self._call < 0 or self._available[0] & NO_INTERRUPT:
+        if self._call < 0:
+            return
+        self._order()
+        if self._offered[FLAGS] & NO_INTERRUPT:
             return
         try:
             os.write(self._call, b"\1\0\0\0\0\0\0\0")
@@ -4423,6 +4454,7 @@ class Device:
                 self._server.serve(queue)
                 rounds -= 1
                 end = time.monotonic() + LOOK_S
+            os.sched_yield()
         queue.want_kicks(True)
 
     def _receive(self) -> bool:
@@ -5335,9 +5367,6 @@ LARGE_PAGES = ["thp_anon=16K-1M:always;2M:madvise", "thp_shmem=64K:always"]
 # Errors of the guest's disk come to the console, even if a program has called `dmesg -n`.
 SAYS_ALL = "ignore_loglevel"
 VIRTIO_FS_DEVICE = 26                # VIRTIO_ID_FS, include/uapi/linux/virtio_ids.h
-# The file server answers within 20 us, and to sleep and wake takes longer. Of a patch of AppPot's;
-# other kernels take no notice of it.
-FILES_POLL = "virtiofs.poll_us=50"
 
 
 def build_kernel_args(kernel: str, mode: Optional[str], features: Features, guest: Guest,
@@ -5359,7 +5388,7 @@ def build_share_args(modules: Sequence[str]) -> List[str]:
     It names the modules that the agent is to load before it mounts the shares.
     """
     device = "virtio_uml.device={}:{}".format(SHARES_SOCKET, VIRTIO_FS_DEVICE)
-    return [device, FILES_POLL, "apppot_virtiofs=" + ",".join(modules)]
+    return [device, "apppot_virtiofs=" + ",".join(modules)]
 
 
 def name_disk(disk: Disk) -> str:

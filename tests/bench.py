@@ -413,6 +413,106 @@ def measure_pages(repeat: int) -> Rows:
     ]
 
 
+FILES_SCRIPT = """
+import os, subprocess, sys, time
+
+COUNT, SIZE = 1000, 256 << 20
+block = bytes(1 << 20)
+
+def write_big():
+    with open("big", "wb", buffering=0) as file:
+        for _ in range(SIZE // len(block)):
+            file.write(block)
+
+def read_big():
+    with open("big", "rb", buffering=0) as file:
+        while file.read(len(block)):
+            pass
+
+def create():
+    for name in names:
+        with open(name, "w") as file:
+            file.write("text")
+
+def read():
+    for name in names:
+        with open(name) as file:
+            file.read()
+
+def stat():
+    for name in names:
+        os.stat(name)
+
+def unlink():
+    for name in names:
+        os.unlink(name)
+
+def measure(name, action):
+    start = time.monotonic()
+    action()
+    print(where, name, (time.monotonic() - start) * 1e6)
+
+def drop_caches():
+    subprocess.run(["sync"])
+    with open("/proc/sys/vm/drop_caches", "w") as file:
+        file.write("3")
+
+names = ["file%d" % number for number in range(COUNT)]
+os.mkdir("/mnt/hostfs")
+here = "hostfs=" + "../" * 16 + os.path.realpath(".")  # below the run's directory
+subprocess.run(["mount", "-t", "hostfs", "-o", here, "none", "/mnt/hostfs"], check=True)
+for _ in range(int(sys.argv[1])):
+    for where, directory in (("ours", "."), ("hostfs", "/mnt/hostfs")):
+        os.mkdir(os.path.join(directory, where))
+        home = os.getcwd()
+        os.chdir(os.path.join(directory, where))
+        measure("write", write_big)
+        drop_caches()
+        measure("first", read_big)
+        measure("again", read_big)
+        os.unlink("big")
+        for name, action in (("create", create), ("open", read), ("stat", stat), ("unlink", unlink)):
+            measure(name, action)
+        os.chdir(home)
+        os.rmdir(os.path.join(directory, where))
+"""
+
+
+def measure_files(repeat: int) -> Rows:
+    """The job directory by virtio-fs and, in the same guest, by the kernel's own hostfs.
+
+    A path in an argument of the kernel is one that Landlock lets it open.
+    """
+    goals = {
+        "write": ("write 256 MiB", 1 / 1.3),
+        "first": ("read them", 1 / 0.9),
+        "again": ("read them again", 1 / 0.9),
+        "create": ("create 1,000 files", 1.6),
+        "open": ("open and read 1,000 files", 1.6),
+        "unlink": ("unlink 1,000 files", 1.3),
+        "stat": ("stat of 1,000 files", 1.0),
+    }
+    found: Dict[str, Dict[str, List[float]]] = {name: {} for name in goals}
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        output = subprocess.run(
+            [*RUNNER, KERNEL, "--mem", "1G", "--root", "-X", "bench=" + directory,
+             "/usr/bin/python3", "-c", FILES_SCRIPT, str(repeat)],
+            cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True,
+        ).stdout.decode()  # fmt: skip
+    for line in output.splitlines():
+        where, name, microseconds = line.split()
+        found[name].setdefault(where, []).append(float(microseconds))
+
+    return [
+        [
+            "job directory: {}; by hostfs".format(goals[name][0]),
+            "{}; {}".format(*(show_microseconds(times[where]) for where in ("ours", "hostfs"))),
+            judge(divide(times["ours"], times["hostfs"]), "of hostfs", goals[name][1]),
+        ]
+        for name, times in found.items()
+    ]
+
+
 def show_microseconds(values: Sequence[float]) -> str:
     middle = statistics.median(values)
     for unit, size in (("s", 1e6), ("ms", 1e3)):
@@ -966,6 +1066,7 @@ def main(argv: List[str]) -> int:
         "memory": measure_memory_sizes,
         "cpus": measure_cpus,
         "pages": measure_pages,
+        "files": measure_files,
         "streams": measure_streams,
         "network": measure_network,
         "rate": lambda repeat: measure_rate(16),

@@ -425,6 +425,14 @@ def test_a_full_job_directory_is_told(node, what):
         assert_error(result, node.job, "No space left on device")
 
 
+def test_memory_that_a_program_has_never_touched_is_written_as_zeros(node):
+    """The guest's kernel sends its page of zeros."""
+    script = "open('f', 'wb', buffering=0).write(__import__('mmap').mmap(-1, 1 << 20))"
+    result = node.run("/usr/bin/python3", "-c", script)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert (node.job / "f").read_bytes() == bytes(1 << 20)
+
+
 def test_a_soft_limit_of_the_file_size_is_the_command_s(any_node):
     script = "head -c 300000 /dev/zero > f; echo $?; stat -c %s f; head -c 3000 /dev/zero >> g; echo $?"
     result = any_node.run("sh", "-c", script, wrap=limited("-S -f 100"))

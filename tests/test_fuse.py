@@ -244,6 +244,19 @@ def test_a_chain_that_never_ends_is_a_misfit(tmp_path):
         guest.submit(0)
 
 
+def test_a_page_before_all_memory_is_the_page_of_zeros_and_only_to_be_read(tmp_path):
+    memory = GuestMemory()
+    with tempfile.TemporaryFile() as file:
+        file.truncate(1 << 16)
+        memory.add(1 << 16, 0, 1 << 16, file.fileno(), 0)
+    assert memory.find(0x3000, 4096, True) == bytes(4096) and memory.find(0x3FFF, 1, True) == b"\0"
+    for address, length in ((0x3FFF, 2), (0x3000, 4097), (0x20000, 1), (0xFFFF, 2)):
+        with pytest.raises(Misfit, match="no memory"):
+            memory.find(address, length, True)
+    with pytest.raises(Misfit, match="no memory"):
+        memory.find(0x3000, 4096)
+
+
 @settings(max_examples=100)
 @given(messages=st.lists(st.tuples(st.integers(0, 45), st.binary(max_size=60)), max_size=12))
 def test_random_messages_of_the_vmm_are_taken_or_a_misfit(messages):
