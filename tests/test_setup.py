@@ -184,6 +184,61 @@ def building(checkout):
     return start_to_build(checkout)
 
 
+PATCH = """\
+SPDX-License-Identifier: GPL-2.0
+Subject: [PATCH] a text
+
+---
+Lost: the text is {text}
+Options: TEXT_{text}
+
+diff --git a/text b/text
+--- a/text
++++ b/text
+@@ -1 +1 @@
+-{before}
++{text}
+"""
+# A source tree whose configuration tool prints what it is told, and that has nothing to compile.
+TREE = {
+    "arch/um/drivers/Kconfig": "",
+    "text": "one\n",
+    "scripts/config": '#!/bin/sh\n[ "$1" != --set-str ] || echo "patches: $3"\n'
+                      'case $2 in TEXT_*) echo "option: $2";; esac\necho "CONFIG_$2=y" >> .config\n',
+    "Makefile": "allnoconfig olddefconfig:\nlinux:\n\tfalse\n",
+}  # fmt: skip
+
+
+def test_a_patch_that_does_not_apply_is_left_out_and_what_is_lost_is_told(tmp_path):
+    """A newer kernel may have another text in the place that a patch changes."""
+    tree, patches = tmp_path / "tree/linux", tmp_path / "patches"
+    for name, text in TREE.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text)
+    (tree / "scripts/config").chmod(0o755)
+    patches.mkdir()
+    (patches / "01-fits.patch").write_text(PATCH.format(before="one", text="two"))
+    (patches / "02-misfit.patch").write_text(PATCH.format(before="other", text="three"))
+    (patches / "03-fits.patch").write_text(PATCH.format(before="two", text="four"))
+    source = tmp_path / "source.tar.xz"
+    subprocess.run(["tar", "-cJf", source, "-C", tree.parent, "linux"], check=True)
+    (tmp_path / "only").write_text('only:\n\t@bash -euo pipefail -c "$$BUILD_KERNEL"\n')
+
+    environment = {**os.environ, "source": source, "patches": patches, "version": "9.9", "tmp": tmp_path}
+    result = subprocess.run(
+        ["make", "-s", "-f", "Makefile", "-f", tmp_path / "only", "only", "KERNEL_OPTIONS=BLOCK"],
+        cwd=TOP, env=environment, capture_output=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+    warning = b"make: warning: Linux 9.9 gets no .kernel/02-misfit.patch, which does not apply to it\n"
+    assert warning + b"make: hint: this kernel lacks: the text is three\n" in result.stderr
+    assert result.stderr.count(b"warning") == 1
+    assert b"patches: 01-fits 03-fits\n" in result.stdout
+    assert [line for line in result.stdout.split(b"\n") if b"option" in line] == [
+        b"option: TEXT_two", b"option: TEXT_four"
+    ]  # fmt: skip
+    assert (tmp_path / "source/text").read_text() == "four\n"
+
+
 @pytest.mark.parametrize(
     "send, number",
     [
