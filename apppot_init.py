@@ -11,6 +11,7 @@ A run is one pass through run_job(), near the end of this file. The sections abo
 order in which it needs them.
 """
 import _ctypes
+import _thread
 import errno
 import fcntl
 import os
@@ -1826,17 +1827,17 @@ class LockWatch:
     """Has the server interrupt those locks for whose thread a signal has come."""
 
     def __init__(self) -> None:
+        self._lock = _thread.allocate_lock()
         self._asked = 0                           # how often start() was called
         self._runs = False
 
     def start(self) -> None:
         """Look until no lock waits any more."""
-        import _thread
-
-        self._asked += 1
-        if not self._runs:
-            self._runs = True
-            _thread.start_new_thread(self._look, ())
+        with self._lock:
+            self._asked += 1
+            if not self._runs:
+                self._runs = True
+                _thread.start_new_thread(self._look, ())
 
     def _look(self) -> None:
         numbers = [*range(1, 32), *range(34, signal.NSIG)]     # the C library keeps the others
@@ -1850,12 +1851,14 @@ class LockWatch:
                     if has_signal(pid):
                         os.write(waiting, struct.pack("<Q", unique))
                 time.sleep(LOOK_S)
-                if not records and asked == self._asked:
-                    break
+                # Whoever asks later starts another thread.
+                with self._lock:
+                    if not records and asked == self._asked:
+                        self._runs = False
+                        break
             os.close(waiting)
         except OSError:              # the server is dead, and with it the run
-            return
-        self._runs = False
+            pass
 
 
 def has_signal(pid: int) -> bool:

@@ -6384,14 +6384,17 @@ def start_file_server(guest: Guest, to_runner: int) -> ServerProcess:
 
 def confine_file_server(ours: Set[int], shares: Sequence[Share]) -> None:
     """Leave to this process its descriptors and the files of the shares."""
-    # With Landlock nothing could be loaded later: these, and what the C library of an old Python wants
-    # at the end of a thread.
+    # With Landlock nothing could be loaded later: these, and what the C library wants at the end of a
+    # thread.
     import array  # noqa: F401
     import traceback  # noqa: F401
 
-    thread = threading.Thread(target=int)
-    thread.start()
-    thread.join()
+    try:
+        import ctypes
+
+        ctypes.CDLL("libgcc_s.so.1")
+    except (ImportError, OSError):
+        pass
 
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

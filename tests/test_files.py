@@ -296,7 +296,7 @@ def test_access_control_lists_of_the_host_hold_for_the_caller(kernel, image):
             """
             subprocess.run(["bash", "-ec", script], cwd=node.job, check=True)
 
-        words = ["sh", "-c", f"cd $0; {USE_LISTS}"]
+        words = ["sh", "-c", f"cd $1; {USE_LISTS}", "sh"]
         host = run_on_host(node, *words, "host")
         guest = node.run(*with_programs_of_host(node, *words, "guest"))
         assert b"allowed" in host.stdout and b"user:1234:r--" in host.stdout

@@ -34,6 +34,15 @@ HAS_NEXT, WRITABLE = 1, 2
 SECRET = b"nobody sees this"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def keep_umask():
+    """A server gives its process the umask of whoever makes a file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    yield
+    os.umask(umask)
+
+
 class FakeGuest:
     """A kernel that makes one request at a time, without a VMM."""
 
