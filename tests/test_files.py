@@ -453,6 +453,7 @@ def test_a_file_is_what_a_model_in_memory_says(any_node):
 USE_TOOLS = r"""
 export HOME=$PWD TMPDIR=$PWD GIT_PROGRESS_DELAY=999 GIT_AUTHOR_DATE=@1700000000+0000 GIT_COMMITTER_DATE=@1700000000+0000
 umask 022
+unset MAKEFLAGS MAKELEVEL MFLAGS MAKEOVERRIDES
 git init -q -b main repo && cd repo && git config user.email a@b && git config user.name n || exit
 for i in $(seq 6); do
     mkdir -p d$i; for j in $(seq 20); do echo "$i $j" > d$i/f$j; done
