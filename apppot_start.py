@@ -4688,8 +4688,11 @@ CONSOLE_FD = 5
 NETWORK_FD = 30
 LEASH_FDS = 28, 29                   # spawn() uses the numbers from 32 on
 CONSOLE_TAIL = 64 << 10              # bytes of the console that are kept to explain a failure
-# block/blk-core.c, fs/buffer.c, fs/ext4/super.c and fs/jbd2/journal.c; {} are the disks of the run.
-DISK_FAILURE = (r"(?:critical space allocation|I/O) error(?:,| on) dev (?:{0})|"
+# block/blk-core.c, fs/buffer.c, fs/ext4/{super,page-io}.c and fs/jbd2/journal.c; {0} are the disks of the
+# run. The kernel prints ten lines of a place in five seconds, so one place that tells of a lost write is
+# not enough: the lines of the others, such as of a disk that cannot write zeros, hide it.
+DISK_FAILURE = (r"(?:critical space allocation|I/O) error(?:,| on) dev(?:ice)? (?:{0})|"
+                r"EXT4-fs warning \(device (?:{0})\): ext4_end_bio:[0-9]+: I/O error|"
                 r"EXT4-fs error \(device (?:{0})|Aborting journal on device (?:{0})")
 OUT_OF_MEMORY = b"Out of memory: Killed process"               # mm/oom_kill.c
 WATCH_INTERVAL_S = 0.2               # how soon the supervisor sees that the runner was stopped

@@ -4,11 +4,13 @@
 import contextlib
 import hashlib
 import os
+import re
 import socket
 import struct
 import subprocess
 import tarfile
 
+import apppot_start
 import pytest
 from nodes import assert_error, assert_told, needs_root, read_version, writable_copy
 from test_faults import inject
@@ -65,6 +67,30 @@ def test_what_a_full_scratch_lost_is_not_read_back(node, small):
     )
     assert result.returncode == 125
     assert_error(result, "scratch is full", node.scratch)
+
+
+# Each is printed ten times in five seconds at most, so a run may show any of them alone.
+@pytest.mark.parametrize(
+    "line",
+    [
+        "critical space allocation error, dev ubda, sector 531072 op 0x1:(WRITE) flags 0x4000",
+        "I/O error, dev ubdb, sector 8 op 0x1:(WRITE) flags 0x800 phys_seg 1 prio class 2",
+        "EXT4-fs warning (device dm-0): ext4_end_bio:368: I/O error 3 writing to inode 5698",
+        "Buffer I/O error on device dm-0, logical block 65536",
+        "Buffer I/O error on dev ubda, logical block 9, lost async page write",
+        "Aborting journal on device dm-0-8.",
+        "EXT4-fs error (device ubda): ext4_journal_check_start:86: comm sh: Detected aborted journal",
+    ],
+)
+def test_each_line_of_the_kernel_that_tells_of_a_lost_write_ends_the_run(line):
+    failure = apppot_start.DISK_FAILURE.format("(?:ubda|ubdb|dm-0)")
+    assert re.search(failure, line)
+    assert not re.search(failure, re.sub("ubda|ubdb|dm-0", "loop0", line))
+
+
+def test_a_disk_that_cannot_write_zeros_does_not_end_the_run():
+    line = "operation not supported error, dev ubdb, sector 128 op 0x9:(WRITE_ZEROES) flags 0x0"
+    assert not re.search(apppot_start.DISK_FAILURE.format("(?:ubda|ubdb|dm-0)"), line)
 
 
 @needs_root
