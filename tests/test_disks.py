@@ -10,10 +10,11 @@ import struct
 import subprocess
 import tarfile
 
-import apppot_start
 import pytest
 from nodes import assert_error, assert_told, needs_root, read_version, writable_copy
 from test_faults import inject
+
+import apppot_start
 
 FILL = "head -c {} /dev/zero | tee {} | sha256sum"
 
