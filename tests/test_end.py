@@ -98,7 +98,7 @@ def test_a_signal_during_the_boot_ends_it_at_once(node):
 @both_carriers
 def test_a_timeout_ends_the_command_with_124(node):
     result = node.run(
-        "--timeout", "4s", "sh", "-c",
+        "--timeout", "6s", "sh", "-c",
         "trap 'echo warned; exit 0' TERM; while :; do sleep 0.1; done 2> /dev/null",
     )
     assert (result.returncode, result.stdout) == (124, b"warned\n")
