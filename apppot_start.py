@@ -9,6 +9,8 @@ Constraint: this one file is copied alone to a node, so it imports the standard 
 Four processes make a run: this runner, which relays bytes and signals; a supervisor forked from it, which owns the
 User-Mode Linux kernel and cleans up whatever happens to the runner; the kernel itself; and the server of its files.
 """
+# An older Python reads no further than the number and prints this line, so its comment is for that user.
+__requires_python__ = 0x3_06         # This Python is too old. AppPot needs Python 3.6 or newer: try python3
 import _signal  # type: ignore[import-not-found]
 
 if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) == _signal.default_int_handler:
@@ -6256,6 +6258,7 @@ class RunSpec(NamedTuple):
     boot_timeout_s: float
     kill_after_s: float
     verbose: bool
+    quiet: bool
     notes: Tuple[str, ...]           # for -v: how it was decided
     in_job: bool                     # of a batch system
     limit_mib: Optional[int]         # of the job's cgroup, if that limits the guest's memory
@@ -7502,7 +7505,8 @@ class Conversation:
         self.has_started = True
         self.ending.note_start()
         screen = self._stdio.terminal
-        if what & IS_SHELL and screen and screen.is_real and os.isatty(2):
+        is_seen = screen and screen.is_real and os.isatty(2) and not self._spec.quiet
+        if what & IS_SHELL and is_seen:
             welcome, self.farewell = describe_keeping(self._spec, bool(what & HOME_STAYS))
             self._reporter.tell(welcome)
 
@@ -7776,7 +7780,137 @@ class Session:
         return killed_by(signal.SIGXFSZ)          # as whoever writes to the file itself
 
 
+# --- Words of other programs ---------------------------------------------------------------------------------
+# What users of Docker, Apptainer, Charliecloud and Slurm type. A word with one meaning here is an
+# alias in "Options"; these have none, or two.
+
+INTO_IMAGE = "--write writes into the image; --image COW:BASE and --save-changes FILE keep changes beside it"
+ONLY_JOB_DIRECTORY = (
+    "leave it out: the guest sees the job directory and what --bind shows; --no-job-dir hides the former")
+ROOT_OF_GUEST = "--root runs the command as root of the guest, otherwise it runs as you"
+WAYS_TO_IMAGES = (
+    "`make image PACKAGES=...` builds one in AppPot's source directory; --changes FILE merges the "
+    "layers of a container image (see README)")
+FOREIGN_OPTIONS = {
+    "-w": "--cwd DIR starts the command in DIR; --write writes into the image",
+    "-W": "--tmpdir DIR is for AppPot's temporary files; --cwd DIR starts the command in DIR",
+    "-e": "--env NAME=VALUE sets a variable; --clean-env passes none of yours",
+    "--env-file": "--env NAME=VALUE, once for each variable",
+    "--unset-env": "--clean-env passes only the variables that --env names",
+    "--mount": "--bind SRC:DST, or --bind SRC:DST:ro",
+    "--home": "--bind \"$HOME\" shows your HOME",
+    "-H": "--bind \"$HOME\" shows your HOME",
+    "--no-home": "leave it out: HOME is the appliance's own unless --bind shows yours",
+    "-c": "--cwd DIR starts the command in DIR; it sees only the job directory and what --bind shows",
+    "--contain": ONLY_JOB_DIRECTORY,
+    "--containall": ONLY_JOB_DIRECTORY,
+    "-C": ONLY_JOB_DIRECTORY,
+    "--no-mount": ONLY_JOB_DIRECTORY,
+    "--user": ROOT_OF_GUEST,
+    "-u": ROOT_OF_GUEST,
+    "--privileged": ROOT_OF_GUEST,
+    "--cap-add": ROOT_OF_GUEST,
+    "--uid": ROOT_OF_GUEST,
+    "--gid": ROOT_OF_GUEST,
+    "--userns": "leave it out: AppPot needs no namespace",
+    "--rm": "leave it out: what a run makes is always removed",
+    "-i": "leave it out: stdin always reaches the command; -t makes it a terminal",
+    "--interactive": "leave it out: stdin always reaches the command; -t makes it a terminal",
+    "--init": "leave it out: AppPot's agent is PID 1 and reaps processes",
+    "--entrypoint": "write the command after the options",
+    "--detach": "put `&` behind the command line, or submit it as a batch job",
+    "-d": "put `&` behind the command line, or submit it as a batch job; -v shows the steps",
+    "--debug": "-v shows the steps and the guest's console",
+    "-s": "-q is quiet",
+    "-m": "--mem SIZE",
+    "--cpuset-cpus": "--cpus N, and taskset(1) before AppPot",
+    "--shm-size": "--mem SIZE: /dev/shm in the guest may take all of its memory",
+    "--tmpfs": "leave it out: /tmp in the guest is private to the run",
+    "--scratch": "leave it out: /tmp in the guest is private to the run; --tmpdir DIR is for AppPot's files",
+    "--ulimit": "set it before AppPot (ulimit): the command has your limits",
+    "--stop-timeout": "--kill-after S",
+    "--overlay": INTO_IMAGE,
+    "--writable-tmpfs": "leave it out: the command can always write, and it is gone at the end of the run",
+    "--read-only": "leave it out: a run never writes the image without --write",
+    "--gpus": "leave it out: the guest has no GPU of the node",
+    "--nv": "leave it out: the guest has no GPU of the node",
+    "--rocm": "leave it out: the guest has no GPU of the node",
+    "--hostname": "leave it out: each run has a host name of its own",
+    "--dns": "leave it out: names come from the node's name server",
+    "--add-host": "with --root the command can write /etc/hosts; it has the names of the node's",
+}
+# Nothing of Debian is called so. A program of the appliance that is can be run after `--`.
+FOREIGN_COMMANDS = {
+    "exec": "leave it out",
+    "run": "leave it out",
+    "shell": "leave it out: without a command there is a login shell",
+    "pull": WAYS_TO_IMAGES,
+    "build": WAYS_TO_IMAGES,
+    "inspect": "--doctor tells what a run needs; debugfs(8) looks into an image",
+}
+IMAGE_FILE = re.compile(r".*\.(?:img|raw|ext[234]|sif|simg|sqfs|sqsh|squashfs|qcow2|vmdk|vdi|vhdx?)", re.IGNORECASE)
+CHANGES_FILE = re.compile(r".*\.(?:tar|tgz|tar\.\w+)", re.IGNORECASE)
+REGISTRY = re.compile(r"[a-z][a-z-]*://.*|[a-z0-9][a-z0-9._/-]*:[\w][\w.-]*", re.DOTALL)
+BIND_WORD = re.compile(r"[^:=]+:/[^/].*", re.DOTALL)
+VARIABLE = re.compile(r"[A-Za-z_]\w*=.*", re.ASCII | re.DOTALL)
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"           # a word processor makes them of - and --
+
+
+def explain_unknown_option(word: str, known: Iterable[str]) -> Fatal:
+    """Name the option that does it here, or the one that is spelled almost so."""
+    import difflib
+
+    def spell(option: str) -> str:
+        return option.replace("-", "").lower()
+
+    name = word.partition("=")[0]
+    what = "AppPot has no option " + name
+    if name in FOREIGN_OPTIONS:
+        return Fatal(what, FOREIGN_OPTIONS[name])
+
+    hint = "`--help all` lists the options"
+    options = {spell(option): option for option in (*FOREIGN_OPTIONS, *known) if option[2:]}
+    near = difflib.get_close_matches(spell(name), options, 1, 0.6) if name[2:] else []
+    if not near:
+        return Fatal(what, hint)
+    option = options[near[0]]
+    return Fatal(what, "did you mean {}? {}".format(option, FOREIGN_OPTIONS.get(option, hint)))
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Refuse what is no command, before a guest boots to say that it is not found."""
+    word = command[0] if command else ""
+    if word in FOREIGN_COMMANDS:
+        hint = FOREIGN_COMMANDS[word]
+        if IMAGE_FILE.fullmatch("".join(command[1:2])):
+            hint += ", and write " + quote("--image", *command[1:])
+        raise Fatal("AppPot has no command word of its own: " + word,
+                    "{} (`-- {}` runs a program of that name)".format(hint, word))
+    if word[:1] in tuple(DASHES):
+        raise Fatal("option begins with a typographic dash: " + word,
+                    "write --" + word.lstrip(DASHES + "-"))
+
+    for pattern, what, hint in (
+            (IMAGE_FILE, "an image", "write " + quote("--image", *command)),
+            (CHANGES_FILE, "an archive", "write " + quote("--changes", *command)),
+            (BIND_WORD, "a pair SRC:DST", "write " + quote("--bind", *command) + "; -v is verbose"),
+            (REGISTRY, "an image of a registry", WAYS_TO_IMAGES),
+            (VARIABLE, "a variable", "write " + quote("--env", *command))):
+        if pattern.fullmatch(word):
+            raise Fatal("command is {}: {}".format(what, word), hint + " (`--` runs it as a command)")
+
+
+def quote(*words: str) -> str:
+    """A command line for a shell."""
+    import shlex
+
+    return " ".join(map(shlex.quote, words))
+
+
 # --- Options ------------------------------------------------------------------------------------------------
+
+OPTIONAL_VALUES = {"lan": LAN_GROUP, "help": "all"}            # what of the next word is no command
+
 
 class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -7795,12 +7929,16 @@ class OptionParser(argparse.ArgumentParser):
             name, equals, value = words[index].partition("=")
             action = self._option_string_actions.get(name)
             index += 1
-            if not action or action.nargs == 0:
+            if not action:
+                self._check_short(words[index - 1])
+                continue
+            if action.nargs == 0:
                 continue
 
             if not equals:
                 following = words[index:index + 1]
-                is_value = any(is_blank(word) or re.fullmatch(LAN_GROUP, word) for word in following)
+                pattern = OPTIONAL_VALUES.get(action.dest, "")
+                is_value = any(is_blank(word) or re.fullmatch(pattern, word) for word in following)
                 if action.nargs == "?" and not is_value:
                     continue                      # --lan without a group: the command follows
 
@@ -7808,6 +7946,12 @@ class OptionParser(argparse.ArgumentParser):
                 index += 1
             self._check_given(name, value, bool(equals))
         return list(words[:index]), tuple(words[index:])
+
+    def _check_short(self, word: str) -> None:
+        """Refuse an unknown option, unless argparse takes it for several letters or one with a value."""
+        is_short = word[:2] in self._option_string_actions and not word.startswith("--")
+        if not is_short:
+            raise explain_unknown_option(word, self._option_string_actions)
 
     def _check_given(self, name: str, value: str, is_attached: bool) -> None:
         """Refuse an empty value, because it comes from an unset variable of a script."""
@@ -7818,6 +7962,38 @@ class OptionParser(argparse.ArgumentParser):
             raise Fatal("{} has no value, but is followed by {}".format(name, value), UNSET_HINT)
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Prints the value of an option once, behind all of its names, as Python 3.13 does."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        value = "" if action.nargs == 0 else " " + self._format_args(action, "")
+        return ", ".join(action.option_strings) + value
+
+
+HELP = """\
+usage: python3 apppot_start.py [option...] [command [argument...]]
+
+Run a command in a Linux appliance, a disk image, as an ordinary process. What
+it writes in the current directory stays; all else is gone at the end. Without
+a command you get a login shell. Examples:
+
+  python3 apppot_start.py ./analyse data.csv > result.csv
+  python3 apppot_start.py --root --save-changes my.tar.gz apt-get install -y gcc
+  python3 apppot_start.py --changes my.tar.gz --mem 4G --cpus 2 make -j 2
+  python3 apppot_start.py --bind /data --env SEED=1 ./analyse /data/genomes
+
+  --image FILE           boot this image (default: apppot.img beside the script)
+  --bind SRC[:DST[:ro]]  show a file or directory of this machine in the guest
+  --env NAME[=VALUE]     set a variable, or pass yours
+  --root                 be root of the guest, say to install packages
+  --save-changes FILE    write at the end all that differs from the image
+  --changes FILE         merge such a file before the command starts
+  --write                write into the image itself
+  --mem SIZE, --cpus N   resources of the guest (default: what the job has)
+  -v, -q                 show the steps on stderr, or not even progress
+  --doctor               tell what a run needs and whether it is here
+  --help all             list all options, defaults, variables and statuses
+"""
 DESCRIPTION = """\
 Run a command in a Linux appliance, which is a disk image, as an ordinary
 process under User-Mode Linux. Options end at the first word that is no option.
@@ -7867,7 +8043,7 @@ def add_appliance_options(add: Callable[..., Any]) -> None:
         help="Boot this disk image. COW:BASE boots the image BASE and keeps all changes in the "
              "file COW.")
     add("--kernel", "--linux", "--uml", metavar="PATH", help="Boot this User-Mode Linux kernel.")
-    add("--write", action="store_true",
+    add("--write", "--writable", action="store_true",
         help="Write into the image itself. By default a temporary copy-on-write file takes all "
              "changes.")
     add("--disk", metavar="SIZE",
@@ -7875,14 +8051,14 @@ def add_appliance_options(add: Callable[..., Any]) -> None:
              "or 2G if that is more and the kernel has a device mapper). With --write the image "
              "itself grows.")
 
-    add("--mem", metavar="NUM",
+    add("--mem", "--memory", metavar="NUM",
         help="Memory of the guest in MiB, or with K, M, G or T (default: see below).")
     add("--cpus", metavar="N",
         help="CPUs of the guest. More than one needs a kernel with SMP (default: see below).")
     add("--ptrace", action="store_true",
         help="Trap system calls by ptrace. Kernels from 6.16 on otherwise use seccomp, which is "
              "faster but does not stop a hostile program (see README).")
-    add("--id", "--umid", dest="umid", metavar="NAME",
+    add("--id", "--umid", "--name", dest="umid", metavar="NAME",
         help="Name of the guest in the path of its management console. -v prints that path for "
              "uml_mconsole.")
     add("-X", "--extra", action="append", default=[], metavar="ARG",
@@ -7905,12 +8081,12 @@ def add_appliance_options(add: Callable[..., Any]) -> None:
 
 
 def add_command_options(add: Callable[..., Any]) -> None:
-    add("--root", action="store_true", help="Run the command as root of the guest.")
-    add("--env", action="append", default=[], metavar="NAME[=VALUE]",
+    add("--root", "--fakeroot", action="store_true", help="Run the command as root of the guest.")
+    add("--env", "--set-env", action="append", default=[], metavar="NAME[=VALUE]",
         help="Set a variable, or without =VALUE pass the caller's. Repeatable.")
-    add("--clean-env", action="store_true",
+    add("--clean-env", "--cleanenv", action="store_true",
         help="Pass only those variables of the caller that --env names.")
-    add("-B", "--bind", action="append", default=[], metavar="SRC[:DST[:ro]]",
+    add("-B", "--bind", "--volume", action="append", default=[], metavar="SRC[:DST[:ro]]",
         help="Show a file or directory of this machine in the guest at DST, by default at SRC; :ro "
              "makes it read-only. --bind \"$HOME\" also makes it the HOME of the command. "
              "Repeatable.")
@@ -7918,23 +8094,23 @@ def add_command_options(add: Callable[..., Any]) -> None:
     add("--no-job-dir", dest="job_dir", action="store_false",
         help="Do not show the job directory in the guest. The command starts in its home "
              "directory.")
-    add("-t", dest="terminal", action="store_true", default=None,
+    add("-t", "-it", "-ti", "--tty", dest="terminal", action="store_true", default=None,
         help="Make stdin, stdout and stderr of the command a terminal (default: those that are a "
              "terminal here).")
     add("-T", dest="terminal", action="store_false", help="Give the command no terminal.")
-    add("--cwd", metavar="DIR",
+    add("--cwd", "--pwd", "--workdir", "--cd", metavar="DIR",
         help="Start the command in this directory of the guest (default: the job directory). A "
              "relative DIR is one below the job directory.")
 
 
 def add_network_options(add: Callable[..., Any]) -> None:
-    add("--net", default="auto", choices=("auto", SLIRP4NETNS, SLIRP, "none"),
+    add("--net", "--network", default="auto", metavar="HOW", choices=("auto", SLIRP4NETNS, SLIRP, "none"),
         help="Connect the guest by this helper program, with the rights of the caller. auto "
              "(default) takes slirp4netns, else slirp, else none. With none the guest has no way "
              "out.")
     add("--slirp", metavar="PATH",
         help="Path of the helper program, which is either slirp4netns or slirp.")
-    add("--publish", action="append", default=[], metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/udp]",
+    add("-p", "--publish", action="append", default=[], metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/udp]",
         help="Show a port of the guest on the host, by default at 127.0.0.1. Repeatable; needs "
              "slirp4netns.")
     add("--lan", nargs="?", const="", metavar="GROUP:PORT",
@@ -7968,21 +8144,39 @@ def add_information_options(add: Callable[..., Any]) -> None:
     add("--boot", action="store_true", help="With --doctor: also boot once.")
     add("-v", "--verbose", action="store_true",
         help="Show the steps and the guest's console on stderr.")
+    add("-q", "--quiet", action="store_true",
+        help="Show no progress and no words of welcome on stderr; errors and warnings remain.")
     add("-V", "--version", action="store_true", help="Print the version.")
-    add("-h", "--help", action="store_true", help="Print this text.")
+    add("-h", "--help", nargs="?", const="most", choices=("most", "all"), metavar="all",
+        help="Print what most people need, or with `all` this text.")
 
 
 def build_parser() -> OptionParser:
     parser = OptionParser(
         prog="apppot_start.py", add_help=False, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG,
         usage="apppot_start.py [option...] [command [argument...]]",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=HelpFormatter)
 
     for title, add_options in (
             ("appliance", add_appliance_options), ("command", add_command_options), ("network", add_network_options),
             ("run", add_run_options), ("information", add_information_options)):
         add_options(parser.add_argument_group(title).add_argument)
     return parser
+
+
+def format_help(which: str) -> str:
+    return build_parser().format_help() if which == "all" else HELP
+
+
+def read_words(argv: Sequence[str]) -> Tuple[argparse.Namespace, Tuple[str, ...]]:
+    """The options and the command of a command line."""
+    parser = build_parser()
+    words, command = parser.split(argv)
+    options = parser.parse_args(words)
+    is_marked = len(words) + len(command) < len(argv)          # by `--`
+    if not is_marked:
+        check_command(command)
+    return options, command
 
 
 # --- Deciding a run -----------------------------------------------------------------------------------------
@@ -8000,10 +8194,11 @@ def find_vmm(options: argparse.Namespace) -> Uml:
 
 
 def split_image(text: str) -> Tuple[str, Optional[str]]:
-    """Image and, of COW:BASE, the COW file."""
-    if ":" not in text or os.path.exists(text):
+    """Image and, of COW:BASE, the COW file. The original AppPot also took COW,BASE."""
+    separator = re.search("[:,]", text)
+    if not separator or os.path.exists(text):
         return text, None
-    cow, _, base = text.partition(":")
+    cow, _, base = text.partition(separator.group())
     if not cow or not base:
         raise Fatal("--image is neither a file nor COW:BASE: {!r}".format(text),
                     "name the image file")
@@ -8175,6 +8370,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...],
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after", True),
         verbose=options.verbose,
+        quiet=options.quiet,
         notes=(*grants.notes, *job_notes, "memory " + describe_memory(mem, ram_directory),
                cpu_note or describe_cpus(cpus)),
         in_job=bool(grants.systems),
@@ -8476,11 +8672,9 @@ def follow_parent(parent: int) -> None:
 
 
 def start(argv: List[str], started: float, parent: int, ignored: Tuple[int, ...]) -> int:
-    parser = build_parser()
-    words, command = parser.split(argv)
-    options = parser.parse_args(words)
+    options, command = read_words(argv)
     if options.help or options.version:
-        write_stdout(parser.format_help() if options.help else "AppPot {}\n".format(VERSION))
+        write_stdout(format_help(options.help) if options.help else "AppPot {}\n".format(VERSION))
         return 0
     if options.doctor or options.boot:
         return examine(options, command)
@@ -8489,10 +8683,7 @@ def start(argv: List[str], started: float, parent: int, ignored: Tuple[int, ...]
         follow_parent(parent)
     spec = build_spec(options, command, ignored)
     if options.dry_run:
-        import shlex
-
-        line = spec.carrier.build_argv(spec.vmm.build_argv(spec.guest))
-        write_stdout(" ".join(map(shlex.quote, line)) + "\n")
+        write_stdout(quote(*spec.carrier.build_argv(spec.vmm.build_argv(spec.guest))) + "\n")
         return 0
 
     result = run(spec, started)

@@ -14,6 +14,8 @@ file has a tar of its own, does nothing twice, works relative to directory descr
 little. Only the sections on merging write into a tree: a kernel that attaches layers would replace
 these alone.
 """
+# An older Python reads no further than the number and prints this line, so its comment is for that user.
+__requires_python__ = 0x3_06         # This Python is too old. AppPot needs Python 3.6 or newer: try python3
 import errno
 import os
 import re

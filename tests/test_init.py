@@ -31,7 +31,7 @@ GUEST = apppot_start.Guest(
 SPEC = apppot_start.RunSpec(
     job=JOB, guest=GUEST, vmm=apppot_start.Uml("/k", apppot_start.Features(), False, ()),
     carrier=apppot_start.Carrier(), ancestor=None, timeout_s=None, boot_timeout_s=60,
-    kill_after_s=1, verbose=False, notes=(), in_job=False, limit_mib=None,
+    kill_after_s=1, verbose=False, quiet=False, notes=(), in_job=False, limit_mib=None,
 )
 
 

@@ -789,7 +789,7 @@ def test_a_cow_file_of_another_base_is_refused(tmp_path, image):
 
 
 def test_help_and_version_and_dry_run(image, kernel):
-    text = run_runner("--help", env={**os.environ, "COLUMNS": "80"}).stdout.decode()
+    text = run_runner("--help", "all", env={**os.environ, "COLUMNS": "80"}).stdout.decode()
     for action in apppot_start.build_parser()._actions:
         assert all(option in text for option in action.option_strings)
     assert all(
