@@ -68,14 +68,14 @@ AnyPath = Union[str, bytes]
 
 # --- What crosses host and guest (the other program has the same text; a test compares them) ----------------
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may carry noise before the agent owns it
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
 HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
 SCREEN, STOPPED, RECEIVED, TERMINATE, WARNING, SAVING = 8, 9, 10, 11, 12, 13
-MOUNT_POINT = 14
+MOUNT_POINT, PROGRESS = 14, 15
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 NETWORK_LOST, MADE, LOCKS_WAIT = 42, 43, 44
@@ -83,6 +83,8 @@ SPOOLED = 0x80
 IS_SHELL, HOME_STAYS = 1, 2          # bits of the byte in STARTED: an interactive shell; its home is the host's
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
 SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
+PROGRESS_COUNTS = struct.Struct("<B4Q")   # a number of WORKS; files and bytes; how many in all, 0: not known
+WORKS = ("checking", "merging", "looking for changes", "saving")
 TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
 
 # --- Errors and messages ------------------------------------------------------------------------------------
@@ -1073,6 +1075,10 @@ def confine(rules: Iterable[Rule]) -> None:
 
 # --- The terminal -------------------------------------------------------------------------------------------
 
+ERASE_TO_END = b"\33[K"              # of the line: ECMA-48, EL
+MIB = 1 << 20
+LEFT_AFTER_S = 1.0                   # of a work its end can be told
+COST_OF_FILE = 32 << 10              # bytes that take as long as to make a file
 WINDOW_SIZE = struct.Struct("4H")    # struct winsize: rows, columns, width and height in pixels
 
 
@@ -1226,12 +1232,17 @@ def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
 class Reporter:
     """Messages to the user on stderr, which may be a terminal that is raw."""
 
-    def __init__(self, terminal: Optional[Terminal], verbose: bool, started: float) -> None:
+    def __init__(self, terminal: Optional[Terminal], verbose: bool, quiet: bool, started: float) -> None:
         self._terminal = terminal
         self._verbose = verbose
         self._started = started                   # as of time()
+        # Nobody watches a batch job, and a line that is written over and over would fill its log.
+        self.is_watched = os.isatty(2) and not quiet
+        self.shows_progress = self.is_watched and not verbose and os.environ.get("TERM", "dumb") != "dumb"
+        self._has_line = False                    # of progress, where the cursor is
 
     def show(self, content: bytes) -> None:
+        self.clear()
         needs_return = self._terminal and self._terminal.is_raw and not self._terminal.ends_lines
         write_stderr(content.replace(b"\n", b"\r\n") if needs_return else content)
 
@@ -1245,6 +1256,56 @@ class Reporter:
         """A step of the run, for -v."""
         if self._verbose:
             self.tell("{:.3f} s: {}".format(time.time() - self._started, text))
+
+    def show_progress(self, text: str) -> None:
+        """Write a line over the one before."""
+        if not self.shows_progress or not is_foreground(2):
+            return
+        columns = WINDOW_SIZE.unpack(fcntl.ioctl(2, termios.TIOCGWINSZ, bytes(WINDOW_SIZE.size)))[1] or 80
+        line = one_line("apppot: " + text)[:columns - 1]
+        write_stderr(b"\r" + line + ERASE_TO_END)
+        self._has_line = True
+
+    def clear(self) -> None:
+        """Erase the line of progress."""
+        if self._has_line:
+            write_stderr(b"\r" + ERASE_TO_END)
+            self._has_line = False
+
+
+def is_foreground(descriptor: int) -> bool:
+    """Whether what this process writes to a terminal is what its user waits for."""
+    try:
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except OSError:
+        return False
+
+
+class Progress:
+    """Makes a line of what the guest says about a long work."""
+
+    def __init__(self) -> None:
+        self._work = -1                           # a number of WORKS
+        self._began = 0.0                         # as of monotonic()
+
+    def describe(self, work: int, counts: Sequence[int], path: str) -> str:
+        """`counts` are files and bytes, and how many there are in all; 0 is not known."""
+        now = time.monotonic()
+        if work != self._work:
+            self._work = work
+            self._began = now
+        count, size, all_count, all_size = counts
+        text = "{} {}: {}".format(WORKS[work], path, count) if path else "{}: {}".format(WORKS[work], count)
+        text += " of {} files".format(all_count) if all_count else " files"
+        if size or all_size:
+            text += ", {:.1f}".format(size / MIB) + (" of {:.1f} MiB".format(all_size / MIB) if all_size else " MiB")
+
+        took_s = now - self._began
+        done = size + count * COST_OF_FILE
+        all_done = all_size + all_count * COST_OF_FILE
+        if all_size and done and took_s > LEFT_AFTER_S:
+            text += ", {:.0f} s left".format(took_s * max(all_done - done, 0) / done)
+        return text
 
 
 # --- Images -------------------------------------------------------------------------------------------------
@@ -6284,6 +6345,18 @@ def list_shares(job: Job) -> Tuple[Share, ...]:
     return tuple(shares)
 
 
+def describe_interruption(spec: RunSpec, has_started: bool) -> str:
+    """What to tell a user who interrupts AppPot itself: what is lost and what is kept."""
+    path = spec.job.saved_changes
+    if has_started and path is not None:
+        kept = "is as before" if os.path.exists(path) else "was not made"
+        return "interrupted: the command had ended, but its changes are lost; {} {}".format(path, kept)
+    if spec.guest.disk.is_persistent and spec.job.layers:
+        what = spec.guest.disk.cow or spec.guest.disk.image
+        return "interrupted before the command started: a part of the changes may be in " + what
+    return "interrupted before the command started: nothing was changed"
+
+
 def describe_keeping(spec: RunSpec, home_stays: bool) -> Tuple[str, str]:
     """What to tell the user of an interactive shell at its start and, unless empty, at its end."""
     places = [os.fsdecode(bind.target) for bind in spec.job.binds if not bind.share.read_only]
@@ -6656,7 +6729,8 @@ FIRST_PIDS = range(1000, 4000000)
 Fields = List[Tuple[bytes, bytes]]   # as encode_fields() takes them
 
 
-def build_job(spec: RunSpec, stdio: Stdio, saved_name: Optional[str]) -> bytes:
+def build_job(spec: RunSpec, stdio: Stdio, saved_name: Optional[str], tells: bool) -> bytes:
+    """`tells`: the agent shall tell how far a long work is."""
     job = spec.job
     fields = [
         (b"arg", os.fsencode(word)) for word in job.command]
@@ -6680,7 +6754,7 @@ def build_job(spec: RunSpec, stdio: Stdio, saved_name: Optional[str]) -> bytes:
     fields += [(b"bind", (b"r" if share.read_only else b"w") + (share.only_file or b"") + target)
                for share, target in job.binds]
     fields += [(b"layer", os.fsencode(layer)) for layer in job.layers]
-    fields.append((b"force", b"%d" % job.force_changes))
+    fields += [(b"force", b"%d" % job.force_changes), (b"progress", b"%d" % tells)]
     if job.saved_changes is not None and saved_name is not None:
         fields += [(b"save", os.fsencode(job.saved_changes)), (b"save-name", saved_name.encode())]
     return encode_fields(fields)
@@ -7181,6 +7255,11 @@ class TerminalLink:
                 break
             self._send_keys(os.read(self.keyboard, INLINE_MAX) or END_OF_FILE)
 
+    def take_back(self) -> None:
+        """The command has ended: the keys of a user who waits are signals again."""
+        self._is_given = False
+        self._terminal.release()
+
     def take_keys(self) -> None:
         try:
             content = os.read(self.keyboard, min(self._key_room, INLINE_MAX))
@@ -7337,6 +7416,8 @@ class Ending:
         self._channel = channel
         self._spec = spec
         self._is_running = False                  # the command
+        self._is_saving = False                   # after the command
+        self.is_interrupted = False               # by a signal that nobody but AppPot gets
         self._terminated: Optional[float] = None  # when one SIGTERM was forwarded
         self.is_time_over = False
         self.result: Optional[Result] = None      # of a run that does not wait for the guest's
@@ -7358,6 +7439,7 @@ class Ending:
 
     def note_saving(self) -> None:
         """The command has ended, and what comes now takes its time."""
+        self._is_saving = True
         for action in (self._time_out, self._kill, self._give_up):
             self._deadlines.pop(action, None)
 
@@ -7369,8 +7451,10 @@ class Ending:
             over_limit = blame_cpu_limit(os.getpid(), "the runner")
             if over_limit:
                 raise over_limit
-        if not self._is_running:                  # so AppPot itself dies of it, as any program
+        # Without a command AppPot itself dies of it, as any program. Who sends SIGINT does not wait.
+        if not self._is_running or self._is_saving and number == signal.SIGINT:
             if number not in self._spec.job.ignored_signals:
+                self.is_interrupted = True
                 self.result = killed_by(number)
             return
         if number == signal.SIGTERM and self._terminated is not None:
@@ -7439,6 +7523,8 @@ class Conversation:
         self._mount_points = MountPoints(spec.guest.shares, spec.job.umask, machine.directories.run)
         self._actions = self._list_actions()
         self.has_started = False                  # the command
+        self._progress = Progress()
+        self.saved_files: Optional[int] = None    # in the changes file
         self.farewell = ""                        # to the user of an interactive shell
         self.told: Union[Result, Fatal, None] = None           # by the agent
 
@@ -7455,6 +7541,7 @@ class Conversation:
             # Ctrl-Alt-Del by the management console.
             TERMINATE: (NOTHING, partial(self.ending.forward, signal.SIGTERM)),
             SAVING: (NOTHING, self._note_saving),
+            PROGRESS: (PROGRESS_COUNTS, self._show_progress),
             RESULT: (None, self._take_result)}
 
         if self.terminal:
@@ -7492,8 +7579,11 @@ class Conversation:
             text_field(fields, b"agent"), text_field(fields, b"base") or "without id"))
 
         self.channel.fitting = {STARTED, RECEIVED, WARNING, RESULT, MOUNT_POINT}
+        if self._spec.job.layers and self._reporter.shows_progress:
+            self.channel.fitting.add(PROGRESS)
         with blaming("job cannot be passed on", self._directories.run.path, SCRATCH_HINT):
-            self.channel.post(JOB, build_job(self._spec, self._stdio, self._directories.saved_name))
+            self.channel.post(JOB, build_job(
+                self._spec, self._stdio, self._directories.saved_name, self._reporter.shows_progress))
 
     def _make_mount_point(self, request: bytes) -> None:
         self.channel.post(MADE, COUNT.pack(self._mount_points.make(request)))
@@ -7504,9 +7594,9 @@ class Conversation:
         self._reporter.say("command started")
         self.has_started = True
         self.ending.note_start()
+        self._reporter.clear()
         screen = self._stdio.terminal
-        is_seen = screen and screen.is_real and os.isatty(2) and not self._spec.quiet
-        if what & IS_SHELL and is_seen:
+        if what & IS_SHELL and screen and screen.is_real and self._reporter.is_watched:
             welcome, self.farewell = describe_keeping(self._spec, bool(what & HOME_STAYS))
             self._reporter.tell(welcome)
 
@@ -7542,7 +7632,20 @@ class Conversation:
     def _note_saving(self) -> None:
         self._reporter.say("saving the changes")
         self.channel.fitting = {RECEIVED, WARNING, RESULT}
+        if self._reporter.shows_progress:
+            self.channel.fitting.add(PROGRESS)
         self.ending.note_saving()
+        if self.terminal:                         # for Ctrl-C: the command has ended
+            self.terminal.take_back()
+
+    def _show_progress(self, work: int, *counts: int) -> None:
+        check_range(work, 0, len(WORKS) - 1)
+        # Where the output of the command goes is not known here, so it comes first.
+        if self.streams.is_idle:
+            saved = self._spec.job.saved_changes
+            layers = self._spec.job.layers
+            path = saved if self.has_started else layers[0] if len(layers) == 1 else ""
+            self._reporter.show_progress(self._progress.describe(work, counts, os.path.basename(path or "")))
 
     def _take_result(self, record: bytes) -> None:
         fields = decode_fields(record)
@@ -7566,6 +7669,8 @@ class Conversation:
         else:
             result = Result(number_field(fields, b"exit", 0, 255))
 
+        if self._spec.job.saved_changes is not None:
+            self.saved_files = number_field(fields, b"saved", 0, FILE_MAX)
         reader = self.streams.reader
         consumed = number_field(fields, b"stdin", 0, reader.delivered if reader else 0)
         if reader:
@@ -7627,6 +7732,18 @@ class Session:
         if self._conversation.farewell:
             self._reporter.tell(self._conversation.farewell)
         return self.result
+
+    @property
+    def is_interrupted(self) -> bool:
+        return self._ending.is_interrupted and self._conversation.told is None
+
+    @property
+    def has_started(self) -> bool:
+        return self._conversation.has_started
+
+    @property
+    def saved_files(self) -> Optional[int]:
+        return self._conversation.saved_files
 
     def step(self) -> None:
         """Wait for an event, and do what follows from it."""
@@ -8409,7 +8526,8 @@ def run(spec: RunSpec, started: float) -> Result:
     with ExitStack() as stack:
         mask = stack.enter_context(signals_held())
         stdio = stack.enter_context(connect_stdio(spec.job.terminal))
-        reporter = Reporter(stdio.terminal, spec.verbose, started)
+        reporter = Reporter(stdio.terminal, spec.verbose, spec.quiet, started)
+        stack.callback(reporter.clear)
         stack.callback(reporter.say, "nothing left")
         locks = spec.vmm.open_disk(spec.guest.disk)
         directories = make_directories(spec, stack)
@@ -8429,10 +8547,24 @@ def run(spec: RunSpec, started: float) -> Result:
         machine = stack.enter_context(start_machine(spec, stdio.terminal, directories, locks))
         if spec.carrier.program is None:
             reporter.say("kernel started")
-        result = Session(machine, spec, stdio, reporter).run(mask)
-        if spec.job.saved_changes is not None and directories.saved_name:
-            place_changes(directories.save, directories.saved_name, spec.job.saved_changes)
+        session = Session(machine, spec, stdio, reporter)
+        result = session.run(mask)
+        keep_changes(session, spec, directories, reporter)
     return result
+
+
+def keep_changes(session: Session, spec: RunSpec, directories: Directories, reporter: Reporter) -> None:
+    """Put the changes file in its place, and tell what a user who waits wants to know."""
+    path = spec.job.saved_changes
+    if session.is_interrupted and reporter.is_watched:
+        reporter.tell(describe_interruption(spec, session.has_started))
+    if path is None or not directories.saved_name or session.is_interrupted:
+        return
+
+    place_changes(directories.save, directories.saved_name, path)
+    if reporter.is_watched:
+        reporter.tell("saved {} file{}, {:.1f} MiB to {}".format(
+            session.saved_files, "" if session.saved_files == 1 else "s", os.path.getsize(path) / MIB, path))
 
 
 # --- The doctor ---------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ ACCOUNT = make_account()
 
 def make_job(stdio=b"npp", **changes):
     stdio = apppot_start.Stdio(stdio, None, False)
-    return apppot_init.parse_job(apppot_start.build_job(make_spec(**changes), stdio, None))
+    return apppot_init.parse_job(apppot_start.build_job(make_spec(**changes), stdio, None, False))
 
 
 # --- The job --------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_a_terminal_is_told_with_its_modes_and_size():
     terminal = apppot_start.Terminal(screen, screen)
     assert apppot_start.decode_modes(terminal.modes) == termios.tcgetattr(screen)
     stdio = apppot_start.Stdio(b"ttt", terminal, True)
-    told = apppot_init.parse_job(apppot_start.build_job(SPEC, stdio, None)).stdio
+    told = apppot_init.parse_job(apppot_start.build_job(SPEC, stdio, None, False)).stdio
     assert (told.modes, told.window, told.foreground) == (terminal.modes, terminal.window, True)
 
     before = termios.tcgetattr(screen)

@@ -472,3 +472,48 @@ def test_a_shell_says_that_its_home_stays_with_bind(shell):
 
     shell.type("exit\n")
     shell.expect("host> ")
+
+
+# --- Progress -------------------------------------------------------------------------------------
+
+
+def test_merging_and_saving_show_how_far_they_are_and_leave_one_line(shell):
+    shell.type(command_line(shell.node, "--save-changes", "a.tar.gz", "sh", "-c", "echo 'o''ut'; echo > ~/a") + "\n")
+    shell.expect(r"out\r\n")
+    shell.expect(r"\rapppot: looking for changes a.tar.gz: 0 files\x1b\[K\r")
+    shell.expect(r"\r\x1b\[Kapppot: saved 1 file, 0\.0 MiB to \S+/a.tar.gz\r\n")
+    shell.expect("host> ")
+
+    shell.type(command_line(shell.node, "--changes", "a.tar.gz", "sh", "-c", "echo 'o''ut'") + "\n")
+    shell.expect(r"\rapppot: merging a.tar.gz: 0 of \d+ files, 0.0 of 0.\d MiB\x1b\[K\r\x1b\[Kout\r\n")
+    shell.expect("host> ")
+
+    words = ["--changes", "a.tar.gz", "--save-changes", "b.tar.gz", "echo", "out"]
+    for line in (command_line(shell.node, "-q", *words), command_line(shell.node, *words) + " 2>&1 | cat"):
+        shell.type(line + "\n")
+        assert b"apppot: " not in shell.expect(r"\rout\r\n(?s:.*)host> ").group()
+
+
+BIG = "dd if=/dev/urandom of=$HOME/big bs=1M count=128 2> /dev/null"
+
+
+def test_ctrl_c_while_saving_ends_the_run_at_once_and_says_what_is_lost(shell):
+    shell.type(command_line(shell.node, "--save-changes", "a.tar.gz", "sh", "-c", BIG) + "\n")
+    shell.expect(r"\rapppot: saving a.tar.gz: ")
+    shell.type(b"\3")
+    shell.expect(r"\r\x1b\[Kapppot: interrupted: .* its changes are lost; \S+/a.tar.gz was not made\r\n")
+    shell.expect("host> ")
+    shell.type("echo $?\n")
+    shell.expect(r"\r130\r\n")
+
+
+def test_ctrl_c_while_merging_ends_the_run_before_the_command(shell):
+    made = shell.node.run("--save-changes", "a.tar.gz", "sh", "-c", BIG)
+    assert (made.returncode, made.stderr) == (0, b"")
+    shell.type(command_line(shell.node, "--changes", "a.tar.gz", "echo", "out") + "\n")
+    shell.expect(r"\rapppot: merging a.tar.gz: ")
+    shell.type(b"\3")
+    shell.expect(r"\r\x1b\[Kapppot: interrupted before the command started: nothing was changed\r\n")
+    shell.expect("host> ")
+    shell.type("echo $?\n")
+    shell.expect(r"\r130\r\n")
