@@ -346,7 +346,13 @@ write 755 sbin/apppot-init '#!/usr/bin/python3 -IS' \
 write 755 usr/bin/apppot-snap '#!/usr/bin/python3 -IS' \
     'import sys; sys.path.insert(0, "/usr/lib/apppot")' \
     'import changes; sys.exit(changes.main(sys.argv[1:]))'
-write 440 etc/sudoers.d/apppot 'ALL ALL=(ALL:ALL) NOPASSWD: ALL'
+# sudo apt-get, too, needs the proxies and certificates of the node.
+write 440 etc/sudoers.d/apppot 'ALL ALL=(ALL:ALL) NOPASSWD: ALL' \
+    'Defaults env_keep += "http_proxy https_proxy ftp_proxy all_proxy no_proxy"' \
+    'Defaults env_keep += "HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY"' \
+    'Defaults env_keep += "SSL_CERT_FILE CURL_CA_BUNDLE REQUESTS_CA_BUNDLE APT_CONFIG"'
+# Packages must not ask when a job installs them, nor complain that nobody can be asked.
+chroot "$$root" debconf-set-selections <<< 'debconf debconf/frontend select Noninteractive'
 write 644 etc/hostname apppot
 write 644 etc/hosts '127.0.0.1 localhost apppot' '::1 localhost'
 write 644 etc/resolv.conf 'nameserver 10.0.2.3'

@@ -512,6 +512,7 @@ class Node(NamedTuple):
     resolver: bytes                  # lines of resolv.conf
     zone: bytes                      # /etc/localtime; empty: none
     zone_name: bytes                 # empty: not known
+    certificates: bytes              # of the authorities that it trusts, as PEM
 
 
 class Interface(NamedTuple):
@@ -611,7 +612,8 @@ def parse_job(payload: bytes) -> Job:
             tuple(get_all(b"layer")), get_bool(b"force"), get(b"save"), get(b"save-name"),
             get_bool(b"progress")),
         node=Node(
-            get(b"name"), get(b"hosts"), get(b"resolver"), get_binary(b"zone"), get(b"zone-name")),
+            get(b"name"), get(b"hosts"), get(b"resolver"), get_binary(b"zone"), get(b"zone-name"),
+            get(b"certificates")),
         network=Network(
             tuple(parse_interface(name, value) for name, value in parse_pairs(get_all(b"interface"))),
             parse_address(get(b"gateway")), get(b"nameserver"), get(b"lan")))
@@ -913,6 +915,12 @@ TIMEZONE = "/etc/timezone"
 ZONES = "/usr/share/zoneinfo"        # the appliance's time zones
 NODE_ZONES = "/run/zoneinfo"         # for one of the node's
 NODE_FILES = "/run/apppot-node"
+OWN_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
+NODE_BUNDLE = NODE_FILES + "/ca-certificates.crt"
+NODE_APT_CONF = NODE_FILES + "/apt.conf"
+BEGIN_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
+# OpenSSL and Python; curl and git; requests and pip.
+BUNDLE_VARIABLES = (b"SSL_CERT_FILE", b"CURL_CA_BUNDLE", b"REQUESTS_CA_BUNDLE")
 
 
 def choose_nameserver(text: bytes, nameserver: bytes) -> bytes:
@@ -921,6 +929,20 @@ def choose_nameserver(text: bytes, nameserver: bytes) -> bytes:
     if not nameserver or servers[:1] == [[nameserver]]:
         return text
     return b"nameserver " + nameserver + b"\n"
+
+
+def offer_certificates(theirs: bytes) -> None:
+    """Write a file with the appliance's certificates and the node's, if the node has more.
+
+    The command's environment leads to it. It is not mounted over the appliance's own, because
+    update-ca-certificates renames that.
+    """
+    own = read_file(OWN_BUNDLE)
+    known = {block.strip() for block in own.split(BEGIN_CERTIFICATE)}
+    added = [block for block in theirs.split(BEGIN_CERTIFICATE) if block.strip() not in known]
+    if any(map(bytes.strip, added)):
+        write_file(NODE_BUNDLE, own + b"".join(BEGIN_CERTIFICATE + block for block in added if block))
+        write_file(NODE_APT_CONF, b'Acquire::https::CaInfo "%s";\n' % NODE_BUNDLE.encode())
 
 
 class Lent(NamedTuple):
@@ -948,6 +970,7 @@ class NodeFiles:
         self._lend_lines(RESOLV_CONF, own, node.resolver)
         if node.zone and node.zone != read_file(LOCALTIME):
             self._lend_zone(node.zone, node.zone_name)
+        offer_certificates(node.certificates)
 
     def _lend_lines(self, path: str, own: bytes, lines: bytes) -> None:
         """Lend the lines `own` and then those of `lines` that are not among them."""
@@ -1510,6 +1533,9 @@ def build_environment(job: Job, account: Account, directory: bytes) -> Dict[byte
         b"SHELL": account.shell,
         b"PWD": directory,
     }
+    if os.path.exists(NODE_BUNDLE):
+        environment.update(dict.fromkeys(BUNDLE_VARIABLES, NODE_BUNDLE.encode()))
+        environment[b"APT_CONFIG"] = NODE_APT_CONF.encode()
     environment.update(job.environment)
     return environment
 

@@ -1948,6 +1948,17 @@ THREAD_VARIABLES = (b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREA
 BATCH_VARIABLES = THREAD_VARIABLES + (
     b"NSLOTS", b"NHOSTS", b"NQUEUES", b"PE", b"QUEUE", b"RESTARTED",
     b"TERM", b"LANG", b"LANGUAGE", b"TZ")
+# How the node reaches the world. Programs know both spellings.
+PROXY_VARIABLES = tuple(
+    spelled.encode() for name in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
+    for spelled in (name, name.upper()))
+LOOPBACK_PROXY = re.compile(
+    br"((?:\w+://)?(?:[^@/]*@)?)(?:localhost|127(?:\.\d+){3}|\[::1\])(?=[:/]|$)", re.IGNORECASE)
+# Debian; Fedora and its kin; SUSE; Alpine.
+BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
+           "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem")
+CERTIFICATE = re.compile(
+    br"-----BEGIN CERTIFICATE-----\n[\w+/=\s]+-----END CERTIFICATE-----", re.ASCII)
 # They lead a client of the batch system to its configuration, which is no file of the guest.
 NODE_VARIABLES = (b"SLURM_CONF", b"PBS_CONF_FILE", b"SGE_ROOT")
 
@@ -1959,6 +1970,7 @@ class NodeView(NamedTuple):
     resolver: bytes = b""            # of resolv.conf
     zone: bytes = b""                # /etc/localtime; empty: none
     zone_name: bytes = b""           # empty: not known
+    certificates: bytes = b""        # of the authorities that it trusts, as PEM
 
 
 def scratch_candidates(tmpdir: Optional[str]) -> List[str]:
@@ -2007,12 +2019,13 @@ def check_processes() -> None:
 
 def is_passed(name: bytes) -> bool:
     """Whether a variable of the caller goes into the guest though nobody asks for it."""
-    return name in BATCH_VARIABLES or name.startswith(BATCH_PREFIXES) and name not in NODE_VARIABLES
+    is_wanted = name in BATCH_VARIABLES or name in PROXY_VARIABLES
+    return is_wanted or name.startswith(BATCH_PREFIXES) and name not in NODE_VARIABLES
 
 
 def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str],
                        clean: bool) -> Dict[bytes, bytes]:
-    """The variables for the guest: the batch system's, unless `clean`, and those of --env."""
+    """The variables for the guest: the batch system's and proxies, unless `clean`, and those of --env."""
     chosen = {name: value for name, value in caller.items() if is_passed(name) and not clean}
     for text in asked:
         name, equals, value = os.fsencode(text).partition(b"=")
@@ -2024,6 +2037,16 @@ def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str],
         elif name in caller:
             chosen[name] = caller[name]
     return chosen
+
+
+def redirect_proxies(environment: Mapping[bytes, bytes], gateway: str) -> Dict[bytes, bytes]:
+    """The proxies that listen on the node's loopback, which the guest reaches at its gateway."""
+    redirected = {}
+    for name in {*environment} & {*PROXY_VARIABLES} - {b"no_proxy", b"NO_PROXY"}:
+        match = LOOPBACK_PROXY.match(environment[name])
+        if match:
+            redirected[name] = match.group(1) + gateway.encode() + environment[name][match.end():]
+    return redirected
 
 
 def limit_threads(environment: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
@@ -2089,7 +2112,17 @@ def name_guest(host: str, job_id: str, mark: str) -> str:
     return "{0}.{1} {0}".format(name, domain) if re.fullmatch("[A-Za-z0-9.-]+", domain) else name
 
 
-def view_node(notes: List[str]) -> NodeView:
+def read_certificates(notes: List[str]) -> bytes:
+    """The certificates of the node, which may have one of the site's own, as for a proxy that looks inside."""
+    paths = [os.environ.get("SSL_CERT_FILE", ""), *BUNDLES]
+    path = next(filter(os.path.isfile, paths), "")
+    found = CERTIFICATE.findall(read_short(path, notes)) if path else []
+    if found:
+        notes.append("{} certificates of {}".format(len(found), path))
+    return b"".join(certificate + b"\n" for certificate in found)
+
+
+def view_node(notes: List[str], has_certificates: bool) -> NodeView:
     host = os.uname().nodename
     zone = read_short("/etc/localtime", notes)
     zone_name = os.path.realpath("/etc/localtime").partition(ZONES)[2]
@@ -2098,7 +2131,8 @@ def view_node(notes: List[str]) -> NodeView:
         select_hosts(read_short("/etc/hosts", notes)),
         select_resolver(read_short("/etc/resolv.conf", notes), host),
         zone if zone.startswith(b"TZif") else b"",
-        os.fsencode(zone_name))
+        os.fsencode(zone_name),
+        read_certificates(notes) if has_certificates else b"")
 
 
 # --- Private directories ------------------------------------------------------------------------------------
@@ -6793,7 +6827,8 @@ def describe_disk(guest: Guest, has_layers: bool) -> Fields:
 def describe_node(node: NodeView) -> Fields:
     # The zone in hexadecimal, as values hold no NUL.
     return [(b"name", node.host_names), (b"hosts", node.hosts), (b"resolver", node.resolver),
-            (b"zone", node.zone.hex().encode()), (b"zone-name", node.zone_name)]
+            (b"zone", node.zone.hex().encode()), (b"zone-name", node.zone_name),
+            (b"certificates", node.certificates)]
 
 
 def choose_first_pid() -> int:
@@ -8125,8 +8160,14 @@ environment of the command:
   The command gets these variables of the caller: of batch systems SLURM_*,
   SLURMD_*, PBS_*, SGE_*, JOB_*, _CONDOR_*, LSB_*, NSLOTS, NHOSTS, NQUEUES, PE,
   QUEUE and RESTARTED; and OMP_*, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS, TERM,
-  TZ, LANG, LANGUAGE and LC_*. Others need --env. HOME, USER, LOGNAME, SHELL,
+  TZ, LANG, LANGUAGE, LC_*, http_proxy, https_proxy, ftp_proxy, all_proxy and
+  no_proxy, also in capitals. Others need --env. HOME, USER, LOGNAME, SHELL,
   PATH and PWD are those of the guest.
+
+  If this machine trusts certificate authorities that the appliance does not,
+  SSL_CERT_FILE, CURL_CA_BUNDLE, REQUESTS_CA_BUNDLE and APT_CONFIG lead to a
+  file with both. A proxy at localhost is one at 10.0.2.2 in the guest.
+  --clean-env keeps out the variables above and the certificates.
 
   OMP_NUM_THREADS, OPENBLAS_NUM_THREADS and MKL_NUM_THREADS are 1 by default:
   processes run in parallel in the guest, threads of one process do not. If the
@@ -8414,6 +8455,13 @@ def choose_layers(options: argparse.Namespace) -> Tuple[str, ...]:
 
 def choose_environment(options: argparse.Namespace, notes: List[str]) -> Dict[bytes, bytes]:
     environment = select_environment(dict(os.environb), options.env, options.clean_env)
+    redirected = redirect_proxies(environment, GATEWAY)
+    environment.update(redirected)
+    proxies = sorted(name.decode() for name in {*environment} & {*PROXY_VARIABLES})
+    if proxies:                                   # not their values: a password may be in them
+        where = ", on the loopback: {} instead".format(GATEWAY) if redirected else ""
+        notes.append("proxies of the node: {}{}".format(" ".join(proxies), where))
+
     threads = limit_threads(environment)
     environment.update(threads)
     if threads:
@@ -8443,7 +8491,7 @@ def decide_job(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
         ignored_signals=ignored,
         limits=limits,
         terminal=options.terminal,
-        node=view_node(notes),
+        node=view_node(notes, not options.clean_env),
         layers=choose_layers(options),
         force_changes=options.force_changes,
         saved_changes=None if saved is None else check_saved_changes(saved))
