@@ -1321,12 +1321,19 @@ LINUX_TYPE, EXTENDED_TYPES = 0x83, (0x05, 0x0F, 0x85)
 # Discoverable Partitions Specification
 GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")
 MAKE_EXT4 = "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"
+WHOLE_SYSTEM = (
+    "AppPot boots a whole system: `make image PACKAGES=...` builds one, and --changes merges the "
+    "layers of a container image into it (see README)")
 OTHER_IMAGES = (                     # offset, magic, what it is, what to do
     (0, b"\x7fELF", "a program", "are image and kernel exchanged?"),
     (0, b"\x1f\x8b", "compressed with gzip", "unpack it: gunzip FILE"),
     (0, b"\xfd7zXZ", "compressed with xz", "unpack it: unxz FILE"),
     (0, b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it: unzstd FILE"),
     (0, b"BZh", "compressed with bzip2", "unpack it: bunzip2 FILE"),
+    (0, b"\x04\x22\x4d\x18", "compressed with lz4", "unpack it: unlz4 FILE"),
+    (0, b"PK\3\4", "a zip archive", "unpack it: unzip FILE"),
+    (32, b"SIF_MAGIC", "a SIF of Apptainer", WHOLE_SYSTEM),
+    (257, b"ustar", "a tar archive", WHOLE_SYSTEM),
     (0, b"QFI\xfb", "a qcow2 image", "convert it: qemu-img convert -O raw FILE apppot.img"),
     (0, b"KDMV", "a VMDK image", "convert it: qemu-img convert -O raw FILE apppot.img"),
     (0, b"OOOM", "a COW file", "give it with its base image: --image COW:BASE"),
@@ -1424,7 +1431,7 @@ def find_root_device(path: str) -> RootDevice:
     root = max(roots)[2]
     if root.start + root.length > size:
         what = "image is truncated: {} has {} of {} bytes".format(path, size, root.start + root.length)
-        raise Fatal(what, "was the transfer cut off? Copy it again")
+        raise Fatal(what, "was the transfer cut off, or the disk full? Copy it again")
     return root
 
 
@@ -5347,12 +5354,19 @@ def explain_ptrace(mode: Optional[str]) -> Optional[Fatal]:
     fault = try_in_child(try_ptrace)
     if fault == os.strerror(errno.EAGAIN):
         raise Fatal("process for a trial cannot be started: " + fault, PROCESSES_HINT)
-    if not fault or in_seccomp_mode and not fault.startswith("signal"):
+    if not fault:
+        return None
+    has_seccomp = in_seccomp_mode and not try_in_child(try_seccomp)
+    if has_seccomp and not fault.startswith("signal"):
         return None
     scope = read_node_file("/proc/sys/kernel/yama/ptrace_scope").strip()
     filtered = re.search(r"(?m)^Seccomp:\s*2", read_node_file("/proc/self/status"))
     culprit = ("Yama (kernel.yama.ptrace_scope={})".format(scope) if scope in ("2", "3") else
                "a seccomp filter" if filtered else "this node")
+    if in_seccomp_mode and not has_seccomp:
+        return Fatal("ptrace and seccomp are both forbidden by {}: {}".format(culprit, fault),
+                     "AppPot runs programs by one of the two: ask the admin of this node for ptrace, or "
+                     "in a container for --cap-add SYS_PTRACE or --security-opt seccomp=unconfined")
     has_choice = mode and not in_seccomp_mode
     return Fatal("ptrace is forbidden by {}: {}".format(culprit, fault),
                  "leave out --ptrace: this kernel has a seccomp mode" if has_choice else
@@ -5362,15 +5376,16 @@ def explain_ptrace(mode: Optional[str]) -> Optional[Fatal]:
 def check_limits(mem_mib: int, disk_bytes: int, cpus: int) -> None:
     """Refuse hard limits that the kernel would die of. take_limits() raises the soft ones to these."""
     space = (mem_mib + ADDRESS_SPACE_EXTRA_MIB) << 20
-    largest_file = max(mem_mib << 20, start_of_cow(disk_bytes) + disk_bytes)
-    for which, need, what in (
-            (resource.RLIMIT_AS, space, "address space (ulimit -v)"),
-            (resource.RLIMIT_FSIZE, largest_file, "file size (ulimit -f)")):
+    less_memory = "raise the limit, or ask for less memory with --mem"
+    for which, need, what, hint in (
+            (resource.RLIMIT_AS, space, "address space (ulimit -v)", less_memory),
+            (resource.RLIMIT_FSIZE, start_of_cow(disk_bytes) + disk_bytes, "file size (ulimit -f)",
+             "raise the limit, or take a smaller image: what a run writes goes into a file of its size"),
+            (resource.RLIMIT_FSIZE, mem_mib << 20, "file size (ulimit -f)", less_memory)):
         hard = resource.getrlimit(which)[1]
         if hard != resource.RLIM_INFINITY and hard < need:
             raise Fatal("limit of {} is {}, {} are needed".format(
-                what, format_mib(hard >> 20), format_mib(need >> 20)),
-                "raise the limit, or ask for less memory with --mem")
+                what, format_mib(hard >> 20), format_mib(need >> 20)), hint)
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     needed = len(os.listdir("/proc/self/fd")) + DESCRIPTORS_MIN
@@ -8300,6 +8315,7 @@ def add_information_options(add: Callable[..., Any]) -> None:
     add("--doctor", action="store_true",
         help="Print, a line each, what a run needs and whether it is here.")
     add("--boot", action="store_true", help="With --doctor: also boot once.")
+    add("--json", action="store_true", help="With --doctor: print one line of JSON.")
     add("-v", "--verbose", action="store_true",
         help="Show the steps and the guest's console on stderr.")
     add("-q", "--quiet", action="store_true",
@@ -8792,25 +8808,50 @@ def run_check(check: Callable[[Basis], Finding], basis: Basis) -> Finding:
         return Finding("fail", str(error), "look at that file or directory")
 
 
+VERDICTS = {"fail": "31", "warn": "33", "ok": "32"}      # the worst first; colours of ECMA-48, SGR
+
+
+def show_findings(findings: Sequence[Tuple[str, Finding]]) -> None:
+    """A line each."""
+    is_coloured = os.isatty(1) and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
+    for name, finding in findings:
+        advice = "; do: " + finding.advice if finding.advice else ""
+        verdict = "{:5}".format(finding.verdict)
+        if is_coloured:
+            verdict = "\33[{}m{}\33[0m".format(VERDICTS[finding.verdict], verdict)
+        what = one_line("{:8} {}{}".format(name, finding.what, advice)).decode()
+        write_stdout("{} {}\n".format(verdict, what))
+
+
+def encode_findings(findings: Sequence[Tuple[str, Finding]], verdict: str) -> str:
+    """One line of JSON for one node, so that those of many nodes can be put together."""
+    import json
+
+    return json.dumps({
+        "node": os.uname().nodename, "apppot": VERSION, "verdict": verdict,
+        "findings": [dict(need=name, **finding._asdict()) for name, finding in findings]})
+
+
 def examine(options: argparse.Namespace, command: Tuple[str, ...]) -> int:
-    """Print a line for each check; 0 if none failed."""
+    """Print what each check has found; 0 if none failed."""
     hint = "`--doctor` looks at this node, `--doctor --boot` boots once, too"
     if command:
-        raise Fatal("--doctor and --boot run no command: " + " ".join(command), hint)
+        raise Fatal("--doctor, --boot and --json run no command: " + " ".join(command), hint)
     if not options.doctor:
-        raise Fatal("--boot without --doctor", hint)
+        raise Fatal("{} without --doctor".format("--boot" if options.boot else "--json"), hint)
 
     take_limits()                                 # as a run does
     basis = find_basis(options)
-    status = 0
-    for name, check in CHECKS + ((("boot", check_boot),) if options.boot else ()):
-        finding = run_check(check, basis)
-        advice = "; do: " + finding.advice if finding.advice else ""
-        line = "{:5} {:8} {}{}".format(finding.verdict, name, finding.what, advice)
-        write_stdout(one_line(line).decode() + "\n")
-        if finding.verdict == "fail":
-            status = EXIT_FAILED
-    return status
+    checks = CHECKS + ((("boot", check_boot),) if options.boot else ())
+    findings = [(name, run_check(check, basis)) for name, check in checks]
+    findings.sort(key=lambda found: list(VERDICTS).index(found[1].verdict))
+    worst = findings[0][1].verdict
+
+    if options.json:
+        write_stdout(encode_findings(findings, worst) + "\n")
+    else:
+        show_findings(findings)
+    return EXIT_FAILED if worst == "fail" else 0
 
 
 # --- Main ---------------------------------------------------------------------------------------------------
@@ -8856,7 +8897,7 @@ def start(argv: List[str], started: float, parent: int, ignored: Tuple[int, ...]
     if options.help or options.version:
         write_stdout(format_help(options.help) if options.help else "AppPot {}\n".format(VERSION))
         return 0
-    if options.doctor or options.boot:
+    if options.doctor or options.boot or options.json:
         return examine(options, command)
 
     if options.die_with_parent:

@@ -474,6 +474,9 @@ def bad_images(directory, ext4):
     yield "text", b"hello\n", "no ext4"
     yield "gzipped", gzip.compress(whole), "gzip"
     yield "qcow2", b"QFI\xfb" + bytes(5000), "qcow2"
+    yield "sif", b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\0" + bytes(5000), "Apptainer"
+    yield "tar", bytes(257) + b"ustar" + bytes(5000), "tar archive"
+    yield "lz4", b"\x04\x22\x4d\x18" + bytes(5000), "lz4"
     yield "program", pathlib.Path(sys.executable).resolve().read_bytes()[:5000], "program"
     yield (
         "disk",
