@@ -993,8 +993,9 @@ def find_part(option: Optional[str], names: Sequence[str], what: str, on_path: b
 
 
 def list_candidates(names: Sequence[str], on_path: bool) -> Iterator[str]:
-    beside = os.path.dirname(os.path.abspath(__file__))
-    places = [beside, os.path.join(beside, "build"), os.curdir]
+    # The script may be called by a link, as `make install` makes one in bin/.
+    beside = [os.path.dirname(follow(__file__)) for follow in (os.path.abspath, os.path.realpath)]
+    places = [*beside, os.path.join(beside[1], "build"), os.curdir]
     if on_path:
         places += os.environ.get("PATH", os.defpath).split(os.pathsep)
 
@@ -7648,7 +7649,8 @@ class Conversation:
         screen = self._stdio.terminal
         if what & IS_SHELL and screen and screen.is_real and self._reporter.is_watched:
             welcome, self.farewell = describe_keeping(self._spec, bool(what & HOME_STAYS))
-            self._reporter.tell(welcome)
+            image = os.path.basename(self._spec.guest.disk.image)
+            self._reporter.tell("a shell in {}, `exit` leaves it; {}".format(image, welcome))
 
         fitting = {RECEIVED, WARNING, TERMINATE, RESULT, *self.streams.writers}
         if self.streams.reader:
@@ -8885,6 +8887,18 @@ def find_ignored_signals(parent: int) -> Tuple[int, ...]:
     return tuple(sorted(map(int, ignored)))
 
 
+def is_written_as_then(options: argparse.Namespace, command: Tuple[str, ...]) -> bool:
+    """Whether a shell was asked for by the original's name, which writes into an image of the caller's.
+
+    A job may run at the same time as others, and is therefore never a writer.
+    """
+    name = os.path.basename(sys.argv[0])
+    if name not in ("apppot-start", "apppot-start.sh") or command or not os.isatty(0):
+        return False
+    image, cow = find_image(options)
+    return cow is None and os.access(image, os.W_OK)
+
+
 def follow_parent(parent: int) -> None:
     if not try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGTERM):
         raise Fatal("--die-with-parent does not work: this Python has no ctypes", "leave it out")
@@ -8900,6 +8914,7 @@ def start(argv: List[str], started: float, parent: int, ignored: Tuple[int, ...]
     if options.doctor or options.boot or options.json:
         return examine(options, command)
 
+    options.write = options.write or is_written_as_then(options, command)
     if options.die_with_parent:
         follow_parent(parent)
     spec = build_spec(options, command, ignored)

@@ -11,11 +11,12 @@ import shlex
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import time
 
 import pytest
-from nodes import DEADLINE_S, wait_for
+from nodes import DEADLINE_S, wait_for, writable_copy
 
 NONCE = os.urandom(8).hex()
 
@@ -426,7 +427,8 @@ def test_an_interactive_shell_says_what_stays_and_what_goes(shell, words):
     shell.type(command_line(shell.node, "--net", "none", *words) + "\n")
 
     begin = shell.expect(
-        rf"apppot: what you write in {job} stays; all else, in HOME too, is gone at the end [^\n]*\n"
+        rf"apppot: a shell in \S+, `exit` leaves it; "
+        rf"what you write in {job} stays; all else, in HOME too, is gone at the end [^\n]*\n"
     )
     assert (
         b"--bind" in begin.group()
@@ -466,12 +468,27 @@ def test_a_shell_says_that_its_home_stays_with_bind(shell):
     )
     shell.type(line + "\n")
     shell.expect(
-        rf"apppot: what you write in {re.escape(str(home))} stays; all else is gone at the end "
+        rf"apppot: a shell in \S+, `exit` leaves it; "
+        rf"what you write in {re.escape(str(home))} stays; all else is gone at the end "
     )
     shell.expect(r"[$#] ")
 
     shell.type("exit\n")
     shell.expect("host> ")
+
+
+def test_a_shell_by_the_name_of_the_original_writes_into_an_image_of_the_user(node, image):
+    own = writable_copy(node, image)
+    (node.root / "apppot-start").symlink_to("apppot_start.py")
+    words = [sys.executable, node.root / "apppot-start", "--net", "none", "--apppot", own]
+    screen = Screen(node, "sh", "-c", '"$@"; echo "ended with $?"; read line', "-", *words)
+    screen.expect(rf"a shell in own.img, `exit` leaves it; .* goes into the image {re.escape(str(own))}\r\n")
+    screen.expect(r"[$#] ")
+    screen.type("exit\n")
+    screen.expect("ended with 0\r\n")
+    screen.type("\n")
+    screen.process.wait(DEADLINE_S)
+    screen.close()
 
 
 # --- Progress -------------------------------------------------------------------------------------
