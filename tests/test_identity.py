@@ -296,7 +296,8 @@ def test_the_guest_is_told_of_the_node_s_files_byte_by_byte(hosts, resolver, zon
         b"x", apppot_start.select_hosts(hosts), apppot_start.select_resolver(resolver, "n"), zone
     )
     node = make_job(node=view).node
-    assert (node.host_names, node.hosts, node.resolver, node.zone, node.zone_name) == tuple(view)
+    names = ("host_names", "hosts", "resolver", "zone", "zone_name", "certificates")
+    assert tuple(getattr(node, name) for name in names) == tuple(view)
 
 
 @needs_root
