@@ -9,7 +9,9 @@
 ##   make lint     run the linters, ruff and mypy, alone
 ##   make image    build build/apppot.img, an appliance with Debian
 ##   make kernel   build build/linux, a static kernel that boots in 0.2 s; this takes 10 minutes
-##   make stage    fill build/stage/ with the three files of a job and apppot-stage.tar, which has all three
+##   make stage    fill build/stage/ with the three files of a job and apppot-stage.tar, which has all three;
+##                 with KERNEL=debian at once, otherwise with build/linux
+##   make install  put script, kernel, image and man page below PREFIX, for all users of a site
 ##   make mpi-image
 ##                 build build/mpi.img, an appliance with Open MPI, for a test
 ##   make science-image
@@ -24,8 +26,10 @@
 ##   PACKAGES      more Debian packages for the image
 ##   IMAGE_SIZE    size of the image, free space included      default: 2G
 ##   MIRROR        the Debian mirror                           default: that of this machine's apt
-##   KERNEL        the User-Mode Linux kernel for demo, check and bench
+##   KERNEL        the User-Mode Linux kernel for demo, check and bench; `debian`: that of Debian, also for stage and install
 ##                       default: demo takes Debian's, bench takes build/linux, check takes both in turn
+##   PREFIX        where install puts bin/, lib/apppot/ and share/man/; DESTDIR comes before it
+##                                                             default: /usr/local
 ##   KERNEL_SUITE  the Debian suite whose linux-source becomes build/linux
 ##                                                             default: testing
 ##   PYTESTARGS    arguments of pytest in check, such as "-k signal -x"
@@ -40,12 +44,21 @@ IMAGE_SIZE  ?= 2G
 MIRROR      ?=
 KERNEL      ?= $(APPPOT_KERNEL)
 KERNEL_SUITE ?= testing
+PREFIX      ?= /usr/local
+DESTDIR     ?=
 PYTESTARGS  ?=
 JOBS        ?= $(shell nproc)
 # apt installs pytest for Debian's own Python. Another Python may come first in PATH.
 PYTHON      ?= /usr/bin/python3
 # A batch job's HOME may be unset, missing or read-only.
 CACHE       ?= $(if $(shell test -w "$(HOME)" && echo yes),$(HOME)/.cache/apppot,build/cache)
+
+DEBIAN_KERNEL := /usr/bin/linux.uml
+JOB_KERNEL    := build/linux
+ifeq ($(KERNEL),debian)
+override KERNEL := $(DEBIAN_KERNEL)
+JOB_KERNEL    := $(DEBIAN_KERNEL)
+endif
 
 AGENT    := apppot_init.py $(wildcard changes.py)
 IN_IMAGE := python3 bash sudo less procps ca-certificates curl vim-tiny
@@ -56,7 +69,7 @@ IN_IMAGE := python3 bash sudo less procps ca-certificates curl vim-tiny
 AS_ROOT    := $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --map-auto)
 BUILD_DEPS := mmdebstrap:mmdebstrap e2fsprogs:resize2fs mount:mount $(if $(AS_ROOT),uidmap:newuidmap)
 KERNEL_DEPS := gcc:gcc libc6-dev:/usr/include/stdio.h binutils:ld bc:bc flex:flex bison:bison xz-utils:xz patch:patch
-RUN_DEPS   := $(if $(KERNEL),,user-mode-linux:linux.uml) slirp4netns:slirp4netns
+RUN_DEPS   := $(if $(filter-out $(DEBIAN_KERNEL),$(KERNEL)),,user-mode-linux:linux.uml) slirp4netns:slirp4netns
 TOOL_DEPS  := fdisk:sfdisk e2fsprogs:debugfs uml-utilities:uml_mconsole slirp:slirp-fullbolt iproute2:ip curl:curl \
               procps:ps uidmap:newuidmap \
               git:git rsync:rsync acl:setfacl attr:setfattr \
@@ -111,14 +124,20 @@ ifneq ($(KERNEL),)
 export APPPOT_KERNEL := $(abspath $(KERNEL))
 endif
 
-.PHONY: help demo check check-grid lint image mpi-image science-image kernel stage bench clean FORCE
+.PHONY: help demo check check-grid lint image mpi-image science-image kernel stage install bench clean FORCE
 .PHONY: deps deps-demo deps-check deps-bench deps-build deps-kernel deps-lint
 
 help:
 	@sed -n 's/^## \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 demo: deps-demo image
+	@run="python3 apppot_start.py$(if $(filter-out build/apppot.img,$(IMAGE)), --image $(IMAGE))"
+	echo "$$run sh -c 'uname -a; head -n 1 /etc/os-release'"
 	$(PYTHON) apppot_start.py --image $(IMAGE) sh -c 'uname -a; head -n 1 /etc/os-release'
+	echo "make: it works; try next:"
+	echo "    $$run    # a shell in the appliance; exit leaves it"
+	echo "    $$run --root --save-changes my.tar.gz apt-get install -y gcc libc6-dev"
+	echo "    $$run --changes my.tar.gz gcc --version"
 
 # All tests with Debian's kernel, and those that boot with our own, too.
 check: deps-check lint image mpi-image stage $(if $(AS_ROOT),,$(NODES:%=build/%.tar))
@@ -346,7 +365,13 @@ write 755 sbin/apppot-init '#!/usr/bin/python3 -IS' \
 write 755 usr/bin/apppot-snap '#!/usr/bin/python3 -IS' \
     'import sys; sys.path.insert(0, "/usr/lib/apppot")' \
     'import changes; sys.exit(changes.main(sys.argv[1:]))'
-write 440 etc/sudoers.d/apppot 'ALL ALL=(ALL:ALL) NOPASSWD: ALL'
+# sudo apt-get, too, needs the proxies and certificates of the node.
+write 440 etc/sudoers.d/apppot 'ALL ALL=(ALL:ALL) NOPASSWD: ALL' \
+    'Defaults env_keep += "http_proxy https_proxy ftp_proxy all_proxy no_proxy"' \
+    'Defaults env_keep += "HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY"' \
+    'Defaults env_keep += "SSL_CERT_FILE CURL_CA_BUNDLE REQUESTS_CA_BUNDLE APT_CONFIG"'
+# Packages must not ask when a job installs them, nor complain that nobody can be asked.
+chroot "$$root" debconf-set-selections <<< 'debconf debconf/frontend select Noninteractive'
 write 644 etc/hostname apppot
 write 644 etc/hosts '127.0.0.1 localhost apppot' '::1 localhost'
 write 644 etc/resolv.conf 'nameserver 10.0.2.3'
@@ -554,7 +579,7 @@ $(IMAGE): FORCE deps-demo
 
 # The image becomes as small as possible; a run makes it larger again. e2fsck only checks here: a repair would touch
 # directories, which would then count as changed.
-stage: image kernel
+stage: image $(if $(filter $(DEBIAN_KERNEL),$(JOB_KERNEL)),deps-demo,kernel)
 	@umask 022
 	stage=build/stage
 	e2fsck -fn $(IMAGE) > build/e2fsck.log 2>&1 || {
@@ -563,21 +588,50 @@ stage: image kernel
 	    echo "make: hint: e2fsck -f $(IMAGE) repairs it, or remove it and make image" >&2
 	    exit 1
 	}
-	key=$$(cat apppot_start.py $(IMAGE).key build/linux.key; stat -c '%Y %s' $(IMAGE))
+	key=$$(cat apppot_start.py $(IMAGE).key; stat -L -c '%Y %s' $(IMAGE) $(JOB_KERNEL))
 	[ "$$key" != "$$(cat $$stage.key 2> /dev/null)" ] || { echo "make: $$stage is up to date"; exit; }
 	rm -rf $$stage $$stage.new $$stage.key
 	mkdir $$stage.new
 	cp --sparse=always $(IMAGE) $$stage.new/apppot.img
 	resize2fs -f -M $$stage.new/apppot.img > build/resize2fs.log 2>&1
-	cp apppot_start.py build/linux $$stage.new
+	cp apppot_start.py $$stage.new
+	cp $(JOB_KERNEL) $$stage.new/linux
+	# Debian's kernel needs them for the files of the host.
+	[ $(JOB_KERNEL) != $(DEBIAN_KERNEL) ] ||
+	    find /usr/lib/uml/modules \( -name fuse.ko -o -name virtiofs.ko \) -exec cp -t $$stage.new {} +
 	cd $$stage.new
 	chmod 755 linux apppot_start.py
-	sha256sum apppot_start.py linux apppot.img > SHA256SUMS
-	tar --sparse --owner=0 --group=0 -cf apppot-stage.tar apppot_start.py linux apppot.img SHA256SUMS
+	sha256sum apppot_start.py linux apppot.img $$(find -name '*.ko' -printf '%P ') > SHA256SUMS
+	tar --sparse --owner=0 --group=0 -cf apppot-stage.tar *
 	cd - > /dev/null
 	mv $$stage.new $$stage
 	echo "$$key" > $$stage.key
 	du -m $$stage/*
+
+# The man page is what --help says.
+define MAN_PAGE
+COLUMNS=72 $(PYTHON) apppot_start.py --help all | awk -v title='.TH APPPOT 1 "" "AppPot"' '
+    BEGIN { print title "\n.SH NAME\napppot \\- run a command in a Linux appliance as an ordinary process\n.SH SYNOPSIS\n.nf" }
+    { gsub(/\\/, "\\e"); gsub(/-/, "\\-"); sub(/^\./, "\\&.") }
+    sub(/^usage: /, "") { sub(/apppot_start.py/, "apppot"); print; print ".SH DESCRIPTION\n.nf"; next }
+    /^[A-Za-z][A-Za-z ]*:$$/ { sub(/:$$/, ""); print ".SH " toupper($$0) "\n.nf"; next }
+    { print }'
+endef
+
+# The script finds kernel and image beside itself, also when it is called by the links in bin/.
+install: stage
+	@umask 022
+	home=$(DESTDIR)$(PREFIX)/lib/apppot
+	man=$(DESTDIR)$(PREFIX)/share/man/man1
+	install -d "$$home" $(DESTDIR)$(PREFIX)/bin "$$man"
+	install -m 755 build/stage/apppot_start.py build/stage/linux "$$home"
+	for module in build/stage/*.ko; do [ ! -e "$$module" ] || install -m 644 "$$module" "$$home"; done
+	cp --sparse=always build/stage/apppot.img "$$home/apppot.img.new"
+	chmod 644 "$$home/apppot.img.new"
+	mv "$$home/apppot.img.new" "$$home/apppot.img"
+	for name in apppot apppot-start; do ln -sf ../lib/apppot/apppot_start.py $(DESTDIR)$(PREFIX)/bin/$$name; done
+	$(MAN_PAGE) > "$$man/apppot.1"
+	echo "make: $(DESTDIR)$(PREFIX)/bin/apppot is there; apppot --doctor looks at a node"
 
 kernel: build/linux
 
@@ -597,7 +651,7 @@ build/linux: FORCE deps-kernel
 	[ -n "$$version" ] || die "no kernel source in Debian's $(KERNEL_SUITE)" "give another KERNEL_SUITE"
 	kernel=$$cache/kernel-$$key-$$version
 	if [ ! -e "$$kernel" ]; then
-	    say "Linux $$version: download and build, 10 minutes"
+	    say "Linux $$version: download and build, 10 minutes; make stage KERNEL=debian takes Debian's at once"
 	    run env -C "$$tmp" "$${own_apt[@]}" apt-get -qq download "$$package=$$version"
 	    run bash -euo pipefail -c 'dpkg-deb --fsys-tarfile "$$1"_*.deb | tar -xO "$$2"' - \
 	        "$$tmp/$$package" "./usr/src/$$package.tar.xz" > "$$tmp/source.tar.xz"

@@ -64,14 +64,14 @@ VERSION = "0.1"
 
 # --- What crosses host and guest (the other program has the same text; a test compares them) ----------------
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may carry noise before the agent owns it
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
 HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
 SCREEN, STOPPED, RECEIVED, TERMINATE, WARNING, SAVING = 8, 9, 10, 11, 12, 13
-MOUNT_POINT = 14
+MOUNT_POINT, PROGRESS = 14, 15
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 NETWORK_LOST, MADE, LOCKS_WAIT = 42, 43, 44
@@ -79,6 +79,8 @@ SPOOLED = 0x80
 IS_SHELL, HOME_STAYS = 1, 2          # bits of the byte in STARTED: an interactive shell; its home is the host's
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
 SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
+PROGRESS_COUNTS = struct.Struct("<B4Q")   # a number of WORKS; files and bytes; how many in all, 0: not known
+WORKS = ("checking", "merging", "looking for changes", "saving")
 TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
 
 # --- The errors, and the fields that carry them ---------------------------------------------------
@@ -500,6 +502,7 @@ class Changes(NamedTuple):
     force: bool                      # merge those of another base, too
     saved: bytes                     # the one to write after the command; empty: none
     saved_name: bytes                # its name in the share
+    tells: bool                      # the runner wants to know how far it is
 
 
 class Node(NamedTuple):
@@ -509,6 +512,7 @@ class Node(NamedTuple):
     resolver: bytes                  # lines of resolv.conf
     zone: bytes                      # /etc/localtime; empty: none
     zone_name: bytes                 # empty: not known
+    certificates: bytes              # of the authorities that it trusts, as PEM
 
 
 class Interface(NamedTuple):
@@ -605,9 +609,11 @@ def parse_job(payload: bytes) -> Job:
         disk=Disk(
             get_bool(b"persistent"), get_number(b"disk"), get_number(b"room"), get(b"scratch")),
         changes=Changes(
-            tuple(get_all(b"layer")), get_bool(b"force"), get(b"save"), get(b"save-name")),
+            tuple(get_all(b"layer")), get_bool(b"force"), get(b"save"), get(b"save-name"),
+            get_bool(b"progress")),
         node=Node(
-            get(b"name"), get(b"hosts"), get(b"resolver"), get_binary(b"zone"), get(b"zone-name")),
+            get(b"name"), get(b"hosts"), get(b"resolver"), get_binary(b"zone"), get(b"zone-name"),
+            get(b"certificates")),
         network=Network(
             tuple(parse_interface(name, value) for name, value in parse_pairs(get_all(b"interface"))),
             parse_address(get(b"gateway")), get(b"nameserver"), get(b"lan")))
@@ -909,6 +915,12 @@ TIMEZONE = "/etc/timezone"
 ZONES = "/usr/share/zoneinfo"        # the appliance's time zones
 NODE_ZONES = "/run/zoneinfo"         # for one of the node's
 NODE_FILES = "/run/apppot-node"
+OWN_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
+NODE_BUNDLE = NODE_FILES + "/ca-certificates.crt"
+NODE_APT_CONF = NODE_FILES + "/apt.conf"
+BEGIN_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
+# OpenSSL and Python; curl and git; requests and pip.
+BUNDLE_VARIABLES = (b"SSL_CERT_FILE", b"CURL_CA_BUNDLE", b"REQUESTS_CA_BUNDLE")
 
 
 def choose_nameserver(text: bytes, nameserver: bytes) -> bytes:
@@ -917,6 +929,20 @@ def choose_nameserver(text: bytes, nameserver: bytes) -> bytes:
     if not nameserver or servers[:1] == [[nameserver]]:
         return text
     return b"nameserver " + nameserver + b"\n"
+
+
+def offer_certificates(theirs: bytes) -> None:
+    """Write a file with the appliance's certificates and the node's, if the node has more.
+
+    The command's environment leads to it. It is not mounted over the appliance's own, because
+    update-ca-certificates renames that.
+    """
+    own = read_file(OWN_BUNDLE)
+    known = {block.strip() for block in own.split(BEGIN_CERTIFICATE)}
+    added = [block for block in theirs.split(BEGIN_CERTIFICATE) if block.strip() not in known]
+    if any(map(bytes.strip, added)):
+        write_file(NODE_BUNDLE, own + b"".join(BEGIN_CERTIFICATE + block for block in added if block))
+        write_file(NODE_APT_CONF, b'Acquire::https::CaInfo "%s";\n' % NODE_BUNDLE.encode())
 
 
 class Lent(NamedTuple):
@@ -944,6 +970,7 @@ class NodeFiles:
         self._lend_lines(RESOLV_CONF, own, node.resolver)
         if node.zone and node.zone != read_file(LOCALTIME):
             self._lend_zone(node.zone, node.zone_name)
+        offer_certificates(node.certificates)
 
     def _lend_lines(self, path: str, own: bytes, lines: bytes) -> None:
         """Lend the lines `own` and then those of `lines` that are not among them."""
@@ -1313,15 +1340,30 @@ class MountedShares:
 # --- The changes files ----------------------------------------------------------------------------
 # The import of `changes`, which lies beside this module, takes 0.1 s. Only who needs it imports it.
 
-def make_report(disk: Disk, channel: Channel) -> "changes.Report":
+PROGRESS_S = 0.2                     # between two frames about it
+
+def make_report(job: Job, channel: Channel) -> "changes.Report":
     import changes
+    disk = job.disk
 
     class ChannelReport(changes.Report):
         def warn(self, text: str) -> None:
             channel.send(WARNING, text.encode("utf-8", "backslashreplace"))
 
-        def progress(self, what: str, count: int, size: int) -> None:
-            pass                     # nobody looks at the console
+        def progress(
+            self, what: str, count: int, size: int, all_count: int = 0, all_size: int = 0
+        ) -> None:
+            now = time.monotonic()
+            if job.changes.tells and now > self._shown + PROGRESS_S:
+                self._shown = now
+                counts = PROGRESS_COUNTS.pack(WORKS.index(what), count, size, all_count, all_size)
+                channel.send(PROGRESS, counts)
+
+        def clear(self) -> None:
+            self._shown = 0.0
+
+        def note_saved(self, count: int, path: bytes) -> None:
+            self.saved = count
 
         def allow(self, layers: Sequence["changes.Layer"]) -> None:
             # One layer may take the place of another: nobody knows how much several need together.
@@ -1356,7 +1398,7 @@ def merge_layers(job: Job, channel: Channel) -> None:
     tags = [b"layer%d" % number for number in range(len(layers))]
     paths = [reach_share(tag, os.path.basename(layer), MS_RDONLY) for tag, layer in zip(tags, layers)]
     try:
-        report = make_report(job.disk, channel)
+        report = make_report(job, channel)
         changes.run_apply(paths, b"/", False, job.changes.force, report)
     except changes.Fatal as fatal:
         raise blame_host_paths(fatal, zip(paths, layers))
@@ -1409,18 +1451,21 @@ class OwnFiles:
         return known
 
 
-def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> None:
+def save_layer(job: Job, known: Dict[bytes, bytes], channel: Channel) -> int:
+    """Write the changes file; return the number of files in it."""
     import changes
 
     channel.send(SAVING)
     changes.spare_memory()
     path = os.path.join(reach_share(b"save", b""), job.changes.saved_name)
+    report = make_report(job, channel)
     try:
-        changes.save_changes(b"/", path, [], make_report(job.disk, channel), known)
+        changes.save_changes(b"/", path, [], report, known)
     except changes.Fatal as fatal:
         raise blame_host_paths(fatal, [(path, job.changes.saved)])
     finally:
         leave_share(b"save")
+    return report.saved
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -1488,6 +1533,9 @@ def build_environment(job: Job, account: Account, directory: bytes) -> Dict[byte
         b"SHELL": account.shell,
         b"PWD": directory,
     }
+    if os.path.exists(NODE_BUNDLE):
+        environment.update(dict.fromkeys(BUNDLE_VARIABLES, NODE_BUNDLE.encode()))
+        environment[b"APT_CONFIG"] = NODE_APT_CONF.encode()
     environment.update(job.environment)
     return environment
 
@@ -2138,13 +2186,13 @@ def flush_mounts(shares: MountedShares, disk: RootDisk, job: Job, status: Option
         disk.check(True)
 
 
-def encode_result(relay: Relay) -> bytes:
+def encode_result(relay: Relay, saved: int) -> bytes:
     status = relay.status or 0
     if os.WIFSIGNALED(status):
         how = (b"signal", b"%d" % os.WTERMSIG(status))
     else:
         how = (b"exit", b"%d" % os.WEXITSTATUS(status))
-    return encode_fields((how, (b"stdin", b"%d" % relay.stdin_consumed)))
+    return encode_fields((how, (b"stdin", b"%d" % relay.stdin_consumed), (b"saved", b"%d" % saved)))
 
 
 # --- Main -----------------------------------------------------------------------------------------
@@ -2185,10 +2233,11 @@ def run_job(channel: Channel, wakeup: int) -> bytes:
         kill_everything()
         node_files.take_back()
     flush_mounts(shares, disk, job, relay.status)
+    saved = 0
     if job.changes.saved:
-        save_layer(job, known, channel)
+        saved = save_layer(job, known, channel)
         disk.check(job.disk.is_kept)
-    return encode_result(relay)
+    return encode_result(relay, saved)
 
 
 def serve(channel: Channel, wakeup: int) -> None:

@@ -9,6 +9,8 @@ Constraint: this one file is copied alone to a node, so it imports the standard 
 Four processes make a run: this runner, which relays bytes and signals; a supervisor forked from it, which owns the
 User-Mode Linux kernel and cleans up whatever happens to the runner; the kernel itself; and the server of its files.
 """
+# An older Python reads no further than the number and prints this line, so its comment is for that user.
+__requires_python__ = 0x3_06         # This Python is too old. AppPot needs Python 3.6 or newer: try python3
 import _signal  # type: ignore[import-not-found]
 
 if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) == _signal.default_int_handler:
@@ -66,14 +68,14 @@ AnyPath = Union[str, bytes]
 
 # --- What crosses host and guest (the other program has the same text; a test compares them) ----------------
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAGIC = b"\0AppPot\0"                # comes before the first frame: a line may carry noise before the agent owns it
 FRAME = struct.Struct("<BI")         # type, length of the payload in bytes
 FRAME_MAX = 1 << 20
 # Guest to host.
 HELLO, STARTED, STDOUT, STDERR, CREDIT, STDIN_CLOSED, RESULT = 1, 2, 3, 4, 5, 6, 7
 SCREEN, STOPPED, RECEIVED, TERMINATE, WARNING, SAVING = 8, 9, 10, 11, 12, 13
-MOUNT_POINT = 14
+MOUNT_POINT, PROGRESS = 14, 15
 # Host to guest. A type with SPOOLED set carries the name of a spool file that holds the payload.
 JOB, STDIN, STDIN_EOF, SIGNAL, ACK, OUTPUT_CLOSED, KEYS, WINDOW, FOREGROUND = 33, 34, 35, 36, 37, 38, 39, 40, 41
 NETWORK_LOST, MADE, LOCKS_WAIT = 42, 43, 44
@@ -81,6 +83,8 @@ SPOOLED = 0x80
 IS_SHELL, HOME_STAYS = 1, 2          # bits of the byte in STARTED: an interactive shell; its home is the host's
 OUTPUT_WINDOW = 4 << 20              # bytes of each output stream the host may not have written yet
 SCREEN_WINDOW = 64 << 10             # the same of the terminal: what Ctrl-C cannot stop any more
+PROGRESS_COUNTS = struct.Struct("<B4Q")   # a number of WORKS; files and bytes; how many in all, 0: not known
+WORKS = ("checking", "merging", "looking for changes", "saving")
 TERMINAL_MODES = struct.Struct("6I32s")   # iflag, oflag, cflag, lflag, ispeed, ospeed, cc as of tcgetattr(3)
 
 # --- Errors and messages ------------------------------------------------------------------------------------
@@ -989,8 +993,9 @@ def find_part(option: Optional[str], names: Sequence[str], what: str, on_path: b
 
 
 def list_candidates(names: Sequence[str], on_path: bool) -> Iterator[str]:
-    beside = os.path.dirname(os.path.abspath(__file__))
-    places = [beside, os.path.join(beside, "build"), os.curdir]
+    # The script may be called by a link, as `make install` makes one in bin/.
+    beside = [os.path.dirname(follow(__file__)) for follow in (os.path.abspath, os.path.realpath)]
+    places = [*beside, os.path.join(beside[1], "build"), os.curdir]
     if on_path:
         places += os.environ.get("PATH", os.defpath).split(os.pathsep)
 
@@ -1071,6 +1076,10 @@ def confine(rules: Iterable[Rule]) -> None:
 
 # --- The terminal -------------------------------------------------------------------------------------------
 
+ERASE_TO_END = b"\33[K"              # of the line: ECMA-48, EL
+MIB = 1 << 20
+LEFT_AFTER_S = 1.0                   # of a work its end can be told
+COST_OF_FILE = 32 << 10              # bytes that take as long as to make a file
 WINDOW_SIZE = struct.Struct("4H")    # struct winsize: rows, columns, width and height in pixels
 
 
@@ -1224,12 +1233,17 @@ def connect_stdio(choice: Optional[bool]) -> Iterator[Stdio]:
 class Reporter:
     """Messages to the user on stderr, which may be a terminal that is raw."""
 
-    def __init__(self, terminal: Optional[Terminal], verbose: bool, started: float) -> None:
+    def __init__(self, terminal: Optional[Terminal], verbose: bool, quiet: bool, started: float) -> None:
         self._terminal = terminal
         self._verbose = verbose
         self._started = started                   # as of time()
+        # Nobody watches a batch job, and a line that is written over and over would fill its log.
+        self.is_watched = os.isatty(2) and not quiet
+        self.shows_progress = self.is_watched and not verbose and os.environ.get("TERM", "dumb") != "dumb"
+        self._has_line = False                    # of progress, where the cursor is
 
     def show(self, content: bytes) -> None:
+        self.clear()
         needs_return = self._terminal and self._terminal.is_raw and not self._terminal.ends_lines
         write_stderr(content.replace(b"\n", b"\r\n") if needs_return else content)
 
@@ -1243,6 +1257,56 @@ class Reporter:
         """A step of the run, for -v."""
         if self._verbose:
             self.tell("{:.3f} s: {}".format(time.time() - self._started, text))
+
+    def show_progress(self, text: str) -> None:
+        """Write a line over the one before."""
+        if not self.shows_progress or not is_foreground(2):
+            return
+        columns = WINDOW_SIZE.unpack(fcntl.ioctl(2, termios.TIOCGWINSZ, bytes(WINDOW_SIZE.size)))[1] or 80
+        line = one_line("apppot: " + text)[:columns - 1]
+        write_stderr(b"\r" + line + ERASE_TO_END)
+        self._has_line = True
+
+    def clear(self) -> None:
+        """Erase the line of progress."""
+        if self._has_line:
+            write_stderr(b"\r" + ERASE_TO_END)
+            self._has_line = False
+
+
+def is_foreground(descriptor: int) -> bool:
+    """Whether what this process writes to a terminal is what its user waits for."""
+    try:
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except OSError:
+        return False
+
+
+class Progress:
+    """Makes a line of what the guest says about a long work."""
+
+    def __init__(self) -> None:
+        self._work = -1                           # a number of WORKS
+        self._began = 0.0                         # as of monotonic()
+
+    def describe(self, work: int, counts: Sequence[int], path: str) -> str:
+        """`counts` are files and bytes, and how many there are in all; 0 is not known."""
+        now = time.monotonic()
+        if work != self._work:
+            self._work = work
+            self._began = now
+        count, size, all_count, all_size = counts
+        text = "{} {}: {}".format(WORKS[work], path, count) if path else "{}: {}".format(WORKS[work], count)
+        text += " of {} files".format(all_count) if all_count else " files"
+        if size or all_size:
+            text += ", {:.1f}".format(size / MIB) + (" of {:.1f} MiB".format(all_size / MIB) if all_size else " MiB")
+
+        took_s = now - self._began
+        done = size + count * COST_OF_FILE
+        all_done = all_size + all_count * COST_OF_FILE
+        if all_size and done and took_s > LEFT_AFTER_S:
+            text += ", {:.0f} s left".format(took_s * max(all_done - done, 0) / done)
+        return text
 
 
 # --- Images -------------------------------------------------------------------------------------------------
@@ -1258,12 +1322,19 @@ LINUX_TYPE, EXTENDED_TYPES = 0x83, (0x05, 0x0F, 0x85)
 # Discoverable Partitions Specification
 GPT_ROOT_X86_64 = bytes.fromhex("e3bc684fcde8b14d96e7fbcaf984b709")
 MAKE_EXT4 = "AppPot wants ext4: make one with mke2fs -t ext4 -d DIRECTORY"
+WHOLE_SYSTEM = (
+    "AppPot boots a whole system: `make image PACKAGES=...` builds one, and --changes merges the "
+    "layers of a container image into it (see README)")
 OTHER_IMAGES = (                     # offset, magic, what it is, what to do
     (0, b"\x7fELF", "a program", "are image and kernel exchanged?"),
     (0, b"\x1f\x8b", "compressed with gzip", "unpack it: gunzip FILE"),
     (0, b"\xfd7zXZ", "compressed with xz", "unpack it: unxz FILE"),
     (0, b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it: unzstd FILE"),
     (0, b"BZh", "compressed with bzip2", "unpack it: bunzip2 FILE"),
+    (0, b"\x04\x22\x4d\x18", "compressed with lz4", "unpack it: unlz4 FILE"),
+    (0, b"PK\3\4", "a zip archive", "unpack it: unzip FILE"),
+    (32, b"SIF_MAGIC", "a SIF of Apptainer", WHOLE_SYSTEM),
+    (257, b"ustar", "a tar archive", WHOLE_SYSTEM),
     (0, b"QFI\xfb", "a qcow2 image", "convert it: qemu-img convert -O raw FILE apppot.img"),
     (0, b"KDMV", "a VMDK image", "convert it: qemu-img convert -O raw FILE apppot.img"),
     (0, b"OOOM", "a COW file", "give it with its base image: --image COW:BASE"),
@@ -1361,7 +1432,7 @@ def find_root_device(path: str) -> RootDevice:
     root = max(roots)[2]
     if root.start + root.length > size:
         what = "image is truncated: {} has {} of {} bytes".format(path, size, root.start + root.length)
-        raise Fatal(what, "was the transfer cut off? Copy it again")
+        raise Fatal(what, "was the transfer cut off, or the disk full? Copy it again")
     return root
 
 
@@ -1885,6 +1956,17 @@ THREAD_VARIABLES = (b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"MKL_NUM_THREA
 BATCH_VARIABLES = THREAD_VARIABLES + (
     b"NSLOTS", b"NHOSTS", b"NQUEUES", b"PE", b"QUEUE", b"RESTARTED",
     b"TERM", b"LANG", b"LANGUAGE", b"TZ")
+# How the node reaches the world. Programs know both spellings.
+PROXY_VARIABLES = tuple(
+    spelled.encode() for name in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
+    for spelled in (name, name.upper()))
+LOOPBACK_PROXY = re.compile(
+    br"((?:\w+://)?(?:[^@/]*@)?)(?:localhost|127(?:\.\d+){3}|\[::1\])(?=[:/]|$)", re.IGNORECASE)
+# Debian; Fedora and its kin; SUSE; Alpine.
+BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt",
+           "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem")
+CERTIFICATE = re.compile(
+    br"-----BEGIN CERTIFICATE-----\n[\w+/=\s]+-----END CERTIFICATE-----", re.ASCII)
 # They lead a client of the batch system to its configuration, which is no file of the guest.
 NODE_VARIABLES = (b"SLURM_CONF", b"PBS_CONF_FILE", b"SGE_ROOT")
 
@@ -1896,6 +1978,7 @@ class NodeView(NamedTuple):
     resolver: bytes = b""            # of resolv.conf
     zone: bytes = b""                # /etc/localtime; empty: none
     zone_name: bytes = b""           # empty: not known
+    certificates: bytes = b""        # of the authorities that it trusts, as PEM
 
 
 def scratch_candidates(tmpdir: Optional[str]) -> List[str]:
@@ -1944,12 +2027,13 @@ def check_processes() -> None:
 
 def is_passed(name: bytes) -> bool:
     """Whether a variable of the caller goes into the guest though nobody asks for it."""
-    return name in BATCH_VARIABLES or name.startswith(BATCH_PREFIXES) and name not in NODE_VARIABLES
+    is_wanted = name in BATCH_VARIABLES or name in PROXY_VARIABLES
+    return is_wanted or name.startswith(BATCH_PREFIXES) and name not in NODE_VARIABLES
 
 
 def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str],
                        clean: bool) -> Dict[bytes, bytes]:
-    """The variables for the guest: the batch system's, unless `clean`, and those of --env."""
+    """The variables for the guest: the batch system's and proxies, unless `clean`, and those of --env."""
     chosen = {name: value for name, value in caller.items() if is_passed(name) and not clean}
     for text in asked:
         name, equals, value = os.fsencode(text).partition(b"=")
@@ -1961,6 +2045,16 @@ def select_environment(caller: Dict[bytes, bytes], asked: Sequence[str],
         elif name in caller:
             chosen[name] = caller[name]
     return chosen
+
+
+def redirect_proxies(environment: Mapping[bytes, bytes], gateway: str) -> Dict[bytes, bytes]:
+    """The proxies that listen on the node's loopback, which the guest reaches at its gateway."""
+    redirected = {}
+    for name in {*environment} & {*PROXY_VARIABLES} - {b"no_proxy", b"NO_PROXY"}:
+        match = LOOPBACK_PROXY.match(environment[name])
+        if match:
+            redirected[name] = match.group(1) + gateway.encode() + environment[name][match.end():]
+    return redirected
 
 
 def limit_threads(environment: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
@@ -2026,7 +2120,17 @@ def name_guest(host: str, job_id: str, mark: str) -> str:
     return "{0}.{1} {0}".format(name, domain) if re.fullmatch("[A-Za-z0-9.-]+", domain) else name
 
 
-def view_node(notes: List[str]) -> NodeView:
+def read_certificates(notes: List[str]) -> bytes:
+    """The certificates of the node, which may have one of the site's own, as for a proxy that looks inside."""
+    paths = [os.environ.get("SSL_CERT_FILE", ""), *BUNDLES]
+    path = next(filter(os.path.isfile, paths), "")
+    found = CERTIFICATE.findall(read_short(path, notes)) if path else []
+    if found:
+        notes.append("{} certificates of {}".format(len(found), path))
+    return b"".join(certificate + b"\n" for certificate in found)
+
+
+def view_node(notes: List[str], has_certificates: bool) -> NodeView:
     host = os.uname().nodename
     zone = read_short("/etc/localtime", notes)
     zone_name = os.path.realpath("/etc/localtime").partition(ZONES)[2]
@@ -2035,7 +2139,8 @@ def view_node(notes: List[str]) -> NodeView:
         select_hosts(read_short("/etc/hosts", notes)),
         select_resolver(read_short("/etc/resolv.conf", notes), host),
         zone if zone.startswith(b"TZif") else b"",
-        os.fsencode(zone_name))
+        os.fsencode(zone_name),
+        read_certificates(notes) if has_certificates else b"")
 
 
 # --- Private directories ------------------------------------------------------------------------------------
@@ -5250,12 +5355,19 @@ def explain_ptrace(mode: Optional[str]) -> Optional[Fatal]:
     fault = try_in_child(try_ptrace)
     if fault == os.strerror(errno.EAGAIN):
         raise Fatal("process for a trial cannot be started: " + fault, PROCESSES_HINT)
-    if not fault or in_seccomp_mode and not fault.startswith("signal"):
+    if not fault:
+        return None
+    has_seccomp = in_seccomp_mode and not try_in_child(try_seccomp)
+    if has_seccomp and not fault.startswith("signal"):
         return None
     scope = read_node_file("/proc/sys/kernel/yama/ptrace_scope").strip()
     filtered = re.search(r"(?m)^Seccomp:\s*2", read_node_file("/proc/self/status"))
     culprit = ("Yama (kernel.yama.ptrace_scope={})".format(scope) if scope in ("2", "3") else
                "a seccomp filter" if filtered else "this node")
+    if in_seccomp_mode and not has_seccomp:
+        return Fatal("ptrace and seccomp are both forbidden by {}: {}".format(culprit, fault),
+                     "AppPot runs programs by one of the two: ask the admin of this node for ptrace, or "
+                     "in a container for --cap-add SYS_PTRACE or --security-opt seccomp=unconfined")
     has_choice = mode and not in_seccomp_mode
     return Fatal("ptrace is forbidden by {}: {}".format(culprit, fault),
                  "leave out --ptrace: this kernel has a seccomp mode" if has_choice else
@@ -5265,15 +5377,16 @@ def explain_ptrace(mode: Optional[str]) -> Optional[Fatal]:
 def check_limits(mem_mib: int, disk_bytes: int, cpus: int) -> None:
     """Refuse hard limits that the kernel would die of. take_limits() raises the soft ones to these."""
     space = (mem_mib + ADDRESS_SPACE_EXTRA_MIB) << 20
-    largest_file = max(mem_mib << 20, start_of_cow(disk_bytes) + disk_bytes)
-    for which, need, what in (
-            (resource.RLIMIT_AS, space, "address space (ulimit -v)"),
-            (resource.RLIMIT_FSIZE, largest_file, "file size (ulimit -f)")):
+    less_memory = "raise the limit, or ask for less memory with --mem"
+    for which, need, what, hint in (
+            (resource.RLIMIT_AS, space, "address space (ulimit -v)", less_memory),
+            (resource.RLIMIT_FSIZE, start_of_cow(disk_bytes) + disk_bytes, "file size (ulimit -f)",
+             "raise the limit, or take a smaller image: what a run writes goes into a file of its size"),
+            (resource.RLIMIT_FSIZE, mem_mib << 20, "file size (ulimit -f)", less_memory)):
         hard = resource.getrlimit(which)[1]
         if hard != resource.RLIM_INFINITY and hard < need:
             raise Fatal("limit of {} is {}, {} are needed".format(
-                what, format_mib(hard >> 20), format_mib(need >> 20)),
-                "raise the limit, or ask for less memory with --mem")
+                what, format_mib(hard >> 20), format_mib(need >> 20)), hint)
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     needed = len(os.listdir("/proc/self/fd")) + DESCRIPTORS_MIN
@@ -6256,6 +6369,7 @@ class RunSpec(NamedTuple):
     boot_timeout_s: float
     kill_after_s: float
     verbose: bool
+    quiet: bool
     notes: Tuple[str, ...]           # for -v: how it was decided
     in_job: bool                     # of a batch system
     limit_mib: Optional[int]         # of the job's cgroup, if that limits the guest's memory
@@ -6279,6 +6393,18 @@ def list_shares(job: Job) -> Tuple[Share, ...]:
                for number, layer in enumerate(job.layers)]
     shares += [bind.share for bind in job.binds]
     return tuple(shares)
+
+
+def describe_interruption(spec: RunSpec, has_started: bool) -> str:
+    """What to tell a user who interrupts AppPot itself: what is lost and what is kept."""
+    path = spec.job.saved_changes
+    if has_started and path is not None:
+        kept = "is as before" if os.path.exists(path) else "was not made"
+        return "interrupted: the command had ended, but its changes are lost; {} {}".format(path, kept)
+    if spec.guest.disk.is_persistent and spec.job.layers:
+        what = spec.guest.disk.cow or spec.guest.disk.image
+        return "interrupted before the command started: a part of the changes may be in " + what
+    return "interrupted before the command started: nothing was changed"
 
 
 def describe_keeping(spec: RunSpec, home_stays: bool) -> Tuple[str, str]:
@@ -6653,7 +6779,8 @@ FIRST_PIDS = range(1000, 4000000)
 Fields = List[Tuple[bytes, bytes]]   # as encode_fields() takes them
 
 
-def build_job(spec: RunSpec, stdio: Stdio, saved_name: Optional[str]) -> bytes:
+def build_job(spec: RunSpec, stdio: Stdio, saved_name: Optional[str], tells: bool) -> bytes:
+    """`tells`: the agent shall tell how far a long work is."""
     job = spec.job
     fields = [
         (b"arg", os.fsencode(word)) for word in job.command]
@@ -6677,7 +6804,7 @@ def build_job(spec: RunSpec, stdio: Stdio, saved_name: Optional[str]) -> bytes:
     fields += [(b"bind", (b"r" if share.read_only else b"w") + (share.only_file or b"") + target)
                for share, target in job.binds]
     fields += [(b"layer", os.fsencode(layer)) for layer in job.layers]
-    fields.append((b"force", b"%d" % job.force_changes))
+    fields += [(b"force", b"%d" % job.force_changes), (b"progress", b"%d" % tells)]
     if job.saved_changes is not None and saved_name is not None:
         fields += [(b"save", os.fsencode(job.saved_changes)), (b"save-name", saved_name.encode())]
     return encode_fields(fields)
@@ -6716,7 +6843,8 @@ def describe_disk(guest: Guest, has_layers: bool) -> Fields:
 def describe_node(node: NodeView) -> Fields:
     # The zone in hexadecimal, as values hold no NUL.
     return [(b"name", node.host_names), (b"hosts", node.hosts), (b"resolver", node.resolver),
-            (b"zone", node.zone.hex().encode()), (b"zone-name", node.zone_name)]
+            (b"zone", node.zone.hex().encode()), (b"zone-name", node.zone_name),
+            (b"certificates", node.certificates)]
 
 
 def choose_first_pid() -> int:
@@ -7178,6 +7306,11 @@ class TerminalLink:
                 break
             self._send_keys(os.read(self.keyboard, INLINE_MAX) or END_OF_FILE)
 
+    def take_back(self) -> None:
+        """The command has ended: the keys of a user who waits are signals again."""
+        self._is_given = False
+        self._terminal.release()
+
     def take_keys(self) -> None:
         try:
             content = os.read(self.keyboard, min(self._key_room, INLINE_MAX))
@@ -7334,6 +7467,8 @@ class Ending:
         self._channel = channel
         self._spec = spec
         self._is_running = False                  # the command
+        self._is_saving = False                   # after the command
+        self.is_interrupted = False               # by a signal that nobody but AppPot gets
         self._terminated: Optional[float] = None  # when one SIGTERM was forwarded
         self.is_time_over = False
         self.result: Optional[Result] = None      # of a run that does not wait for the guest's
@@ -7355,6 +7490,7 @@ class Ending:
 
     def note_saving(self) -> None:
         """The command has ended, and what comes now takes its time."""
+        self._is_saving = True
         for action in (self._time_out, self._kill, self._give_up):
             self._deadlines.pop(action, None)
 
@@ -7366,8 +7502,10 @@ class Ending:
             over_limit = blame_cpu_limit(os.getpid(), "the runner")
             if over_limit:
                 raise over_limit
-        if not self._is_running:                  # so AppPot itself dies of it, as any program
+        # Without a command AppPot itself dies of it, as any program. Who sends SIGINT does not wait.
+        if not self._is_running or self._is_saving and number == signal.SIGINT:
             if number not in self._spec.job.ignored_signals:
+                self.is_interrupted = True
                 self.result = killed_by(number)
             return
         if number == signal.SIGTERM and self._terminated is not None:
@@ -7436,6 +7574,8 @@ class Conversation:
         self._mount_points = MountPoints(spec.guest.shares, spec.job.umask, machine.directories.run)
         self._actions = self._list_actions()
         self.has_started = False                  # the command
+        self._progress = Progress()
+        self.saved_files: Optional[int] = None    # in the changes file
         self.farewell = ""                        # to the user of an interactive shell
         self.told: Union[Result, Fatal, None] = None           # by the agent
 
@@ -7452,6 +7592,7 @@ class Conversation:
             # Ctrl-Alt-Del by the management console.
             TERMINATE: (NOTHING, partial(self.ending.forward, signal.SIGTERM)),
             SAVING: (NOTHING, self._note_saving),
+            PROGRESS: (PROGRESS_COUNTS, self._show_progress),
             RESULT: (None, self._take_result)}
 
         if self.terminal:
@@ -7489,8 +7630,11 @@ class Conversation:
             text_field(fields, b"agent"), text_field(fields, b"base") or "without id"))
 
         self.channel.fitting = {STARTED, RECEIVED, WARNING, RESULT, MOUNT_POINT}
+        if self._spec.job.layers and self._reporter.shows_progress:
+            self.channel.fitting.add(PROGRESS)
         with blaming("job cannot be passed on", self._directories.run.path, SCRATCH_HINT):
-            self.channel.post(JOB, build_job(self._spec, self._stdio, self._directories.saved_name))
+            self.channel.post(JOB, build_job(
+                self._spec, self._stdio, self._directories.saved_name, self._reporter.shows_progress))
 
     def _make_mount_point(self, request: bytes) -> None:
         self.channel.post(MADE, COUNT.pack(self._mount_points.make(request)))
@@ -7501,10 +7645,12 @@ class Conversation:
         self._reporter.say("command started")
         self.has_started = True
         self.ending.note_start()
+        self._reporter.clear()
         screen = self._stdio.terminal
-        if what & IS_SHELL and screen and screen.is_real and os.isatty(2):
+        if what & IS_SHELL and screen and screen.is_real and self._reporter.is_watched:
             welcome, self.farewell = describe_keeping(self._spec, bool(what & HOME_STAYS))
-            self._reporter.tell(welcome)
+            image = os.path.basename(self._spec.guest.disk.image)
+            self._reporter.tell("a shell in {}, `exit` leaves it; {}".format(image, welcome))
 
         fitting = {RECEIVED, WARNING, TERMINATE, RESULT, *self.streams.writers}
         if self.streams.reader:
@@ -7538,7 +7684,20 @@ class Conversation:
     def _note_saving(self) -> None:
         self._reporter.say("saving the changes")
         self.channel.fitting = {RECEIVED, WARNING, RESULT}
+        if self._reporter.shows_progress:
+            self.channel.fitting.add(PROGRESS)
         self.ending.note_saving()
+        if self.terminal:                         # for Ctrl-C: the command has ended
+            self.terminal.take_back()
+
+    def _show_progress(self, work: int, *counts: int) -> None:
+        check_range(work, 0, len(WORKS) - 1)
+        # Where the output of the command goes is not known here, so it comes first.
+        if self.streams.is_idle:
+            saved = self._spec.job.saved_changes
+            layers = self._spec.job.layers
+            path = saved if self.has_started else layers[0] if len(layers) == 1 else ""
+            self._reporter.show_progress(self._progress.describe(work, counts, os.path.basename(path or "")))
 
     def _take_result(self, record: bytes) -> None:
         fields = decode_fields(record)
@@ -7562,6 +7721,8 @@ class Conversation:
         else:
             result = Result(number_field(fields, b"exit", 0, 255))
 
+        if self._spec.job.saved_changes is not None:
+            self.saved_files = number_field(fields, b"saved", 0, FILE_MAX)
         reader = self.streams.reader
         consumed = number_field(fields, b"stdin", 0, reader.delivered if reader else 0)
         if reader:
@@ -7623,6 +7784,18 @@ class Session:
         if self._conversation.farewell:
             self._reporter.tell(self._conversation.farewell)
         return self.result
+
+    @property
+    def is_interrupted(self) -> bool:
+        return self._ending.is_interrupted and self._conversation.told is None
+
+    @property
+    def has_started(self) -> bool:
+        return self._conversation.has_started
+
+    @property
+    def saved_files(self) -> Optional[int]:
+        return self._conversation.saved_files
 
     def step(self) -> None:
         """Wait for an event, and do what follows from it."""
@@ -7776,7 +7949,137 @@ class Session:
         return killed_by(signal.SIGXFSZ)          # as whoever writes to the file itself
 
 
+# --- Words of other programs ---------------------------------------------------------------------------------
+# What users of Docker, Apptainer, Charliecloud and Slurm type. A word with one meaning here is an
+# alias in "Options"; these have none, or two.
+
+INTO_IMAGE = "--write writes into the image; --image COW:BASE and --save-changes FILE keep changes beside it"
+ONLY_JOB_DIRECTORY = (
+    "leave it out: the guest sees the job directory and what --bind shows; --no-job-dir hides the former")
+ROOT_OF_GUEST = "--root runs the command as root of the guest, otherwise it runs as you"
+WAYS_TO_IMAGES = (
+    "`make image PACKAGES=...` builds one in AppPot's source directory; --changes FILE merges the "
+    "layers of a container image (see README)")
+FOREIGN_OPTIONS = {
+    "-w": "--cwd DIR starts the command in DIR; --write writes into the image",
+    "-W": "--tmpdir DIR is for AppPot's temporary files; --cwd DIR starts the command in DIR",
+    "-e": "--env NAME=VALUE sets a variable; --clean-env passes none of yours",
+    "--env-file": "--env NAME=VALUE, once for each variable",
+    "--unset-env": "--clean-env passes only the variables that --env names",
+    "--mount": "--bind SRC:DST, or --bind SRC:DST:ro",
+    "--home": "--bind \"$HOME\" shows your HOME",
+    "-H": "--bind \"$HOME\" shows your HOME",
+    "--no-home": "leave it out: HOME is the appliance's own unless --bind shows yours",
+    "-c": "--cwd DIR starts the command in DIR; it sees only the job directory and what --bind shows",
+    "--contain": ONLY_JOB_DIRECTORY,
+    "--containall": ONLY_JOB_DIRECTORY,
+    "-C": ONLY_JOB_DIRECTORY,
+    "--no-mount": ONLY_JOB_DIRECTORY,
+    "--user": ROOT_OF_GUEST,
+    "-u": ROOT_OF_GUEST,
+    "--privileged": ROOT_OF_GUEST,
+    "--cap-add": ROOT_OF_GUEST,
+    "--uid": ROOT_OF_GUEST,
+    "--gid": ROOT_OF_GUEST,
+    "--userns": "leave it out: AppPot needs no namespace",
+    "--rm": "leave it out: what a run makes is always removed",
+    "-i": "leave it out: stdin always reaches the command; -t makes it a terminal",
+    "--interactive": "leave it out: stdin always reaches the command; -t makes it a terminal",
+    "--init": "leave it out: AppPot's agent is PID 1 and reaps processes",
+    "--entrypoint": "write the command after the options",
+    "--detach": "put `&` behind the command line, or submit it as a batch job",
+    "-d": "put `&` behind the command line, or submit it as a batch job; -v shows the steps",
+    "--debug": "-v shows the steps and the guest's console",
+    "-s": "-q is quiet",
+    "-m": "--mem SIZE",
+    "--cpuset-cpus": "--cpus N, and taskset(1) before AppPot",
+    "--shm-size": "--mem SIZE: /dev/shm in the guest may take all of its memory",
+    "--tmpfs": "leave it out: /tmp in the guest is private to the run",
+    "--scratch": "leave it out: /tmp in the guest is private to the run; --tmpdir DIR is for AppPot's files",
+    "--ulimit": "set it before AppPot (ulimit): the command has your limits",
+    "--stop-timeout": "--kill-after S",
+    "--overlay": INTO_IMAGE,
+    "--writable-tmpfs": "leave it out: the command can always write, and it is gone at the end of the run",
+    "--read-only": "leave it out: a run never writes the image without --write",
+    "--gpus": "leave it out: the guest has no GPU of the node",
+    "--nv": "leave it out: the guest has no GPU of the node",
+    "--rocm": "leave it out: the guest has no GPU of the node",
+    "--hostname": "leave it out: each run has a host name of its own",
+    "--dns": "leave it out: names come from the node's name server",
+    "--add-host": "with --root the command can write /etc/hosts; it has the names of the node's",
+}
+# Nothing of Debian is called so. A program of the appliance that is can be run after `--`.
+FOREIGN_COMMANDS = {
+    "exec": "leave it out",
+    "run": "leave it out",
+    "shell": "leave it out: without a command there is a login shell",
+    "pull": WAYS_TO_IMAGES,
+    "build": WAYS_TO_IMAGES,
+    "inspect": "--doctor tells what a run needs; debugfs(8) looks into an image",
+}
+IMAGE_FILE = re.compile(r".*\.(?:img|raw|ext[234]|sif|simg|sqfs|sqsh|squashfs|qcow2|vmdk|vdi|vhdx?)", re.IGNORECASE)
+CHANGES_FILE = re.compile(r".*\.(?:tar|tgz|tar\.\w+)", re.IGNORECASE)
+REGISTRY = re.compile(r"[a-z][a-z-]*://.*|[a-z0-9][a-z0-9._/-]*:[\w][\w.-]*", re.DOTALL)
+BIND_WORD = re.compile(r"[^:=]+:/[^/].*", re.DOTALL)
+VARIABLE = re.compile(r"[A-Za-z_]\w*=.*", re.ASCII | re.DOTALL)
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"           # a word processor makes them of - and --
+
+
+def explain_unknown_option(word: str, known: Iterable[str]) -> Fatal:
+    """Name the option that does it here, or the one that is spelled almost so."""
+    import difflib
+
+    def spell(option: str) -> str:
+        return option.replace("-", "").lower()
+
+    name = word.partition("=")[0]
+    what = "AppPot has no option " + name
+    if name in FOREIGN_OPTIONS:
+        return Fatal(what, FOREIGN_OPTIONS[name])
+
+    hint = "`--help all` lists the options"
+    options = {spell(option): option for option in (*FOREIGN_OPTIONS, *known) if option[2:]}
+    near = difflib.get_close_matches(spell(name), options, 1, 0.6) if name[2:] else []
+    if not near:
+        return Fatal(what, hint)
+    option = options[near[0]]
+    return Fatal(what, "did you mean {}? {}".format(option, FOREIGN_OPTIONS.get(option, hint)))
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Refuse what is no command, before a guest boots to say that it is not found."""
+    word = command[0] if command else ""
+    if word in FOREIGN_COMMANDS:
+        hint = FOREIGN_COMMANDS[word]
+        if IMAGE_FILE.fullmatch("".join(command[1:2])):
+            hint += ", and write " + quote("--image", *command[1:])
+        raise Fatal("AppPot has no command word of its own: " + word,
+                    "{} (`-- {}` runs a program of that name)".format(hint, word))
+    if word[:1] in tuple(DASHES):
+        raise Fatal("option begins with a typographic dash: " + word,
+                    "write --" + word.lstrip(DASHES + "-"))
+
+    for pattern, what, hint in (
+            (IMAGE_FILE, "an image", "write " + quote("--image", *command)),
+            (CHANGES_FILE, "an archive", "write " + quote("--changes", *command)),
+            (BIND_WORD, "a pair SRC:DST", "write " + quote("--bind", *command) + "; -v is verbose"),
+            (REGISTRY, "an image of a registry", WAYS_TO_IMAGES),
+            (VARIABLE, "a variable", "write " + quote("--env", *command))):
+        if pattern.fullmatch(word):
+            raise Fatal("command is {}: {}".format(what, word), hint + " (`--` runs it as a command)")
+
+
+def quote(*words: str) -> str:
+    """A command line for a shell."""
+    import shlex
+
+    return " ".join(map(shlex.quote, words))
+
+
 # --- Options ------------------------------------------------------------------------------------------------
+
+OPTIONAL_VALUES = {"lan": LAN_GROUP, "help": "all"}            # what of the next word is no command
+
 
 class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -7795,12 +8098,16 @@ class OptionParser(argparse.ArgumentParser):
             name, equals, value = words[index].partition("=")
             action = self._option_string_actions.get(name)
             index += 1
-            if not action or action.nargs == 0:
+            if not action:
+                self._check_short(words[index - 1])
+                continue
+            if action.nargs == 0:
                 continue
 
             if not equals:
                 following = words[index:index + 1]
-                is_value = any(is_blank(word) or re.fullmatch(LAN_GROUP, word) for word in following)
+                pattern = OPTIONAL_VALUES.get(action.dest, "")
+                is_value = any(is_blank(word) or re.fullmatch(pattern, word) for word in following)
                 if action.nargs == "?" and not is_value:
                     continue                      # --lan without a group: the command follows
 
@@ -7808,6 +8115,12 @@ class OptionParser(argparse.ArgumentParser):
                 index += 1
             self._check_given(name, value, bool(equals))
         return list(words[:index]), tuple(words[index:])
+
+    def _check_short(self, word: str) -> None:
+        """Refuse an unknown option, unless argparse takes it for several letters or one with a value."""
+        is_short = word[:2] in self._option_string_actions and not word.startswith("--")
+        if not is_short:
+            raise explain_unknown_option(word, self._option_string_actions)
 
     def _check_given(self, name: str, value: str, is_attached: bool) -> None:
         """Refuse an empty value, because it comes from an unset variable of a script."""
@@ -7818,6 +8131,38 @@ class OptionParser(argparse.ArgumentParser):
             raise Fatal("{} has no value, but is followed by {}".format(name, value), UNSET_HINT)
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Prints the value of an option once, behind all of its names, as Python 3.13 does."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        value = "" if action.nargs == 0 else " " + self._format_args(action, "")
+        return ", ".join(action.option_strings) + value
+
+
+HELP = """\
+usage: python3 apppot_start.py [option...] [command [argument...]]
+
+Run a command in a Linux appliance, a disk image, as an ordinary process. What
+it writes in the current directory stays; all else is gone at the end. Without
+a command you get a login shell. Examples:
+
+  python3 apppot_start.py ./analyse data.csv > result.csv
+  python3 apppot_start.py --root --save-changes my.tar.gz apt-get install -y gcc
+  python3 apppot_start.py --changes my.tar.gz --mem 4G --cpus 2 make -j 2
+  python3 apppot_start.py --bind /data --env SEED=1 ./analyse /data/genomes
+
+  --image FILE           boot this image (default: apppot.img beside the script)
+  --bind SRC[:DST[:ro]]  show a file or directory of this machine in the guest
+  --env NAME[=VALUE]     set a variable, or pass yours
+  --root                 be root of the guest, say to install packages
+  --save-changes FILE    write at the end all that differs from the image
+  --changes FILE         merge such a file before the command starts
+  --write                write into the image itself
+  --mem SIZE, --cpus N   resources of the guest (default: what the job has)
+  -v, -q                 show the steps on stderr, or not even progress
+  --doctor               tell what a run needs and whether it is here
+  --help all             list all options, defaults, variables and statuses
+"""
 DESCRIPTION = """\
 Run a command in a Linux appliance, which is a disk image, as an ordinary
 process under User-Mode Linux. Options end at the first word that is no option.
@@ -7832,8 +8177,14 @@ environment of the command:
   The command gets these variables of the caller: of batch systems SLURM_*,
   SLURMD_*, PBS_*, SGE_*, JOB_*, _CONDOR_*, LSB_*, NSLOTS, NHOSTS, NQUEUES, PE,
   QUEUE and RESTARTED; and OMP_*, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS, TERM,
-  TZ, LANG, LANGUAGE and LC_*. Others need --env. HOME, USER, LOGNAME, SHELL,
+  TZ, LANG, LANGUAGE, LC_*, http_proxy, https_proxy, ftp_proxy, all_proxy and
+  no_proxy, also in capitals. Others need --env. HOME, USER, LOGNAME, SHELL,
   PATH and PWD are those of the guest.
+
+  If this machine trusts certificate authorities that the appliance does not,
+  SSL_CERT_FILE, CURL_CA_BUNDLE, REQUESTS_CA_BUNDLE and APT_CONFIG lead to a
+  file with both. A proxy at localhost is one at 10.0.2.2 in the guest.
+  --clean-env keeps out the variables above and the certificates.
 
   OMP_NUM_THREADS, OPENBLAS_NUM_THREADS and MKL_NUM_THREADS are 1 by default:
   processes run in parallel in the guest, threads of one process do not. If the
@@ -7867,7 +8218,7 @@ def add_appliance_options(add: Callable[..., Any]) -> None:
         help="Boot this disk image. COW:BASE boots the image BASE and keeps all changes in the "
              "file COW.")
     add("--kernel", "--linux", "--uml", metavar="PATH", help="Boot this User-Mode Linux kernel.")
-    add("--write", action="store_true",
+    add("--write", "--writable", action="store_true",
         help="Write into the image itself. By default a temporary copy-on-write file takes all "
              "changes.")
     add("--disk", metavar="SIZE",
@@ -7875,14 +8226,14 @@ def add_appliance_options(add: Callable[..., Any]) -> None:
              "or 2G if that is more and the kernel has a device mapper). With --write the image "
              "itself grows.")
 
-    add("--mem", metavar="NUM",
+    add("--mem", "--memory", metavar="NUM",
         help="Memory of the guest in MiB, or with K, M, G or T (default: see below).")
     add("--cpus", metavar="N",
         help="CPUs of the guest. More than one needs a kernel with SMP (default: see below).")
     add("--ptrace", action="store_true",
         help="Trap system calls by ptrace. Kernels from 6.16 on otherwise use seccomp, which is "
              "faster but does not stop a hostile program (see README).")
-    add("--id", "--umid", dest="umid", metavar="NAME",
+    add("--id", "--umid", "--name", dest="umid", metavar="NAME",
         help="Name of the guest in the path of its management console. -v prints that path for "
              "uml_mconsole.")
     add("-X", "--extra", action="append", default=[], metavar="ARG",
@@ -7905,12 +8256,12 @@ def add_appliance_options(add: Callable[..., Any]) -> None:
 
 
 def add_command_options(add: Callable[..., Any]) -> None:
-    add("--root", action="store_true", help="Run the command as root of the guest.")
-    add("--env", action="append", default=[], metavar="NAME[=VALUE]",
+    add("--root", "--fakeroot", action="store_true", help="Run the command as root of the guest.")
+    add("--env", "--set-env", action="append", default=[], metavar="NAME[=VALUE]",
         help="Set a variable, or without =VALUE pass the caller's. Repeatable.")
-    add("--clean-env", action="store_true",
+    add("--clean-env", "--cleanenv", action="store_true",
         help="Pass only those variables of the caller that --env names.")
-    add("-B", "--bind", action="append", default=[], metavar="SRC[:DST[:ro]]",
+    add("-B", "--bind", "--volume", action="append", default=[], metavar="SRC[:DST[:ro]]",
         help="Show a file or directory of this machine in the guest at DST, by default at SRC; :ro "
              "makes it read-only. --bind \"$HOME\" also makes it the HOME of the command. "
              "Repeatable.")
@@ -7918,23 +8269,23 @@ def add_command_options(add: Callable[..., Any]) -> None:
     add("--no-job-dir", dest="job_dir", action="store_false",
         help="Do not show the job directory in the guest. The command starts in its home "
              "directory.")
-    add("-t", dest="terminal", action="store_true", default=None,
+    add("-t", "-it", "-ti", "--tty", dest="terminal", action="store_true", default=None,
         help="Make stdin, stdout and stderr of the command a terminal (default: those that are a "
              "terminal here).")
     add("-T", dest="terminal", action="store_false", help="Give the command no terminal.")
-    add("--cwd", metavar="DIR",
+    add("--cwd", "--pwd", "--workdir", "--cd", metavar="DIR",
         help="Start the command in this directory of the guest (default: the job directory). A "
              "relative DIR is one below the job directory.")
 
 
 def add_network_options(add: Callable[..., Any]) -> None:
-    add("--net", default="auto", choices=("auto", SLIRP4NETNS, SLIRP, "none"),
+    add("--net", "--network", default="auto", metavar="HOW", choices=("auto", SLIRP4NETNS, SLIRP, "none"),
         help="Connect the guest by this helper program, with the rights of the caller. auto "
              "(default) takes slirp4netns, else slirp, else none. With none the guest has no way "
              "out.")
     add("--slirp", metavar="PATH",
         help="Path of the helper program, which is either slirp4netns or slirp.")
-    add("--publish", action="append", default=[], metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/udp]",
+    add("-p", "--publish", action="append", default=[], metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/udp]",
         help="Show a port of the guest on the host, by default at 127.0.0.1. Repeatable; needs "
              "slirp4netns.")
     add("--lan", nargs="?", const="", metavar="GROUP:PORT",
@@ -7966,23 +8317,42 @@ def add_information_options(add: Callable[..., Any]) -> None:
     add("--doctor", action="store_true",
         help="Print, a line each, what a run needs and whether it is here.")
     add("--boot", action="store_true", help="With --doctor: also boot once.")
+    add("--json", action="store_true", help="With --doctor: print one line of JSON.")
     add("-v", "--verbose", action="store_true",
         help="Show the steps and the guest's console on stderr.")
+    add("-q", "--quiet", action="store_true",
+        help="Show no progress and no words of welcome on stderr; errors and warnings remain.")
     add("-V", "--version", action="store_true", help="Print the version.")
-    add("-h", "--help", action="store_true", help="Print this text.")
+    add("-h", "--help", nargs="?", const="most", choices=("most", "all"), metavar="all",
+        help="Print what most people need, or with `all` this text.")
 
 
 def build_parser() -> OptionParser:
     parser = OptionParser(
         prog="apppot_start.py", add_help=False, allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG,
         usage="apppot_start.py [option...] [command [argument...]]",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=HelpFormatter)
 
     for title, add_options in (
             ("appliance", add_appliance_options), ("command", add_command_options), ("network", add_network_options),
             ("run", add_run_options), ("information", add_information_options)):
         add_options(parser.add_argument_group(title).add_argument)
     return parser
+
+
+def format_help(which: str) -> str:
+    return build_parser().format_help() if which == "all" else HELP
+
+
+def read_words(argv: Sequence[str]) -> Tuple[argparse.Namespace, Tuple[str, ...]]:
+    """The options and the command of a command line."""
+    parser = build_parser()
+    words, command = parser.split(argv)
+    options = parser.parse_args(words)
+    is_marked = len(words) + len(command) < len(argv)          # by `--`
+    if not is_marked:
+        check_command(command)
+    return options, command
 
 
 # --- Deciding a run -----------------------------------------------------------------------------------------
@@ -8000,10 +8370,11 @@ def find_vmm(options: argparse.Namespace) -> Uml:
 
 
 def split_image(text: str) -> Tuple[str, Optional[str]]:
-    """Image and, of COW:BASE, the COW file."""
-    if ":" not in text or os.path.exists(text):
+    """Image and, of COW:BASE, the COW file. The original AppPot also took COW,BASE."""
+    separator = re.search("[:,]", text)
+    if not separator or os.path.exists(text):
         return text, None
-    cow, _, base = text.partition(":")
+    cow, _, base = text.partition(separator.group())
     if not cow or not base:
         raise Fatal("--image is neither a file nor COW:BASE: {!r}".format(text),
                     "name the image file")
@@ -8102,6 +8473,13 @@ def choose_layers(options: argparse.Namespace) -> Tuple[str, ...]:
 
 def choose_environment(options: argparse.Namespace, notes: List[str]) -> Dict[bytes, bytes]:
     environment = select_environment(dict(os.environb), options.env, options.clean_env)
+    redirected = redirect_proxies(environment, GATEWAY)
+    environment.update(redirected)
+    proxies = sorted(name.decode() for name in {*environment} & {*PROXY_VARIABLES})
+    if proxies:                                   # not their values: a password may be in them
+        where = ", on the loopback: {} instead".format(GATEWAY) if redirected else ""
+        notes.append("proxies of the node: {}{}".format(" ".join(proxies), where))
+
     threads = limit_threads(environment)
     environment.update(threads)
     if threads:
@@ -8131,7 +8509,7 @@ def decide_job(options: argparse.Namespace, command: Tuple[str, ...], ignored: T
         ignored_signals=ignored,
         limits=limits,
         terminal=options.terminal,
-        node=view_node(notes),
+        node=view_node(notes, not options.clean_env),
         layers=choose_layers(options),
         force_changes=options.force_changes,
         saved_changes=None if saved is None else check_saved_changes(saved))
@@ -8175,6 +8553,7 @@ def build_spec(options: argparse.Namespace, command: Tuple[str, ...],
         boot_timeout_s=parse_seconds(options.boot_timeout, "--boot-timeout"),
         kill_after_s=parse_seconds(options.kill_after, "--kill-after", True),
         verbose=options.verbose,
+        quiet=options.quiet,
         notes=(*grants.notes, *job_notes, "memory " + describe_memory(mem, ram_directory),
                cpu_note or describe_cpus(cpus)),
         in_job=bool(grants.systems),
@@ -8213,7 +8592,8 @@ def run(spec: RunSpec, started: float) -> Result:
     with ExitStack() as stack:
         mask = stack.enter_context(signals_held())
         stdio = stack.enter_context(connect_stdio(spec.job.terminal))
-        reporter = Reporter(stdio.terminal, spec.verbose, started)
+        reporter = Reporter(stdio.terminal, spec.verbose, spec.quiet, started)
+        stack.callback(reporter.clear)
         stack.callback(reporter.say, "nothing left")
         locks = spec.vmm.open_disk(spec.guest.disk)
         directories = make_directories(spec, stack)
@@ -8233,10 +8613,24 @@ def run(spec: RunSpec, started: float) -> Result:
         machine = stack.enter_context(start_machine(spec, stdio.terminal, directories, locks))
         if spec.carrier.program is None:
             reporter.say("kernel started")
-        result = Session(machine, spec, stdio, reporter).run(mask)
-        if spec.job.saved_changes is not None and directories.saved_name:
-            place_changes(directories.save, directories.saved_name, spec.job.saved_changes)
+        session = Session(machine, spec, stdio, reporter)
+        result = session.run(mask)
+        keep_changes(session, spec, directories, reporter)
     return result
+
+
+def keep_changes(session: Session, spec: RunSpec, directories: Directories, reporter: Reporter) -> None:
+    """Put the changes file in its place, and tell what a user who waits wants to know."""
+    path = spec.job.saved_changes
+    if session.is_interrupted and reporter.is_watched:
+        reporter.tell(describe_interruption(spec, session.has_started))
+    if path is None or not directories.saved_name or session.is_interrupted:
+        return
+
+    place_changes(directories.save, directories.saved_name, path)
+    if reporter.is_watched:
+        reporter.tell("saved {} file{}, {:.1f} MiB to {}".format(
+            session.saved_files, "" if session.saved_files == 1 else "s", os.path.getsize(path) / MIB, path))
 
 
 # --- The doctor ---------------------------------------------------------------------------------------------
@@ -8416,25 +8810,50 @@ def run_check(check: Callable[[Basis], Finding], basis: Basis) -> Finding:
         return Finding("fail", str(error), "look at that file or directory")
 
 
+VERDICTS = {"fail": "31", "warn": "33", "ok": "32"}      # the worst first; colours of ECMA-48, SGR
+
+
+def show_findings(findings: Sequence[Tuple[str, Finding]]) -> None:
+    """A line each."""
+    is_coloured = os.isatty(1) and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
+    for name, finding in findings:
+        advice = "; do: " + finding.advice if finding.advice else ""
+        verdict = "{:5}".format(finding.verdict)
+        if is_coloured:
+            verdict = "\33[{}m{}\33[0m".format(VERDICTS[finding.verdict], verdict)
+        what = one_line("{:8} {}{}".format(name, finding.what, advice)).decode()
+        write_stdout("{} {}\n".format(verdict, what))
+
+
+def encode_findings(findings: Sequence[Tuple[str, Finding]], verdict: str) -> str:
+    """One line of JSON for one node, so that those of many nodes can be put together."""
+    import json
+
+    return json.dumps({
+        "node": os.uname().nodename, "apppot": VERSION, "verdict": verdict,
+        "findings": [dict(need=name, **finding._asdict()) for name, finding in findings]})
+
+
 def examine(options: argparse.Namespace, command: Tuple[str, ...]) -> int:
-    """Print a line for each check; 0 if none failed."""
+    """Print what each check has found; 0 if none failed."""
     hint = "`--doctor` looks at this node, `--doctor --boot` boots once, too"
     if command:
-        raise Fatal("--doctor and --boot run no command: " + " ".join(command), hint)
+        raise Fatal("--doctor, --boot and --json run no command: " + " ".join(command), hint)
     if not options.doctor:
-        raise Fatal("--boot without --doctor", hint)
+        raise Fatal("{} without --doctor".format("--boot" if options.boot else "--json"), hint)
 
     take_limits()                                 # as a run does
     basis = find_basis(options)
-    status = 0
-    for name, check in CHECKS + ((("boot", check_boot),) if options.boot else ()):
-        finding = run_check(check, basis)
-        advice = "; do: " + finding.advice if finding.advice else ""
-        line = "{:5} {:8} {}{}".format(finding.verdict, name, finding.what, advice)
-        write_stdout(one_line(line).decode() + "\n")
-        if finding.verdict == "fail":
-            status = EXIT_FAILED
-    return status
+    checks = CHECKS + ((("boot", check_boot),) if options.boot else ())
+    findings = [(name, run_check(check, basis)) for name, check in checks]
+    findings.sort(key=lambda found: list(VERDICTS).index(found[1].verdict))
+    worst = findings[0][1].verdict
+
+    if options.json:
+        write_stdout(encode_findings(findings, worst) + "\n")
+    else:
+        show_findings(findings)
+    return EXIT_FAILED if worst == "fail" else 0
 
 
 # --- Main ---------------------------------------------------------------------------------------------------
@@ -8468,6 +8887,18 @@ def find_ignored_signals(parent: int) -> Tuple[int, ...]:
     return tuple(sorted(map(int, ignored)))
 
 
+def is_written_as_then(options: argparse.Namespace, command: Tuple[str, ...]) -> bool:
+    """Whether a shell was asked for by the original's name, which writes into an image of the caller's.
+
+    A job may run at the same time as others, and is therefore never a writer.
+    """
+    name = os.path.basename(sys.argv[0])
+    if name not in ("apppot-start", "apppot-start.sh") or command or not os.isatty(0):
+        return False
+    image, cow = find_image(options)
+    return cow is None and os.access(image, os.W_OK)
+
+
 def follow_parent(parent: int) -> None:
     if not try_libc("prctl", PR_SET_PDEATHSIG, signal.SIGTERM):
         raise Fatal("--die-with-parent does not work: this Python has no ctypes", "leave it out")
@@ -8476,23 +8907,19 @@ def follow_parent(parent: int) -> None:
 
 
 def start(argv: List[str], started: float, parent: int, ignored: Tuple[int, ...]) -> int:
-    parser = build_parser()
-    words, command = parser.split(argv)
-    options = parser.parse_args(words)
+    options, command = read_words(argv)
     if options.help or options.version:
-        write_stdout(parser.format_help() if options.help else "AppPot {}\n".format(VERSION))
+        write_stdout(format_help(options.help) if options.help else "AppPot {}\n".format(VERSION))
         return 0
-    if options.doctor or options.boot:
+    if options.doctor or options.boot or options.json:
         return examine(options, command)
 
+    options.write = options.write or is_written_as_then(options, command)
     if options.die_with_parent:
         follow_parent(parent)
     spec = build_spec(options, command, ignored)
     if options.dry_run:
-        import shlex
-
-        line = spec.carrier.build_argv(spec.vmm.build_argv(spec.guest))
-        write_stdout(" ".join(map(shlex.quote, line)) + "\n")
+        write_stdout(quote(*spec.carrier.build_argv(spec.vmm.build_argv(spec.guest))) + "\n")
         return 0
 
     result = run(spec, started)

@@ -14,6 +14,8 @@ file has a tar of its own, does nothing twice, works relative to directory descr
 little. Only the sections on merging write into a tree: a kernel that attaches layers would replace
 these alone.
 """
+# An older Python reads no further than the number and prints this line, so its comment is for that user.
+__requires_python__ = 0x3_06         # This Python is too old. AppPot needs Python 3.6 or newer: try python3
 import errno
 import os
 import re
@@ -90,6 +92,7 @@ class Report:
         self.verbose = verbose
         self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._shown = 0.0  # when the line of progress was written; 0 if there is none
+        self.saved = 0     # files in the layer that was written
 
     def warn(self, text: str) -> None:
         self.clear()
@@ -100,15 +103,27 @@ class Report:
         if self.verbose:
             print(printable(path), flush=True)
 
-    def progress(self, what: str, count: int, size: int) -> None:
+    def progress(
+        self, what: str, count: int, size: int, all_count: int = 0, all_size: int = 0
+    ) -> None:
         """Show how many files and bytes are done. Callers do so once in a while."""
         if not self._is_terminal or self.verbose:
             return
         now = time.monotonic()
         if now > self._shown + 0.1:
             self._shown = now
-            line = "\r{}: {} files, {}\033[K".format(what, count, format_size(size))
+            of_count = " of {}".format(all_count) if all_count else ""
+            of_size = " of " + format_size(all_size) if all_size else ""
+            line = "\r{}: {}{} files, {}{}\033[K".format(what, count, of_count, format_size(size), of_size)
             print(line, end="", file=sys.stderr, flush=True)
+
+    def note_saved(self, count: int, path: bytes) -> None:
+        """Tell how many files a layer has that was written."""
+        self.saved = count
+        if self._is_terminal:
+            size = format_size(os.path.getsize(path))
+            files = "1 file" if count == 1 else "{} files".format(count)
+            print("apppot: saved {}, {} to {}".format(files, size, printable(path)), file=sys.stderr)
 
     def allow(self, layers: Sequence["Layer"]) -> None:
         """Raise Fatal if these layers, which were found whole, must not change anything."""
@@ -514,6 +529,8 @@ class LayerWriter:
         self._sink = sink
         self._fill = 0  # bytes in the buffer
         self._crc = 0   # of all blocks before
+        self.size = 0   # of all blocks before
+        self.tell: Callable[[int], None] = lambda size: None  # called with it at each block
         self._newest_ns = 0
 
     def add(self, member: Member) -> None:
@@ -551,6 +568,8 @@ class LayerWriter:
             self._flush()
 
     def _flush(self) -> None:
+        self.size += self._fill
+        self.tell(self.size)
         self._crc = zlib.crc32(self._sink.buffer[:self._fill], self._crc)
         self._sink.put(self._fill)
         self._fill = 0
@@ -1689,19 +1708,21 @@ def write_layer(root: bytes, plan: Plan, output: bytes, report: Report) -> None:
     size = sum(member.size for member in plan.members)
     entries = [member for member in plan.entries() if member.path != LABEL]
     moved: Dict[bytes, bytes] = {}
-    done = 0
+    count = 0
     try:
         with new_layer(output, size) as writer, Tree(root) as tree:
             if entries and all(member.path != STATE for member in entries):
                 add_state(writer, tree)
+            writer.tell = lambda written: report.progress(
+                "saving", count, min(written, size), len(entries), size)
             for count, member in enumerate(entries):
-                if count % 100 == 0 or member.size > BUFFER:
-                    report.progress("saving", count, done)
+                if count % 100 == 0:
+                    writer.tell(writer.size)
                 save_member(writer, tree, member, moved, report)
-                done += member.size
             writer.finish(read_base_id(root))
     finally:
         report.clear()
+    report.note_saved(sum(member.kind != DIRECTORY for member in entries), output)
 
 
 def add_state(writer: LayerWriter, tree: Tree) -> None:
@@ -1986,8 +2007,9 @@ def read_layer(layer: Layer, report: Report) -> None:
         layer.count += 1
         is_link = member.kind == HARD_LINK
         layer.memory += NODE_COST + len(member.path) + (MEMBER_COST if is_link else 0)
-        if layer.count % 500 == 0:
+        if layer.count % 500 == 0 or member.size > BUFFER:
             report.progress("checking", layer.count, layer.size)
+        if layer.count % 500 == 0:
             expect_memory(layer.memory + NODE_COST * reader.levels, free // 2, [layer])
 
         checksums = None
@@ -2652,24 +2674,45 @@ def skip_missing(action: Callable[[bytes], None], path: bytes, report: Report) -
 def unpack(target: Target, layer: Layer, report: Report) -> None:
     has_state = os.path.isdir(os.path.join(target.root, STATE))
     reader = layer.reader()
+    done = 0
+    number = 0
+
+    def tell(size: int) -> None:
+        report.progress("merging", number, size, layer.count, layer.size)
+
     for number, member in enumerate(reader):
         target.at = member.path
         if number % 100 == 0:
-            report.progress("merging", number, 0)
+            tell(done)
         is_label = member.path == LABEL and not has_state
         if is_label or is_whiteout(member.path):
             continue
         report.say(member.path)
-        put_member(target, member, reader, report)
+        put_member(target, member, watch(reader.content(), done, tell), report)
+        done += needed_space(member)
 
 
-def put_member(target: Target, member: Member, reader: LayerReader, report: Report) -> None:
+def watch(
+    content: Iterator[memoryview], done: int, tell: Callable[[int], None]
+) -> Iterator[memoryview]:
+    """Tell how many bytes are done before each piece but the first: most files have only one."""
+    start = done
+    for piece in content:
+        if done > start:
+            tell(done)
+        done += len(piece)
+        yield piece
+
+
+def put_member(
+    target: Target, member: Member, content: Iterator[memoryview], report: Report
+) -> None:
     """Put a member into the tree, or leave it out with a warning."""
     try:
         if member.kind == DIRECTORY:
             target.put_directory(member)
         else:
-            target.put(member, reader.content())
+            target.put(member, content)
         return
     except Mounted as mounted:
         reason = "as something is mounted on /" + printable(mounted.path)

@@ -4,8 +4,8 @@
 
 Usage: python3 tests/bench.py [--repeat N] [--only NAME]...
 
-It writes a Markdown table to stdout and build/bench.md, and two plots, build/bench-start.svg and
-build/bench-merge.svg.
+It writes a Markdown table to stdout and build/bench.md, and three plots: build/bench-start.svg,
+build/bench-others.svg and build/bench-merge.svg.
 """
 
 import argparse
@@ -680,8 +680,16 @@ def run_tool(words: Sequence[str]) -> None:
     assert b"ended well" in shown or not words[0].startswith("qemu"), shown
 
 
+KINDS_OF_WORK = {
+    "`true`": "true",
+    "500 processes": "for i in $(seq 500); do /bin/true; done",
+    "a loop that computes": "i=0; while [ $i -lt 2000000 ]; do i=$((i+1)); done",
+}
+
+
 def measure_others(repeat: int) -> Rows:
     rows = []
+    costs: Dict[str, List[float]] = {}
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         directory = pathlib.Path(name)
         (directory / "tree").mkdir()
@@ -691,11 +699,7 @@ def measure_others(repeat: int) -> Rows:
             check=True,
         )
         unpack_cloud_kernel(directory)
-        for what, command in (
-            ("`true`", "true"),
-            ("500 processes", "for i in $(seq 500); do /bin/true; done"),
-            ("a loop that computes", "i=0; while [ $i -lt 2000000 ]; do i=$((i+1)); done"),
-        ):
+        for what, command in KINDS_OF_WORK.items():
             tools = list_tools(directory, command)
             times = take_turns(
                 repeat,
@@ -705,6 +709,9 @@ def measure_others(repeat: int) -> Rows:
                 ["{}: {}".format(what, name), show(times[name]), "needs " + needs if needs else ""]
                 for name, (needs, _) in tools.items()
             ]
+            for tool in tools:
+                costs.setdefault(tool, []).append(statistics.median(times[tool]))
+    plot_others(costs)
     return rows
 
 
@@ -1028,10 +1035,29 @@ def plot_phases(medians: Dict[str, List[float]]) -> None:
     )
     plot(
         "bench-start.svg",
-        "$d << EOD\n{}\nEOD\nset title 'apppot\\_start.py true'; set ylabel 'seconds'\n"
+        "$d << EOD\n{}\nEOD\nset title 'apppot\\_start.py true, by phase'; set ylabel 'seconds'; set grid ytics\n"
         "set style data histogram; set style histogram rowstacked; set style fill solid; "
         "set boxwidth 0.5\n"
         "set key outside; set yrange [0:*]\nplot {}\n".format(table, columns),
+    )
+
+
+def plot_others(costs: Dict[str, List[float]]) -> None:
+    """Seconds of each kind of work, one group of bars for each tool. The axis is logarithmic."""
+    table = "\n".join(
+        '"{}" {}'.format(name.replace("_", "\\\\_"), " ".join("{:.4f}".format(max(value, 1e-3)) for value in values))
+        for name, values in costs.items()
+    )
+    columns = ", ".join(
+        "$d using {} title '{}'".format("2:xtic(1)" if index == 0 else index + 2, what.strip("`"))
+        for index, what in enumerate(KINDS_OF_WORK)
+    )
+    plot(
+        "bench-others.svg",
+        "$d << EOD\n{}\nEOD\nset title 'the same commands with other tools'\n"
+        "set ylabel 'seconds'; set logscale y; set yrange [0.001:*]; set format y '%g'; set grid ytics\n"
+        "set style data histogram; set style histogram clustered gap 1; set style fill solid\n"
+        "set xtics rotate by -20; set key outside below\nplot {}\n".format(table, columns),
     )
 
 

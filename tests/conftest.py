@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of pytest, which kernel meets which user, and the fixtures. The tests by their files:
 
-values and files  shape, start, init, changes, foreign, frames: they boot little or nothing
+values and files  shape, start, words, init, changes, foreign, frames: they boot little or nothing
 a run             boot, run, identity, limits, terminal, placement: what caller and command see
 its end           end, kills, faults, areas, mconsole: signals, limits, bugs; nothing is left
 its disks         disks, layers, bind, private: images, changes files, directories of the host

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """--doctor names the culprit on nodes that are really broken, and a run there says the same."""
 
+import json
 import os
 import pathlib
 import re
@@ -68,7 +69,8 @@ def assert_culprit(node, name, *words, options=(), **more):
 
 def test_a_good_node_is_ok_in_every_line(any_node, kernel, image):
     findings = examine(any_node)
-    assert list(findings) == NEEDS
+    verdicts = [verdict for verdict, _ in findings.values()]
+    assert sorted(findings) == sorted(NEEDS) and verdicts == sorted(verdicts, reverse=True)
     assert {name for name, (verdict, _) in findings.items() if verdict != "ok"} <= {"network", "files"}
 
     version = (
@@ -88,7 +90,7 @@ def test_it_boots_once_if_asked_and_leaves_stdin_alone(any_node):
     findings = read_findings(
         any_node.run("--doctor", "--boot", env={"HOME": None}, input=b"unread\n")
     )
-    assert list(findings) == [*NEEDS, "boot"]
+    assert sorted(findings) == sorted([*NEEDS, "boot"])
     assert findings["boot"][0] == "ok" and re.search(r"\d\.\d s", findings["boot"][1])
 
 
@@ -98,13 +100,33 @@ def test_it_runs_without_image_and_kernel_and_with_all_closed(tmp_path):
     words = [sys.executable, lonely, "--doctor", "--boot"]
     result = subprocess.run(words, cwd=tmp_path, env={"PATH": "/nowhere"}, capture_output=True)
     findings = read_findings(result)
-    assert list(findings) == [*NEEDS, "boot"]
-
-    failed = {name for name, (verdict, _) in findings.items() if verdict == "fail"}
-    assert failed == {"kernel", "image", "agent", "boot"}
+    assert set(list(findings)[:4]) == {"kernel", "image", "agent", "boot"}, "the worst comes first"
+    assert sorted(findings) == sorted([*NEEDS, "boot"])
+    assert [verdict for verdict, _ in findings.values()].count("fail") == 4
 
     closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "-"]
     assert subprocess.run(closed + words, cwd=tmp_path, env={}).returncode == 125
+
+
+@pytest.mark.own_kernel
+def test_json_has_the_same_in_one_line(node):
+    result = node.run("--doctor", "--json", "--mem", "64000G")
+    assert (result.returncode, result.stderr, result.stdout.count(b"\n")) == (125, b"", 1)
+    told = json.loads(result.stdout)
+    assert told["verdict"] == "fail" and told["node"] == os.uname().nodename
+    shown = read_findings(node.run("--doctor", "--mem", "64000G"))
+    assert [finding["need"] for finding in told["findings"]] == list(shown)
+    assert all(finding["what"] in shown[finding["need"]][1] for finding in told["findings"][:2])
+
+
+@pytest.mark.own_kernel
+def test_a_terminal_has_colours_unless_they_are_not_wanted(node):
+    for wanted, line in ((None, b"\33[32mok   \33[0m python"), ("1", b"ok    python ")):
+        keyboard, tty = os.openpty()
+        node.run("--doctor", stdout=tty, env={"TERM": "xterm", "NO_COLOR": wanted})
+        assert line in os.read(keyboard, 65536)
+        os.close(tty)
+        os.close(keyboard)
 
 
 @pytest.mark.own_kernel
@@ -252,6 +274,14 @@ def test_ptrace_forbidden_by_a_seccomp_filter_is_named(any_node, kernel, action)
     if has_seccomp_mode and action == "00050001":
         assert examine(any_node, **more)["ptrace"][0] == "ok"
         assert any_node.run("true", **more).returncode == 0
+
+
+@pytest.mark.own_kernel
+def test_a_node_that_forbids_ptrace_and_seccomp_is_told_of_both(node):
+    """The filter also refuses seccomp(2) and prctl(PR_SET_SECCOMP)."""
+    both = "(0x15, 4, 0, 101), (0x15, 3, 0, 317), (0x15, 0, 3, 157), (0x20, 0, 0, 16), (0x15, 0, 1, 22)"
+    wrap = (sys.executable, "-c", DENY.replace("(0x15, 0, 1, 101)", both), "00050001")
+    assert_culprit(node, "ptrace", "ptrace and seccomp are both forbidden by a seccomp filter", wrap=wrap)
 
 
 def test_ptrace_forbidden_by_yama_is_named(monkeypatch):

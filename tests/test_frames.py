@@ -82,7 +82,7 @@ class Guest:
             apppot_start.Machine(1, from_guest, to_guest, console, -1, report, directories, place),
             make_spec(saved_changes=str(directory / "saved") if saves else None),
             apppot_start.Stdio(kinds, terminal, False),
-            apppot_start.Reporter(terminal, False, 0),
+            apppot_start.Reporter(terminal, False, True, 0),
         )
         self.conversation = self.session._conversation
         self._ours += [self.conversation.channel.wakeup, self.conversation.channel.to_wakeup]
@@ -222,6 +222,7 @@ MISFITS = {
     "screen without terminal": UP + encode_frame(SCREEN, b"x"),
     "stopped without terminal": UP + encode_frame(STOPPED, b"\x13"),
     "saving nothing": UP + encode_frame(SAVING),
+    "progress that nobody asked for": UP + encode_frame(apppot_start.PROGRESS, bytes(33)),
     "stdin closed twice": UP + 2 * encode_frame(STDIN_CLOSED),
     "terminated before the start": MAGIC + HELLO_FRAME + encode_frame(TERMINATE),
     "credit too short": UP + encode_frame(CREDIT, b""),

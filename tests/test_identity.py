@@ -296,7 +296,8 @@ def test_the_guest_is_told_of_the_node_s_files_byte_by_byte(hosts, resolver, zon
         b"x", apppot_start.select_hosts(hosts), apppot_start.select_resolver(resolver, "n"), zone
     )
     node = make_job(node=view).node
-    assert (node.host_names, node.hosts, node.resolver, node.zone, node.zone_name) == tuple(view)
+    names = ("host_names", "hosts", "resolver", "zone", "zone_name", "certificates")
+    assert tuple(getattr(node, name) for name in names) == tuple(view)
 
 
 @needs_root
@@ -484,6 +485,40 @@ def test_configuration_of_the_host_s_clients_does_not_go_in_unless_it_is_named()
     assert apppot_start.select_environment(site, ["SLURM_CONF"], True) == {
         b"SLURM_CONF": b"/etc/slurm.conf"
     }
+
+
+def test_a_proxy_on_the_loopback_of_the_node_is_at_the_gateway_of_the_guest():
+    given = {
+        b"http_proxy": b"http://me:pw@localhost:3128/", b"HTTPS_PROXY": b"127.0.0.1:3128",
+        b"all_proxy": b"socks5://[::1]:1", b"ftp_proxy": b"http://localhost.example:1",
+        b"no_proxy": b"localhost,127.0.0.1", b"HOME": b"localhost",
+    }
+    assert apppot_start.redirect_proxies(given, "10.0.2.2") == {
+        b"http_proxy": b"http://me:pw@10.0.2.2:3128/", b"HTTPS_PROXY": b"10.0.2.2:3128",
+        b"all_proxy": b"socks5://10.0.2.2:1",
+    }
+
+
+CERTIFICATE = "-----BEGIN CERTIFICATE-----\nb3Vy\nb3du\n-----END CERTIFICATE-----\n"
+
+
+def test_proxies_and_certificates_of_the_node_reach_the_command_and_sudo(any_node):
+    (any_node.root / "site.pem").write_text("# Our Own CA\n" + CERTIFICATE)
+    node = {"http_proxy": "http://proxy:3128", "NO_PROXY": "x", "SSL_CERT_FILE": str(any_node.root / "site.pem")}
+    script = """
+        show() { echo $http_proxy $NO_PROXY $(grep -c BEGIN $SSL_CERT_FILE) $(tail -n 3 $SSL_CERT_FILE); }
+        show
+        export -f show
+        sudo bash -c "$(declare -f show); show"
+        apt-config dump Acquire::https::CaInfo
+        tail -n 1 /etc/ssl/certs/ca-certificates.crt"""
+    lines = run_guest(any_node, script, env=node).splitlines()
+    shown = f"http://proxy:3128 x [0-9]{{3}} {' '.join(CERTIFICATE.splitlines()[1:])}"
+    assert re.fullmatch(shown, lines[0]) and lines[1] == lines[0]
+    assert lines[2].endswith('/ca-certificates.crt";') and "b3du" not in lines[3]
+
+    clean = run_guest(any_node, "env | grep -c -E 'proxy|PROXY|SSL|APT'; true", "--clean-env", env=node)
+    assert clean == "0\n"
 
 
 # --- ~/job ----------------------------------------------------------------------------------------

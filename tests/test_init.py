@@ -31,7 +31,7 @@ GUEST = apppot_start.Guest(
 SPEC = apppot_start.RunSpec(
     job=JOB, guest=GUEST, vmm=apppot_start.Uml("/k", apppot_start.Features(), False, ()),
     carrier=apppot_start.Carrier(), ancestor=None, timeout_s=None, boot_timeout_s=60,
-    kill_after_s=1, verbose=False, notes=(), in_job=False, limit_mib=None,
+    kill_after_s=1, verbose=False, quiet=False, notes=(), in_job=False, limit_mib=None,
 )
 
 
@@ -54,7 +54,7 @@ ACCOUNT = make_account()
 
 def make_job(stdio=b"npp", **changes):
     stdio = apppot_start.Stdio(stdio, None, False)
-    return apppot_init.parse_job(apppot_start.build_job(make_spec(**changes), stdio, None))
+    return apppot_init.parse_job(apppot_start.build_job(make_spec(**changes), stdio, None, False))
 
 
 # --- The job --------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_a_terminal_is_told_with_its_modes_and_size():
     terminal = apppot_start.Terminal(screen, screen)
     assert apppot_start.decode_modes(terminal.modes) == termios.tcgetattr(screen)
     stdio = apppot_start.Stdio(b"ttt", terminal, True)
-    told = apppot_init.parse_job(apppot_start.build_job(SPEC, stdio, None)).stdio
+    told = apppot_init.parse_job(apppot_start.build_job(SPEC, stdio, None, False)).stdio
     assert (told.modes, told.window, told.foreground) == (terminal.modes, terminal.window, True)
 
     before = termios.tcgetattr(screen)

@@ -197,14 +197,17 @@ def test_an_example_of_the_readme_works_after_make_demo(lines, clone):
 
     (clone / "data/genomes/one").write_text("gattaca\n")
     (clone / "home/settings/colour").write_text("blue\n")
-    (clone / "analyse").write_text(f"#!/bin/sh\ncat {clone}/data/genomes/one /etc/mytool/colour\n")
+    settings = "/etc/mytool/colour" if "mytool" in lines else ""
+    (clone / "analyse").write_text(f"#!/bin/sh\ncat {clone}/data/genomes/one {settings}\n")
     (clone / "analyse").chmod(0o755)
     network = {"APPPOT_CHANGES": str(make_repository(clone))} if "apt-get install" in lines else {}
     shown = run_example(lines, clone, **network)
     if "import numpy" in lines:
         assert shown.endswith(f"\n{VERSION}\n")
-    if "./analyse" in lines:
+    if "mytool" in lines:
         assert shown.endswith("gattaca\nblue\n")
+    if "v1.tar.gz" in lines:
+        assert shown == "gattaca\n2\n"
 
 
 def test_without_a_command_a_reader_has_a_shell(clone):

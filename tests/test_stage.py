@@ -227,3 +227,42 @@ def test_a_kernel_that_cannot_make_the_disk_larger_is_told(node, kernel):
     result = node.run("--disk", "40G", "true")
     assert result.returncode == 125
     assert_error(result, "device mapper", node.root / "linux")
+
+
+# --- A site ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(bundle, tmp_path_factory):
+    """What `make install` puts below PREFIX; it has the files of the bundle."""
+    place = tmp_path_factory.mktemp("site")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    environment.pop("APPPOT_KERNEL", None)
+    words = ["make", "-C", TOP, "--no-print-directory", "install", f"DESTDIR={place}", "PREFIX=/opt"]
+    subprocess.run(words, check=True, capture_output=True, env=environment)
+    return place / "opt"
+
+
+def run_installed(site, *words, **options):
+    result = subprocess.run(
+        [site / "bin" / words[0], *words[1:]], capture_output=True, stdin=subprocess.DEVNULL, timeout=90, **options
+    )
+    assert (result.returncode, result.stderr) == (0, b""), result
+    return result.stdout.decode()
+
+
+def test_an_installed_apppot_finds_its_files_and_has_a_man_page(site, tmp_path):
+    assert run_installed(site, "apppot", "sh", "-c", "echo $((6*7)) $PWD", cwd=tmp_path) == f"42 {tmp_path}\n"
+    page = (site / "share/man/man1/apppot.1").read_text().replace("\\-", "-")
+    for action in apppot_start.build_parser()._actions:
+        assert all(option in page for option in action.option_strings)
+
+
+def test_a_job_script_of_the_original_runs_by_its_name_with_all_its_options(site, tmp_path):
+    """Those of AppPot 0.27. What such a job writes outside of its directory is in the COW file."""
+    files = site / "lib/apppot"
+    line = ["apppot-start", "--apppot", f"own.cow,{files / 'apppot.img'}", "--mem", "256M", "--id", "one", "--umid",
+            "two", "--extra", "quiet", "-X", "nosmp", "--uml", files / "linux", "--linux", files / "linux"]
+    assert run_installed(site, *line, "sh", "-c", "echo kept > ~/kept; echo done", cwd=tmp_path) == "done\n"
+    assert run_installed(site, *line, "sh", "-c", "cat ~/kept", cwd=tmp_path) == "kept\n"
+    assert run_installed(site, "apppot-start", "-V") == f"AppPot {apppot_start.VERSION}\n"

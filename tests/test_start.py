@@ -474,6 +474,9 @@ def bad_images(directory, ext4):
     yield "text", b"hello\n", "no ext4"
     yield "gzipped", gzip.compress(whole), "gzip"
     yield "qcow2", b"QFI\xfb" + bytes(5000), "qcow2"
+    yield "sif", b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\0" + bytes(5000), "Apptainer"
+    yield "tar", bytes(257) + b"ustar" + bytes(5000), "tar archive"
+    yield "lz4", b"\x04\x22\x4d\x18" + bytes(5000), "lz4"
     yield "program", pathlib.Path(sys.executable).resolve().read_bytes()[:5000], "program"
     yield (
         "disk",
@@ -789,7 +792,7 @@ def test_a_cow_file_of_another_base_is_refused(tmp_path, image):
 
 
 def test_help_and_version_and_dry_run(image, kernel):
-    text = run_runner("--help", env={**os.environ, "COLUMNS": "80"}).stdout.decode()
+    text = run_runner("--help", "all", env={**os.environ, "COLUMNS": "80"}).stdout.decode()
     for action in apppot_start.build_parser()._actions:
         assert all(option in text for option in action.option_strings)
     assert all(

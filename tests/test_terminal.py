@@ -11,11 +11,12 @@ import shlex
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import time
 
 import pytest
-from nodes import DEADLINE_S, wait_for
+from nodes import DEADLINE_S, wait_for, writable_copy
 
 NONCE = os.urandom(8).hex()
 
@@ -426,7 +427,8 @@ def test_an_interactive_shell_says_what_stays_and_what_goes(shell, words):
     shell.type(command_line(shell.node, "--net", "none", *words) + "\n")
 
     begin = shell.expect(
-        rf"apppot: what you write in {job} stays; all else, in HOME too, is gone at the end [^\n]*\n"
+        rf"apppot: a shell in \S+, `exit` leaves it; "
+        rf"what you write in {job} stays; all else, in HOME too, is gone at the end [^\n]*\n"
     )
     assert (
         b"--bind" in begin.group()
@@ -466,9 +468,69 @@ def test_a_shell_says_that_its_home_stays_with_bind(shell):
     )
     shell.type(line + "\n")
     shell.expect(
-        rf"apppot: what you write in {re.escape(str(home))} stays; all else is gone at the end "
+        rf"apppot: a shell in \S+, `exit` leaves it; "
+        rf"what you write in {re.escape(str(home))} stays; all else is gone at the end "
     )
     shell.expect(r"[$#] ")
 
     shell.type("exit\n")
     shell.expect("host> ")
+
+
+def test_a_shell_by_the_name_of_the_original_writes_into_an_image_of_the_user(node, image):
+    own = writable_copy(node, image)
+    (node.root / "apppot-start").symlink_to("apppot_start.py")
+    words = [sys.executable, node.root / "apppot-start", "--net", "none", "--apppot", own]
+    screen = Screen(node, "sh", "-c", '"$@"; echo "ended with $?"; read line', "-", *words)
+    screen.expect(rf"a shell in own.img, `exit` leaves it; .* goes into the image {re.escape(str(own))}\r\n")
+    screen.expect(r"[$#] ")
+    screen.type("exit\n")
+    screen.expect("ended with 0\r\n")
+    screen.type("\n")
+    screen.process.wait(DEADLINE_S)
+    screen.close()
+
+
+# --- Progress -------------------------------------------------------------------------------------
+
+
+def test_merging_and_saving_show_how_far_they_are_and_leave_one_line(shell):
+    shell.type(command_line(shell.node, "--save-changes", "a.tar.gz", "sh", "-c", "echo 'o''ut'; echo > ~/a") + "\n")
+    shell.expect(r"out\r\n")
+    shell.expect(r"\rapppot: looking for changes a.tar.gz: 0 files\x1b\[K\r")
+    shell.expect(r"\r\x1b\[Kapppot: saved 1 file, 0\.0 MiB to \S+/a.tar.gz\r\n")
+    shell.expect("host> ")
+
+    shell.type(command_line(shell.node, "--changes", "a.tar.gz", "sh", "-c", "echo 'o''ut'") + "\n")
+    shell.expect(r"\rapppot: merging a.tar.gz: 0 of \d+ files, 0.0 of 0.\d MiB\x1b\[K\r\x1b\[Kout\r\n")
+    shell.expect("host> ")
+
+    words = ["--changes", "a.tar.gz", "--save-changes", "b.tar.gz", "echo", "out"]
+    for line in (command_line(shell.node, "-q", *words), command_line(shell.node, *words) + " 2>&1 | cat"):
+        shell.type(line + "\n")
+        assert b"apppot: " not in shell.expect(r"\rout\r\n(?s:.*)host> ").group()
+
+
+BIG = "dd if=/dev/urandom of=$HOME/big bs=1M count=128 2> /dev/null"
+
+
+def test_ctrl_c_while_saving_ends_the_run_at_once_and_says_what_is_lost(shell):
+    shell.type(command_line(shell.node, "--save-changes", "a.tar.gz", "sh", "-c", BIG) + "\n")
+    shell.expect(r"\rapppot: saving a.tar.gz: ")
+    shell.type(b"\3")
+    shell.expect(r"\r\x1b\[Kapppot: interrupted: .* its changes are lost; \S+/a.tar.gz was not made\r\n")
+    shell.expect("host> ")
+    shell.type("echo $?\n")
+    shell.expect(r"\r130\r\n")
+
+
+def test_ctrl_c_while_merging_ends_the_run_before_the_command(shell):
+    made = shell.node.run("--save-changes", "a.tar.gz", "sh", "-c", BIG)
+    assert (made.returncode, made.stderr) == (0, b"")
+    shell.type(command_line(shell.node, "--changes", "a.tar.gz", "echo", "out") + "\n")
+    shell.expect(r"\rapppot: merging a.tar.gz: ")
+    shell.type(b"\3")
+    shell.expect(r"\r\x1b\[Kapppot: interrupted before the command started: nothing was changed\r\n")
+    shell.expect("host> ")
+    shell.type("echo $?\n")
+    shell.expect(r"\r130\r\n")
