@@ -18,7 +18,7 @@ import pytest
 TOP = pathlib.Path(__file__).resolve().parent.parent
 UNPRIVILEGED = 65534  # nobody
 # A boot takes 2 s; the rest is for a machine that does much else.
-DEADLINE_S = float(os.environ.get("APPPOT_TEST_DEADLINE", "180"))
+DEADLINE_S = float(os.environ.get("APPPOT_TEST_DEADLINE", "90"))
 
 STAND_IN = TOP / "tests" / "empty.py"
 EMPTY = pathlib.Path(
