@@ -279,8 +279,7 @@ class Node:
             options["stdin"] = subprocess.PIPE
 
         process = self.start(*words, **options)
-        stdout, stderr = process.communicate(input, timeout=DEADLINE_S)
-        return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+        return subprocess.CompletedProcess(words, *self.finish(process, input))
 
     def start_ready(self, script, *options, **more):
         """Start a shell script in the guest and return when it has said `ready`."""
@@ -288,8 +287,10 @@ class Node:
         assert process.stdout.readline() == b"ready\n", process.stderr.read()
         return process
 
-    def finish(self, process):
-        stdout, stderr = process.communicate(timeout=DEADLINE_S)
+    def finish(self, process, input=None):
+        stdout, stderr = process.communicate(input, timeout=DEADLINE_S)
+        if stderr:  # pytest shows it of a test that failed
+            print(process.returncode, stderr[-2000:].decode(errors="replace"))
         return process.returncode, stdout, stderr
 
     # --- What they leave --------------------------------------------------------------------------

@@ -41,7 +41,9 @@ def test_a_bound_directory_is_the_host_s(any_node):
         f"stat -c %u {here}/d"
     )
     result = any_node.run("--bind", str(here), "sh", "-c", script)
-    assert (result.returncode, result.stdout.decode()) == (0, f"{NONCE}{any_node.uid}\n")
+    assert (result.returncode, result.stdout.decode(), result.stderr) == (
+        0, f"{NONCE}{any_node.uid}\n", b"",
+    )
     assert (here / "d" / "new").read_text() == "new\n" and (
         here / "d"
     ).stat().st_uid == any_node.uid
