@@ -409,9 +409,38 @@ export BOOTSTRAP COMPOSE RECORD BUILD_KERNEL
 # Functions for the recipes that fill the cache. A lock allows one build of a kind at a time. Files in $$tmp when the lock
 # is taken are those of a build that was killed.
 
-define WITH_CACHE
+define WITH_WORDS
 say() { echo "make: $$*"; }
 die() { echo "make: error: $$1" >&2; echo "make: hint: $$2" >&2; exit 1; }
+mib() { du -cm "$$@" 2> /dev/null | tail -n 1 | cut -f 1; }
+
+# The tools say it late, some of a wrong cause, and others remove what they wrote before anybody can look.
+need_room() {
+    local free
+    free=$$(df -m --output=avail "$$1" | tail -n 1)
+    [ "$$free" -ge "$$2" ] || die "no space for $@: $$1 has $$((free)) MiB left, and it takes $$2" "$$3"
+}
+
+# On a terminal, a line says twice a second how far the work is: $$1 and what the code $$2 prints. It goes at the end.
+start_progress() {
+    [ -t 2 ] && [ "$${TERM:-dumb}" != dumb ] || return 0
+    while sleep 0.5 && kill -0 $$$$ 2> /dev/null; do
+        printf '\rmake: %s: %s\033[K' "$$1" "$$(eval "$$2" 2> /dev/null || true)"
+    done >&2 &
+    progress=$$!
+}
+
+end_progress() {
+    [ -n "$${progress:-}" ] || return 0
+    kill "$$progress" 2> /dev/null || true
+    wait "$$progress" 2> /dev/null || true
+    progress=
+    printf '\r\033[K' >&2
+}
+endef
+
+define WITH_CACHE
+$(WITH_WORDS)
 
 enter_cache() {
     mkdir -p "$(CACHE)" $(@D)
@@ -430,6 +459,7 @@ enter_cache() {
 
 leave_cache() {
     trap '' HUP INT TERM
+    end_progress
     # A process that has just started may not lead its process group yet.
     [ "$${!-}" = "$$ended" ] || kill "$$!" 2> /dev/null || true
     end_group
@@ -517,6 +547,7 @@ check_packages() {
 
 # Copies a file of the cache to the target. The cache keeps the few files that were used last.
 deliver() {
+    need_room $(@D) "$$(mib "$$1")" "another IMAGE, or remove what you do not need"
     cp --reflink=auto --sparse=always --preserve=mode,timestamps "$$1" $@.new
     echo "$$2" > $@.key.new
     mv $@.new $@
@@ -559,6 +590,8 @@ $(IMAGE): FORCE deps-demo
 	        "run 'sudo make $(MAKECMDGOALS)', or add ranges for $$(id -un) to /etc/subuid and /etc/subgid (man subuid)"
 	}
 	if [ ! -e "$$rootfs" ] && [ ! -e "$$image" ]; then
+	    need_room "$${TMPDIR:-/tmp}" 600 "another TMPDIR, or remove what you do not need"
+	    need_room "$$cache" 300 "another CACHE, or remove what you do not need"
 	    read_lists "$(SUITE)" SUITE
 	    check_packages $(IN_IMAGE) $(PACKAGES)
 	    say "Debian $(SUITE): download and install, a few minutes"
@@ -568,9 +601,12 @@ $(IMAGE): FORCE deps-demo
 	    mv "$$tmp/rootfs.tar" "$$rootfs"
 	fi
 	if [ ! -e "$$image" ]; then
+	    need_room "$$cache" $$((3 * $$(mib "$$rootfs"))) "another CACHE, or remove what you do not need"
 	    say "file system of $(IMAGE_SIZE) with the agent"
+	    start_progress "files, then the file system" 'echo "$$(mib "$$tmp"/{root,image}) of about $$((5 * $$(mib "$$rootfs") / 2)) MiB"'
 	    run $(AS_ROOT) bash -euo pipefail -c "$$COMPOSE"
 	    run bash -euo pipefail -c "$$RECORD"
+	    end_progress
 	    mv "$$tmp/image" "$$image"
 	fi
 	touch -c -a "$$rootfs"
@@ -581,7 +617,10 @@ $(IMAGE): FORCE deps-demo
 # directories, which would then count as changed.
 stage: image $(if $(filter $(DEBIAN_KERNEL),$(JOB_KERNEL)),deps-demo,kernel)
 	@umask 022
+	$(WITH_WORDS)
+	trap end_progress EXIT
 	stage=build/stage
+	start_progress "checking $(IMAGE)" 'echo "$$(mib $(IMAGE)) MiB"'
 	e2fsck -fn $(IMAGE) > build/e2fsck.log 2>&1 || {
 	    cat build/e2fsck.log
 	    echo "make: error: the image is damaged: $(IMAGE)" >&2
@@ -591,7 +630,11 @@ stage: image $(if $(filter $(DEBIAN_KERNEL),$(JOB_KERNEL)),deps-demo,kernel)
 	key=$$(cat apppot_start.py $(IMAGE).key; stat -L -c '%Y %s' $(IMAGE) $(JOB_KERNEL))
 	[ "$$key" != "$$(cat $$stage.key 2> /dev/null)" ] || { echo "make: $$stage is up to date"; exit; }
 	rm -rf $$stage $$stage.new $$stage.key
+	need_room build $$((2 * $$(mib $(IMAGE) $(JOB_KERNEL)))) "remove what you do not need"
 	mkdir $$stage.new
+	end_progress
+	# The image and, in the tar file, all files once more.
+	start_progress "copying to $$stage" 'echo "$$(mib $$stage.new) of about $$((2 * $$(mib $(IMAGE) $(JOB_KERNEL)))) MiB"'
 	cp --sparse=always $(IMAGE) $$stage.new/apppot.img
 	resize2fs -f -M $$stage.new/apppot.img > build/resize2fs.log 2>&1
 	cp apppot_start.py $$stage.new
@@ -604,6 +647,7 @@ stage: image $(if $(filter $(DEBIAN_KERNEL),$(JOB_KERNEL)),deps-demo,kernel)
 	sha256sum apppot_start.py linux apppot.img $$(find -name '*.ko' -printf '%P ') > SHA256SUMS
 	tar --sparse --owner=0 --group=0 -cf apppot-stage.tar *
 	cd - > /dev/null
+	end_progress
 	mv $$stage.new $$stage
 	echo "$$key" > $$stage.key
 	du -m $$stage/*
@@ -651,12 +695,15 @@ build/linux: FORCE deps-kernel
 	[ -n "$$version" ] || die "no kernel source in Debian's $(KERNEL_SUITE)" "give another KERNEL_SUITE"
 	kernel=$$cache/kernel-$$key-$$version
 	if [ ! -e "$$kernel" ]; then
+	    need_room "$$cache" 2500 "another CACHE, or remove what you do not need"
 	    say "Linux $$version: download and build, 10 minutes; make stage KERNEL=debian takes Debian's at once"
 	    run env -C "$$tmp" "$${own_apt[@]}" apt-get -qq download "$$package=$$version"
 	    run bash -euo pipefail -c 'dpkg-deb --fsys-tarfile "$$1"_*.deb | tar -xO "$$2"' - \
 	        "$$tmp/$$package" "./usr/src/$$package.tar.xz" > "$$tmp/source.tar.xz"
 	    export version source=$$tmp/source.tar.xz
+	    start_progress "compiling" 'echo "$$(find "$$tmp/source" -name "*.o" | wc -l) of about 1400 objects"'
 	    run bash -euo pipefail -c "$$BUILD_KERNEL"
+	    end_progress
 	    mv "$$tmp/kernel" "$$kernel"
 	fi
 	deliver "$$kernel" "$$key"

@@ -937,8 +937,8 @@ def lock_file(descriptor: int, exclusive: bool, what: str, path: str) -> None:
         holder = find_lock_holder(os.fstat(descriptor))
         os.close(descriptor)
         raise Fatal("{} is in use by {}: {}".format(what, holder, path),
-                    "--write and a COW file given by name want it for themselves: wait, or use a copy" if exclusive
-                    else "a run is writing it: wait, or use a copy")
+                    "who writes it wants it alone: wait, or give each run changes of its own, "
+                    "--image COW:IMAGE" if exclusive else "a run is writing it: wait, or use a copy")
 
 
 def find_lock_holder(locked: os.stat_result) -> str:
@@ -8887,13 +8887,9 @@ def find_ignored_signals(parent: int) -> Tuple[int, ...]:
     return tuple(sorted(map(int, ignored)))
 
 
-def is_written_as_then(options: argparse.Namespace, command: Tuple[str, ...]) -> bool:
-    """Whether a shell was asked for by the original's name, which writes into an image of the caller's.
-
-    A job may run at the same time as others, and is therefore never a writer.
-    """
-    name = os.path.basename(sys.argv[0])
-    if name not in ("apppot-start", "apppot-start.sh") or command or not os.isatty(0):
+def is_written_as_then(options: argparse.Namespace) -> bool:
+    """Whether the original's name was used, by which a run writes into an image that its caller may write."""
+    if os.path.basename(sys.argv[0]) not in ("apppot-start", "apppot-start.sh") or options.save_changes:
         return False
     image, cow = find_image(options)
     return cow is None and os.access(image, os.W_OK)
@@ -8914,7 +8910,7 @@ def start(argv: List[str], started: float, parent: int, ignored: Tuple[int, ...]
     if options.doctor or options.boot or options.json:
         return examine(options, command)
 
-    options.write = options.write or is_written_as_then(options, command)
+    options.write = options.write or is_written_as_then(options)
     if options.die_with_parent:
         follow_parent(parent)
     spec = build_spec(options, command, ignored)

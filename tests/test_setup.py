@@ -161,6 +161,14 @@ def test_a_variable_that_cannot_be_is_named_before_anything_is_built(checkout, v
     assert not (checkout.place / "built").exists()
 
 
+@needs_root
+def test_where_there_is_no_space_make_says_so_before_it_downloads(checkout):
+    wrap = mounted(f"mkdir -p {checkout.cache}; mount -t tmpfs -o size=100m tmpfs {checkout.cache}")
+    status, stderr = checkout.run("image", "MIRROR=file:/nowhere", wrap=wrap)
+    said = f"make: error: no space for build/apppot.img: {checkout.cache} has 100 MiB left, and it takes 300\n"
+    assert status == 2 and stderr.startswith(said + "make: hint: another CACHE, or ")
+
+
 # --- Ends -----------------------------------------------------------------------------------------
 
 

@@ -72,6 +72,21 @@ def test_the_kernel_is_static_and_was_built_nowhere_in_particular(bundle):
     assert b"(apppot@apppot)" in (bundle / "linux").read_bytes()
 
 
+def test_on_a_terminal_make_shows_how_far_it_is_and_wipes_that(tmp_path):
+    (tmp_path / "build").mkdir()
+    names = ("Makefile", "apppot_start.py", "apppot_init.py", "changes.py", ".kernel", "build/apppot.img",
+             "build/apppot.img.key", "build/linux", "build/linux.key")
+    for name in names:
+        subprocess.run(["cp", "-a", "--sparse=always", TOP / name, tmp_path / name], check=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    environment.update(TERM="xterm")
+    environment.pop("APPPOT_KERNEL", None)
+    words = ["script", "-qec", "make stage", "/dev/null"]
+    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert re.search(rb"\rmake: copying to build/stage: \d+ of about \d+ MiB\x1b\[K", result.stdout)
+    assert b"make: " not in result.stdout.rpartition(b"\r\x1b[K")[2]
+
+
 # --- Nodes with nothing on them -------------------------------------------------------------------
 
 
@@ -259,10 +274,16 @@ def test_an_installed_apppot_finds_its_files_and_has_a_man_page(site, tmp_path):
 
 
 def test_a_job_script_of_the_original_runs_by_its_name_with_all_its_options(site, tmp_path):
-    """Those of AppPot 0.27. What such a job writes outside of its directory is in the COW file."""
+    """Those of AppPot 0.27. What such a job writes outside of its directory is in the COW file or the image."""
     files = site / "lib/apppot"
     line = ["apppot-start", "--apppot", f"own.cow,{files / 'apppot.img'}", "--mem", "256M", "--id", "one", "--umid",
             "two", "--extra", "quiet", "-X", "nosmp", "--uml", files / "linux", "--linux", files / "linux"]
     assert run_installed(site, *line, "sh", "-c", "echo kept > ~/kept; echo done", cwd=tmp_path) == "done\n"
     assert run_installed(site, *line, "sh", "-c", "cat ~/kept", cwd=tmp_path) == "kept\n"
+
+    subprocess.run(["cp", "--sparse=always", files / "apppot.img", tmp_path / "own.img"], check=True)
+    line[2] = "own.img"
+    assert run_installed(site, *line, "sh", "-c", "echo in the image > ~/kept", cwd=tmp_path) == ""
+    words = ["apppot", "--image", "own.img", "sh", "-c", "cat ~/kept"]
+    assert run_installed(site, *words, cwd=tmp_path) == "in the image\n"
     assert run_installed(site, "apppot-start", "-V") == f"AppPot {apppot_start.VERSION}\n"
