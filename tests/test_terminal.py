@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command's terminal, seen from the caller's: a pseudo-terminal and a shell of the host."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -16,7 +17,7 @@ import termios
 import time
 
 import pytest
-from nodes import DEADLINE_S, wait_for, writable_copy
+from nodes import DEADLINE_S, TOP, UNPRIVILEGED, make_node, needs_root, wait_for, writable_copy
 
 NONCE = os.urandom(8).hex()
 
@@ -489,6 +490,29 @@ def test_a_shell_by_the_name_of_the_original_writes_into_an_image_of_the_user(no
     screen.type("\n")
     screen.process.wait(DEADLINE_S)
     screen.close()
+
+
+@needs_root
+def test_the_cycle_of_the_readme_goes_from_a_shell_of_one_user_to_a_job_of_another_elsewhere(node, kernel, image):
+    """The other has the image and the changes file, and makes the next version."""
+    text = (TOP / "README.md").read_text()
+    lines = re.findall(r"^    (python3 .*changes v[12]\S*.*?)(?:  +#.*)?$", text, re.MULTILINE)
+    first, *others = [shlex.split(line)[2:] for line in lines]
+    with contextlib.contextmanager(make_node)(kernel, image, UNPRIVILEGED) as there:
+        screen = Screen(node, *node.argv(*first))
+        screen.expect(r"# ")
+        screen.type("echo 1 > /etc/version; exit\n")
+        screen.expect(r"saved \d+ files?, .*v1.tar.gz")
+        assert screen.process.wait(DEADLINE_S) == 0
+        screen.close()
+
+        (node.job / "v1.tar.gz").rename(there.job / "v1.tar.gz")
+        (there.job / "analyse").write_text("#!/bin/sh\ncat /etc/version\n")
+        (there.job / "analyse").chmod(0o755)
+        said = [there.run(*words) for words in others]
+        assert [(one.returncode, one.stdout, one.stderr) for one in said] == [
+            (0, out, b"") for out in (b"1\n", b"", b"2\n")
+        ]
 
 
 # --- Progress -------------------------------------------------------------------------------------
