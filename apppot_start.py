@@ -7966,6 +7966,7 @@ FOREIGN_OPTIONS = {
     "-e": "--env NAME=VALUE sets a variable; --clean-env passes none of yours",
     "--env-file": "--env NAME=VALUE, once for each variable",
     "--unset-env": "--clean-env passes only the variables that --env names",
+    "-b": "--bind SRC:DST",
     "--mount": "--bind SRC:DST, or --bind SRC:DST:ro",
     "--home": "--bind \"$HOME\" shows your HOME",
     "-H": "--bind \"$HOME\" shows your HOME",
@@ -8004,6 +8005,8 @@ FOREIGN_OPTIONS = {
     "--gpus": "leave it out: the guest has no GPU of the node",
     "--nv": "leave it out: the guest has no GPU of the node",
     "--rocm": "leave it out: the guest has no GPU of the node",
+    "--device": "leave it out: the guest has no devices of the node",
+    "--security-opt": "leave it out: a run has no more rights than you have",
     "--hostname": "leave it out: each run has a host name of its own",
     "--dns": "leave it out: names come from the node's name server",
     "--add-host": "with --root the command can write /etc/hosts; it has the names of the node's",
@@ -8039,11 +8042,21 @@ def explain_unknown_option(word: str, known: Iterable[str]) -> Fatal:
 
     hint = "`--help all` lists the options"
     options = {spell(option): option for option in (*FOREIGN_OPTIONS, *known) if option[2:]}
-    near = difflib.get_close_matches(spell(name), options, 1, 0.6) if name[2:] else []
+    near = [spelled for spelled in options if name[3:] and spelled.startswith(spell(name))]
+    if len(near) != 1:
+        near = difflib.get_close_matches(spell(name), options, 1, 0.6) if name[2:] else []
     if not near:
         return Fatal(what, hint)
     option = options[near[0]]
     return Fatal(what, "did you mean {}? {}".format(option, FOREIGN_OPTIONS.get(option, hint)))
+
+
+def parse_network(text: str) -> str:
+    if text not in ("auto", SLIRP4NETNS, SLIRP, "none"):
+        raise Fatal("--net cannot be {!r}".format(text),
+                    "auto, the default, reaches what the node reaches, which is itself 10.0.2.2; "
+                    "slirp4netns and slirp insist on one; none leaves no way out")
+    return text
 
 
 def check_command(command: Sequence[str]) -> None:
@@ -8279,7 +8292,7 @@ def add_command_options(add: Callable[..., Any]) -> None:
 
 
 def add_network_options(add: Callable[..., Any]) -> None:
-    add("--net", "--network", default="auto", metavar="HOW", choices=("auto", SLIRP4NETNS, SLIRP, "none"),
+    add("--net", "--network", default="auto", metavar="HOW", type=parse_network,
         help="Connect the guest by this helper program, with the rights of the caller. auto "
              "(default) takes slirp4netns, else slirp, else none. With none the guest has no way "
              "out.")
