@@ -3032,6 +3032,7 @@ class Queue:
         self._used_index = 0
         self._call = -1              # descriptor: tells the guest that chains were given back
         self.next = 0                # index of the next chain in the available ring
+        self.untold = 0              # chains that were given back since the guest was told last
 
     def resize(self, size: int) -> None:
         if not 0 < size <= QUEUE_MAX or size & (size - 1):
@@ -3114,9 +3115,15 @@ class Queue:
         USED.pack_into(self._used, slot, chain.head, written)
         self._used_index = (self._used_index + 1) & 0xFFFF
         self._answered[INDEX] = self._used_index
+        self.untold += 1
+
+    def is_many(self, count: int) -> bool:
+        """Whether so many chains leave the guest little room for more."""
+        return count >= self._size // 4
 
     def notify(self) -> None:
         """Tell the guest that chains were given back, if it wants to know."""
+        self.untold = 0
         if self._call < 0:
             return
         self._order()
@@ -4389,10 +4396,10 @@ class FuseServer:
         """A kernel with so many bytes of memory has no room for more nodes."""
         self._files.nodes_max = max(NODES_MIN, memory // NODE_MEMORY)
 
-    def serve(self, queue: Queue) -> None:
-        """Answer the requests that wait in a queue, up to a limit."""
+    def serve(self, queue: Queue) -> int:
+        """Answer the requests that wait in a queue, up to a limit. Return how many there were."""
         self._queue = queue
-        count = 0
+        count = answers = 0
         while count < ROUND and queue.has_chain():
             count += 1
             request = decode_request(queue.take())
@@ -4405,9 +4412,11 @@ class FuseServer:
             payload, error = attempt(partial(operation, request))
             if payload is not None:
                 queue.give_back(request.chain, encode_answer(request, payload, error))
+            answers += 1
 
-        if count:
+        if answers or count and queue.is_many(queue.untold):   # nobody waits for the end of a FORGET
             queue.notify()
+        return count
 
     def _answer_later(self, request: Request, work: Callable[[], bytes]) -> None:
         """Work in a thread, so that other requests do not wait."""
@@ -4493,6 +4502,7 @@ DEVICE_FEATURES = 1 << 32 | 1 << 30 | 1 << 28
 PROTOCOL_FEATURES = 1 << 0 | 1 << 5 | 1 << 9
 NO_DESCRIPTOR = 1 << 8               # flag of SET_VRING_KICK and SET_VRING_CALL
 WORD, PAIR, CONFIG_HEAD = struct.Struct("<Q"), struct.Struct("<II"), struct.Struct("<III")
+FORGETS_MS = 50                      # after a request, until kicks of the other queue are wanted again
 LOOK_S = 50e-6                       # for the next request, before the server sleeps
 MEMORY_REGION, RING_ADDRESSES = struct.Struct("<QQQQ"), struct.Struct("<IIQQQQ")
 
@@ -4507,6 +4517,8 @@ class Device:
         self._queues = [Queue(self._memory) for _ in range(QUEUES)]
         self._kicks: Dict[int, Queue] = {}
         self._poll = select.poll()
+        self._forgets, self._requests = self._queues
+        self._looks_for_forgets = False
         self._has_spare_cpu = len(os.sched_getaffinity(0)) > 1
         self._handlers: Dict[int, Callable[[bytes, List[int]], Optional[bytes]]] = {
             1: lambda body, fds: WORD.pack(DEVICE_FEATURES),
@@ -4529,7 +4541,10 @@ class Device:
         for descriptor in (self._connection.fileno(), wakeup):
             self._poll.register(descriptor, select.POLLIN)
         while True:
-            for descriptor, _ in self._poll.poll():
+            events = self._poll.poll(FORGETS_MS if self._looks_for_forgets else None)
+            if not events:
+                self._take_forgets(wants_kicks=True)
+            for descriptor, _ in events:
                 if descriptor == wakeup:
                     self._server.finish()
                 elif descriptor in self._kicks:
@@ -4546,8 +4561,17 @@ class Device:
         self._server.serve(queue)
         if self._has_spare_cpu:
             self._look_for_more(queue)
+        if queue is self._requests:
+            self._take_forgets(wants_kicks=False)
         if queue.has_chain():
             os.write(descriptor, WORD.pack(1))
+
+    def _take_forgets(self, wants_kicks: bool) -> None:
+        """A FORGET follows most requests. It is taken with the next one, or a moment later, without a kick."""
+        count = self._server.serve(self._forgets)
+        self._looks_for_forgets = not wants_kicks and not self._forgets.is_many(count)
+        self._forgets.want_kicks(not self._looks_for_forgets)
+        self._server.serve(self._forgets)
 
     def _look_for_more(self, queue: Queue) -> None:
         """A program makes many requests in a row, and to sleep and wake takes as long as to answer one."""

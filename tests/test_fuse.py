@@ -139,6 +139,21 @@ def test_a_fifo_is_not_opened(place):
     assert guest.ask(OPEN, fifo, struct.pack("<II", os.O_RDONLY, 0))[0]
 
 
+def test_nobody_is_told_of_the_end_of_a_forget_until_there_are_many(place):
+    guest = make_guest(place)
+    file = guest.look_up(1, b"job", b"file")
+    told, call = os.pipe()
+    os.set_blocking(told, False)
+    guest.queue.replace_call(call)
+    for _ in range(15):
+        guest.ask(2, file, struct.pack("<Q", 0))
+    with pytest.raises(BlockingIOError):
+        os.read(told, 8)
+    guest.ask(2, file, struct.pack("<Q", 0))
+    assert os.read(told, 8)
+    os.close(told)
+
+
 def test_a_directory_that_becomes_a_link_is_no_way_out(place):
     guest = make_guest(place)
     below = guest.look_up(1, b"job", b"below")
