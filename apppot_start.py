@@ -3991,11 +3991,26 @@ class ContentOperations:
     def list(self) -> Dict[int, Operation]:
         return {14: self.open, 15: self.read, 16: self.write, 18: self.release, 20: self.fsync,
                 27: self.opendir, 28: self.readdir, 29: self.release, 30: self.fsyncdir,
-                43: self.fallocate, 46: self.lseek, 47: self.copy}
+                43: self.fallocate, 46: self.lseek, 47: self.copy, LOOKUP_OPEN: self.look_up_and_open}
 
     def open(self, request: Request) -> bytes:
         flags, _ = request.unpack(OPEN_IN)
-        node = self._files.find(request.node)
+        return self._open(self._files.find(request.node), flags)
+
+    def look_up_and_open(self, request: Request) -> bytes:
+        """A request of .kernel/16-fuse-lookup-open.patch. To open what is no regular file may take for ever."""
+        (flags, _), (name,) = request.unpack_names(OPEN_IN, 1)
+        node, status = self._files.look_up(self._files.find(request.node), name)
+        try:
+            if not stat.S_ISREG(status.st_mode):
+                raise failure(errno.EOPNOTSUPP)
+            opened = self._open(node, flags)
+        except OSError:
+            self._files.forget(node.number, 1)
+            raise
+        return self._files.attributes.encode_entry(node, status) + opened
+
+    def _open(self, node: Node, flags: int) -> bytes:
         if flags & (WRITES | os.O_TRUNC):
             self._files.check_writable(node)
         flags &= PASSED_FLAGS & ~os.O_EXCL
@@ -4359,7 +4374,7 @@ FUSE_FLAGS = sum(1 << bit for bit in (
     30,                              # INIT_EXT
     36))                             # DIRECT_IO_ALLOW_MMAP
 DIRECT_IO_ALLOW_MMAP = 1 << 36
-FORGET, BATCH_FORGET, INIT, DESTROY, SYNCFS, IOCTL = 2, 42, 26, 38, 50, 39
+FORGET, BATCH_FORGET, INIT, DESTROY, SYNCFS, LOOKUP_OPEN = 2, 42, 26, 38, 50, 8192
 FORGET_ONE, FORGET_MANY = struct.Struct("<QQ"), struct.Struct("<I4x")
 ROUND = 256                          # requests until the server looks at other things
 
@@ -4374,13 +4389,13 @@ class FuseServer:
         self._contents = ContentOperations(self._files, self._answer_later)
         self._locks = LockOperations(self._files, self._answer_later, tell_waiting)
         self._root = RootOperations(self._files, self._locks)
-        self._of_root = dict(self._root.list())
+        self._of_root = {**self._root.list(), LOOKUP_OPEN: refuse_in_root}
         self._of_files: Dict[int, Operation] = {}
         for operations in (self._names.list(), AttributeOperations(self._files).list(),
                            self._contents.list(), self._locks.list()):
             self._of_files.update(operations)
         for known in (self._of_root, self._of_files):
-            known.update({INIT: self._initialise, DESTROY: ignore, SYNCFS: ignore, IOCTL: refuse_ioctl})
+            known.update({INIT: self._initialise, DESTROY: ignore, SYNCFS: ignore})
 
         self._queue: Optional[Queue] = None       # that the current request came by
         self._done: Deque[Tuple[Queue, Request, Payload, int]] = collections.deque()
@@ -4481,8 +4496,9 @@ def refuse(request: Request) -> bytes:
     raise failure(errno.ENOSYS)
 
 
-def refuse_ioctl(request: Request) -> bytes:
-    raise failure(errno.ENOTTY)
+def refuse_in_root(request: Request) -> bytes:
+    """To refuse it as unknown would turn it off everywhere."""
+    raise failure(errno.EOPNOTSUPP)
 
 
 # --- Virtio-fs: the device ----------------------------------------------------------------------------------

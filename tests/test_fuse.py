@@ -28,8 +28,8 @@ from apppot_start import (
 MEMORY = 1 << 20
 DESCRIPTORS, AVAILABLE, USED, BUFFERS = 0, 4096, 8192, 16384
 LOOKUP, GETATTR, SETATTR, MKDIR, LINK, OPEN, READ, WRITE, RELEASE = 1, 3, 4, 9, 13, 14, 15, 16, 18
-INIT, READDIR, CREATE, RENAME2 = 26, 28, 35, 45
-OPCODES = [*range(1, 54), 4096]
+INIT, READDIR, CREATE, IOCTL, RENAME2, LOOKUP_OPEN = 26, 28, 35, 39, 45, 8192
+OPCODES = [*range(1, 54), 4096, LOOKUP_OPEN]
 HAS_NEXT, WRITABLE = 1, 2
 SECRET = b"nobody sees this"
 
@@ -112,12 +112,12 @@ def seen_outside(place):
 
 
 @pytest.mark.parametrize("name", [b"..", b".", b"", b"below/..", b"/etc/passwd", b"up/secret", b"a\0b"])
-@pytest.mark.parametrize("opcode", [LOOKUP, MKDIR, CREATE, RENAME2])
+@pytest.mark.parametrize("opcode", [LOOKUP, MKDIR, CREATE, RENAME2, LOOKUP_OPEN])
 def test_only_single_names_are_taken(place, name, opcode):
     guest = make_guest(place)
     job = guest.look_up(1, b"job")
     fixed = {LOOKUP: b"", MKDIR: struct.pack("<II", 0o755, 0), CREATE: struct.pack("<IIII", 2, 0o644, 0, 0),
-             RENAME2: struct.pack("<QII", job, 0, 0) + b"file\0"}
+             RENAME2: struct.pack("<QII", job, 0, 0) + b"file\0", LOOKUP_OPEN: bytes(8)}
     error, _ = guest.ask(opcode, job, fixed[opcode] + name + b"\0")
     assert error or name == b"a\0b"
     assert seen_outside(place) == (["secret", "shared"], SECRET)
@@ -137,6 +137,28 @@ def test_a_fifo_is_not_opened(place):
     guest = make_guest(place)
     fifo = guest.look_up(1, b"job", b"fifo")
     assert guest.ask(OPEN, fifo, struct.pack("<II", os.O_RDONLY, 0))[0]
+
+
+def test_a_regular_file_is_looked_up_and_opened_in_one_request(place):
+    guest = make_guest(place)
+    job = guest.look_up(1, b"job")
+    error, payload = guest.ask(LOOKUP_OPEN, job, bytes(8) + b"file\0")
+    node, handle = struct.unpack_from("<Q", payload)[0], struct.unpack_from("<Q", payload, 128)[0]
+    assert (error, node) == (0, guest.look_up(job, b"file"))
+    assert guest.ask(READ, node, struct.pack("<QQIIQII", handle, 0, 100, 0, 0, 0, 0)) == (0, b"0123456789")
+
+    known = guest.server._files.nodes.copy()
+    for name, number in ((b"fifo", errno.EOPNOTSUPP), (b"way", errno.EOPNOTSUPP), (b"below", errno.EOPNOTSUPP),
+                         (b"nothing", errno.ENOENT)):
+        assert guest.ask(LOOKUP_OPEN, job, bytes(8) + name + b"\0")[0] == number
+    assert guest.server._files.nodes == known
+
+
+def test_what_is_unknown_everywhere_is_told_from_what_the_root_lacks(place):
+    """Linux asks never again for what is unknown."""
+    guest = make_guest(place)
+    assert guest.ask(IOCTL, guest.look_up(1, b"job", b"file"), bytes(32))[0] == errno.ENOSYS
+    assert guest.ask(LOOKUP_OPEN, 1, bytes(8) + b"waiting\0")[0] == errno.EOPNOTSUPP
 
 
 def test_nobody_is_told_of_the_end_of_a_forget_until_there_are_many(place):
