@@ -425,7 +425,8 @@ need_room() {
 start_progress() {
     [ -t 2 ] && [ "$${TERM:-dumb}" != dumb ] || return 0
     while sleep 0.5 && kill -0 $$$$ 2> /dev/null; do
-        printf '\rmake: %s: %s\033[K' "$$1" "$$(eval "$$2" 2> /dev/null || true)"
+        # The cursor goes back, so that an error begins a line.
+        printf '\rmake: %s: %s\033[K\r' "$$1" "$$(eval "$$2" 2> /dev/null || true)"
     done >&2 &
     progress=$$!
 }
@@ -547,7 +548,7 @@ check_packages() {
 
 # Copies a file of the cache to the target. The cache keeps the few files that were used last.
 deliver() {
-    need_room $(@D) "$$(mib "$$1")" "another IMAGE, or remove what you do not need"
+    need_room $(@D) "$$(mib "$$1")" "remove what you do not need there"
     cp --reflink=auto --sparse=always --preserve=mode,timestamps "$$1" $@.new
     echo "$$2" > $@.key.new
     mv $@.new $@
@@ -701,7 +702,7 @@ build/linux: FORCE deps-kernel
 	    run bash -euo pipefail -c 'dpkg-deb --fsys-tarfile "$$1"_*.deb | tar -xO "$$2"' - \
 	        "$$tmp/$$package" "./usr/src/$$package.tar.xz" > "$$tmp/source.tar.xz"
 	    export version source=$$tmp/source.tar.xz
-	    start_progress "compiling" 'echo "$$(find "$$tmp/source" -name "*.o" | wc -l) of about 1400 objects"'
+	    start_progress "compiling" 'echo "$$(find "$$tmp/source" -name "*.o" | wc -l) of about 1,300 objects"'
 	    run bash -euo pipefail -c "$$BUILD_KERNEL"
 	    end_progress
 	    mv "$$tmp/kernel" "$$kernel"

@@ -4518,7 +4518,7 @@ DEVICE_FEATURES = 1 << 32 | 1 << 30 | 1 << 28
 PROTOCOL_FEATURES = 1 << 0 | 1 << 5 | 1 << 9
 NO_DESCRIPTOR = 1 << 8               # flag of SET_VRING_KICK and SET_VRING_CALL
 WORD, PAIR, CONFIG_HEAD = struct.Struct("<Q"), struct.Struct("<II"), struct.Struct("<III")
-FORGETS_MS = 50                      # after a request, until kicks of the other queue are wanted again
+FORGETS_MS = 50                      # without a request, until FORGETs are looked for and their end is told
 LOOK_S = 50e-6                       # for the next request, before the server sleeps
 MEMORY_REGION, RING_ADDRESSES = struct.Struct("<QQQQ"), struct.Struct("<IIQQQQ")
 
@@ -4557,9 +4557,11 @@ class Device:
         for descriptor in (self._connection.fileno(), wakeup):
             self._poll.register(descriptor, select.POLLIN)
         while True:
-            events = self._poll.poll(FORGETS_MS if self._looks_for_forgets else None)
+            is_owing = self._looks_for_forgets or self._forgets.untold or self._forgets.has_chain()
+            events = self._poll.poll(FORGETS_MS if is_owing else None)
             if not events:
                 self._take_forgets(wants_kicks=True)
+                self._forgets.notify()            # an unmount waits until all have ended
             for descriptor, _ in events:
                 if descriptor == wakeup:
                     self._server.finish()

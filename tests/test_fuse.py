@@ -3,13 +3,16 @@
 import errno
 import mmap
 import os
+import select
 import socket
 import struct
 import tempfile
+import threading
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nodes import DEADLINE_S
 
 import apppot_start
 from apppot_start import (
@@ -174,6 +177,26 @@ def test_nobody_is_told_of_the_end_of_a_forget_until_there_are_many(place):
     guest.ask(2, file, struct.pack("<Q", 0))
     assert os.read(told, 8)
     os.close(told)
+
+
+def test_the_end_of_the_last_forget_is_told_though_nothing_else_comes(place):
+    """The guest's kernel waits for it when the last mount goes."""
+    guest = make_guest(place)
+    file = guest.look_up(1, b"job", b"file")
+    told, call = os.pipe()
+    guest.queue.replace_call(call)
+    guest.ask(2, file, struct.pack("<Q", 0))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        device = Device(ours, guest.server)
+        device._forgets = guest.queue
+        thread = threading.Thread(target=device.serve)
+        thread.start()
+        is_told = select.select([told], [], [], DEADLINE_S)[0]
+        theirs.shutdown(socket.SHUT_WR)
+        thread.join()
+    os.close(told)
+    assert is_told
 
 
 def test_a_directory_that_becomes_a_link_is_no_way_out(place):
