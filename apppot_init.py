@@ -1353,8 +1353,8 @@ def make_report(job: Job, channel: Channel) -> "changes.Report":
         def progress(
             self, what: str, count: int, size: int, all_count: int = 0, all_size: int = 0
         ) -> None:
-            now = time.monotonic()
-            if job.changes.tells and now > self._shown + PROGRESS_S:
+            now = time.monotonic()            # since the boot: the first may come at 0.1
+            if job.changes.tells and (not self._shown or now > self._shown + PROGRESS_S):
                 self._shown = now
                 counts = PROGRESS_COUNTS.pack(WORKS.index(what), count, size, all_count, all_size)
                 channel.send(PROGRESS, counts)

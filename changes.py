@@ -110,7 +110,7 @@ class Report:
         if not self._is_terminal or self.verbose:
             return
         now = time.monotonic()
-        if now > self._shown + 0.1:
+        if not self._shown or now > self._shown + 0.1:
             self._shown = now
             of_count = " of {}".format(all_count) if all_count else ""
             of_size = " of " + format_size(all_size) if all_size else ""

@@ -354,6 +354,27 @@ def test_a_guest_that_goes_away_is_a_failure(any_node, script, words):
 
 
 @pytest.mark.own_kernel
+@pytest.mark.parametrize("letter", ["o", "b"])
+def test_a_guest_that_goes_away_does_not_wait_for_a_lock(node, letter):
+    """Nobody gives the lock back, and the kernel must not wait for the answer."""
+    script = f"""
+        touch lock
+        exec 9< lock
+        flock 9
+        flock lock true 2> /dev/null &
+        asleep=0
+        until [ $asleep = 100 ]; do
+            [ "$(cut -d ' ' -f 3 /proc/$!/stat)" = S ] && asleep=$((asleep + 1)) || asleep=0
+        done
+        echo {letter} > /proc/sysrq-trigger
+        sleep 60
+    """
+    result = node.run("--root", "sh", "-c", script)
+    assert result.returncode == 125
+    assert_error(result, "before the command")
+
+
+@pytest.mark.own_kernel
 def test_an_agent_that_fails_says_so(node, image):
     own = writable_copy(node, image)
     launcher = (
