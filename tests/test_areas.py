@@ -4,7 +4,6 @@
 import pytest
 from nodes import assert_error, read_patches
 
-
 with open("/proc/sys/vm/max_map_count") as setting:
     LIMIT = int(setting.read())
 SCATTER = """\
