@@ -14,6 +14,7 @@ no tests          nodes.py helps all tests, empty.py stands in for `empty`, benc
                   filecases.py and filework.py run in guests and on the host, and are compared
 """
 
+import fcntl
 import os
 import pathlib
 import shutil
@@ -104,6 +105,15 @@ def find_kernels(item):
 
     as_root, as_user = both_users if parameters.get("carrier") != "empty" else reversed(both_users)
     return as_root if parameters["any_node"] == "root" else as_user
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """One test sets vm.max_map_count, which holds for all runs on the machine: it is alone then."""
+    alone = item.get_closest_marker("alone")
+    with open("/proc/sys/vm/max_map_count") as setting:
+        fcntl.flock(setting, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def pytest_report_header():

@@ -312,6 +312,15 @@ def test_clean_env_passes_nothing_and_cwd_starts_elsewhere(node):
     assert_error(node.run("--cwd", "/no/such", "true"), "/no/such")
 
 
+def test_a_run_does_not_keep_the_syntax_tree_of_its_script_in_memory(node):
+    process = node.start_ready("sleep 60")
+    with open(f"/proc/{process.pid}/status") as file:
+        anonymous_kib = int(re.search(r"RssAnon:\s+(\d+)", file.read())[1])
+    process.terminate()
+    node.finish(process)
+    assert anonymous_kib < 20 << 10               # 11 to 15 of 29 to 34 MiB
+
+
 def test_files_in_the_job_directory_are_the_caller_s_at_once_and_for_good(any_node):
     any_node.start_ready("echo early > early; cat > /dev/null", stdin=subprocess.PIPE)
     process = any_node.started[-1]
