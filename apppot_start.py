@@ -3912,6 +3912,7 @@ RELEASE_IN, FLUSH_IN = struct.Struct("<QIIQ"), struct.Struct("<QIIQ")
 FSYNC_IN, FALLOCATE_IN = struct.Struct("<QII"), struct.Struct("<QQQII")
 LSEEK_IN, COPY_IN = struct.Struct("<QQI4x"), struct.Struct("<QQQQQQQ")
 DIRENT = struct.Struct("<QQII")
+LOOKUP_OPEN = 8192                   # .kernel/16-fuse-lookup-open.patch
 FROM_CACHE, WRITE_DROPS_SUID, DATA_ONLY = 1, 4, 1
 COPY_MAX = 64 << 20                  # bytes at once, so that the others need not wait long
 DT_UNKNOWN, DT_DIR, DT_REG, DT_LNK = 0, 4, 8, 10
@@ -4374,7 +4375,7 @@ FUSE_FLAGS = sum(1 << bit for bit in (
     30,                              # INIT_EXT
     36))                             # DIRECT_IO_ALLOW_MMAP
 DIRECT_IO_ALLOW_MMAP = 1 << 36
-FORGET, BATCH_FORGET, INIT, DESTROY, SYNCFS, LOOKUP_OPEN = 2, 42, 26, 38, 50, 8192
+FORGET, BATCH_FORGET, INIT, DESTROY, SYNCFS = 2, 42, 26, 38, 50
 FORGET_ONE, FORGET_MANY = struct.Struct("<QQ"), struct.Struct("<I4x")
 ROUND = 256                          # requests until the server looks at other things
 
