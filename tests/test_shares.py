@@ -145,18 +145,25 @@ def test_what_was_stopped_as_a_whole_goes_on(any_node):
     assert any_node.finish(process) == (0, b"1\n2\n3\n4\n5\n6\n", b"")
 
 
+def read_descriptors(pid):
+    links = {}
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):   # closed meanwhile
+            links[entry.name] = os.readlink(entry.path)
+    return links
+
+
 def test_the_server_has_its_own_descriptors_and_no_privileges(any_node):
     process, server = start_busy(any_node)
     status = pathlib.Path(f"/proc/{server}/status").read_text()
     assert re.search(r"(?m)^NoNewPrivs:\s*1$", status)
-    fds = list(os.scandir(f"/proc/{server}/fd"))
-    links = {os.readlink(fd.path) for fd in fds}
-    assert not {link for link in links if any_node.image.name in link or "/spool/" in link}
+    links = read_descriptors(server)
+    assert not [link for link in links.values() if any_node.image.name in link or "/spool/" in link]
     # The runner's channel, console and report are pipes. The server may write the last of them.
-    runner = {os.readlink(entry.path) for entry in os.scandir(f"/proc/{process.pid}/fd")}
-    shared = [fd for fd in fds if os.readlink(fd.path) in runner and "pipe:" in os.readlink(fd.path)]
+    runner = read_descriptors(process.pid).values()
+    shared = [name for name, link in links.items() if link in runner and "pipe:" in link]
     assert len(shared) == 1
-    info = pathlib.Path(f"/proc/{server}/fdinfo/{shared[0].name}").read_text()
+    info = pathlib.Path(f"/proc/{server}/fdinfo/{shared[0]}").read_text()
     assert int(re.search(r"flags:\s*(\d+)", info).group(1), 8) & os.O_ACCMODE == os.O_WRONLY
     process.terminate()
     any_node.finish(process)
